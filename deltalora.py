@@ -43,6 +43,13 @@ class DeltaLoRALinear(LoRALinear):
             self.register_buffer(f"B_{name}", self.lora_B.detach().clone())
 
     @staticmethod
+    def begin(layers, steps):
+        """Refuse a run that would end before W moves: it is plain LoRA."""
+        if layers[0].delta_start >= steps:
+            raise ValueError(f"delta_start {layers[0].delta_start} leaves W where it is in a run of {steps} steps: "
+                             f"it must be below {steps}")
+
+    @staticmethod
     @torch.no_grad()
     def after_step(layers, step):
         """W += lambda s (B_t A_t - B_{t-1} A_{t-1}), in place, as one product of rank 2 r: no d x d temporary."""

@@ -26,6 +26,7 @@ class LoRALinear(nn.Module):
 
     exact_merge = True   # False where merging approximates (ResLoRA input, middle)
     moves_weight = False  # True where the method also changes W (Delta-LoRA)
+    merges = ("exact",)  # ways to merge, the first is kept (ResLoRA has several)
 
     def __init__(self, linear, r, alpha, dropout=0.0):
         super().__init__()
@@ -57,8 +58,8 @@ class LoRALinear(nn.Module):
         """(..., d_in) -> (..., d_out)"""
         # u = A drop(x)
         u = F.linear(self.drop(x), self.lora_A)  # (..., r)
-        # h = W x + b + s B u
-        return add_low_rank(F.linear(x, self.weight, self.bias), u, self.lora_B, self.scaling)
+        # h = W x + b + s B u, the scale on u, which is the smallest tensor here
+        return F.linear(x, self.weight, self.bias) + F.linear(self.scaling * u, self.lora_B)
 
     def delta(self):
         """Delta W (d_out, d_in), what merging adds to the weight as it is now."""
@@ -77,17 +78,16 @@ class LoRALinear(nn.Module):
         """Called once by `apply`, with {target: [layers, shallow to deep]}."""
 
     @staticmethod
+    def begin(layers, steps):
+        """Called before training, with the number of steps; ValueError if they do not suit the method."""
+
+    @staticmethod
     def after_step(layers, step):
         """Called after each real optimizer step, counted from 1."""
 
     @staticmethod
     def calibrate(layers, run, how=None):
         """Called before merging; `run()` sends the calibration batches through the model (see reslora.py)."""
-
-
-def add_low_rank(h, u, B, s):
-    """h + s B u for h (..., d_out), u (..., r), B (d_out, r): added into h, which linear's backward does not need."""
-    return h + F.linear(u * s, B)  # scaling the r-sized u is d_out / r times cheaper than scaling B u
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,4 +162,5 @@ if __name__ == "__main__":
     for layer in layers:
         nn.init.normal_(layer.lora_B)
     out = model(x)
-    print(f"with B random it changes by {(out - base).abs().max():.2f}, by merging {(merge(model)(x) - out).abs().max():.0e}")
+    error = (merge(model)(x) - out).abs().max()
+    print(f"with B random it changes by {(out - base).abs().max():.2f}, and merging changes that by {error:.0e}")

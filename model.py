@@ -121,7 +121,7 @@ class GPT(nn.Module):
         x = x.flatten(0, 1).index_select(0, where.to(x.device, non_blocking=True))  # (N, C)
         logits = self.head(x)
         targets = targets[where].to(x.device, non_blocking=True)
-        return logits, F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+        return logits, F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
     @torch.no_grad()
     def generate(self, prompts, max_new, stop):
@@ -220,13 +220,20 @@ def read_config(folder):
         raise ValueError(f"{folder} is no checkpoint folder: it holds no config.json") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
         raise ValueError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is not a JSON object")
     expected = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
                 "tie_word_embeddings": (True,), "scale_attn_weights": (True,),
                 "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}
     for key, good in expected.items():
         if raw.get(key, good[0]) not in good:
             raise ValueError(f"{path}: {key} {raw[key]!r} is not supported, only {' or '.join(map(repr, good))}")
-    return GPTConfig(**{f.name: raw[f.name] for f in fields(GPTConfig) if f.name in raw})
+    config = GPTConfig(**{f.name: raw[f.name] for f in fields(GPTConfig) if f.name in raw})
+    for name, value in asdict(config).items():
+        whole = name != "layer_norm_epsilon"
+        if not (isinstance(value, int if whole else float) and value > 0 or name == "n_inner" and value is None):
+            raise ValueError(f"{path}: {name} must be a positive {'whole ' * whole}number, not {value!r}")
+    return config
 
 
 def read_safetensors(path):

@@ -1,0 +1,199 @@
+"""What a run leaves behind and how it is read back. Files appear by rename; only JSON and safetensors are ever read.
+
+    adapter_config.json, adapter_model.safetensors    the adapter as an ordinary LoRA, as PEFT loads it
+    resume.safetensors                                everything that training changes, to go on from there
+    result.json, log.csv, curve.png, merged/          for people, and for `transformers`
+"""
+import csv
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from data import bpe
+from lora import LoRALinear
+from model import GPT2_NAMES, check_keys
+
+
+def write(path, write_to):
+    """Let `write_to(temporary path)` write a file, then put it in its place at once."""
+    part = path.with_name(path.name + ".part")
+    write_to(part)
+    os.replace(part, path)
+
+
+def clear(folder):
+    """Make a run folder, without what an earlier run left in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "resume.safetensors", "result.json", "log.csv",
+                 "curve.png", "merged/config.json", "merged/model.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    write(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def write_log(path, rows):
+    """[{column: value}] -> csv; every row has the first one's columns."""
+    def write_to(part):
+        with open(part, "w", newline="") as f:
+            table = csv.DictWriter(f, rows[0].keys())
+            table.writeheader()
+            table.writerows(rows)
+    write(path, write_to)
+
+
+def read_log(path, step):
+    """The rows of log.csv up to a step: a run may have been killed between the log and the state."""
+    with open(path, newline="") as f:
+        rows = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(f)]
+    return [{**row, "step": int(row["step"])} for row in rows if row["step"] <= step]
+
+
+def draw_curve(path, rows, title):
+    """Training and validation loss against steps, as a picture."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for column, style in (("train_loss", dict(color="0.6", label="training")),
+                          ("val_loss", dict(color="C0", marker="o", ms=3, label="validation"))):
+        points = [(row["step"], row[column]) for row in rows if row[column] is not None]
+        axes.plot(*zip(*points, strict=True), **style)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    write(path, lambda part: figure.savefig(part, dpi=150, format="png"))
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The adapter, as PEFT reads it
+
+def peft_module(name):
+    """Our "h.0.attn.q" -> GPT-2's "h.0.attn.c_attn", and which third of its output that is (None: all of it)."""
+    block, leaf = name.rsplit(".", 2)[0], ".".join(name.split(".")[-2:])
+    if leaf in ("attn.q", "attn.k", "attn.v"):
+        return f"{block}.attn.c_attn", "qkv".index(leaf[-1])
+    return f"{block}.{GPT2_NAMES[leaf]}", None
+
+
+def peft_tensors(model):
+    """({GPT-2 module: (A', B')}, scaling). q, k and v become one c_attn: their A stacked, their B in blocks,
+
+        c_attn:  B' A' = [B_q 0 ; 0 0 ; 0 B_v] [A_q ; A_v]        for q and v, of rank 2 r
+    """
+    modules, scaling = {}, None
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if not isinstance(layer, LoRALinear):
+                continue
+            A, B = (t.detach().float() for t in layer.as_lora())
+            scaling = layer.scaling  # one r and alpha for all layers of a run
+            module, third = peft_module(name)
+            if third is not None:
+                rows = B.new_zeros(3 * len(B), B.shape[1])
+                rows[third * len(B):(third + 1) * len(B)] = B
+                B = rows
+            if module in modules:
+                A, B = torch.cat([modules[module][0], A]), torch.cat([modules[module][1], B], 1)
+            modules[module] = A, B
+    return modules, scaling
+
+
+def save_adapter(folder, model, base, dropout=0.0):
+    """Write adapter_config.json and adapter_model.safetensors. Call it after `calibrate` and before `merge`.
+
+    PEFT's scale is lora_alpha / rank, per module, so lora_alpha = scaling * rank says any scale exactly; use_rslora stays
+    false, and loaders that do not know that flag read the adapter right.
+    """
+    modules, scaling = peft_tensors(model)
+    r = Counter(len(A) for A, _ in modules.values()).most_common(1)[0][0]
+    others = {module: len(A) for module, (A, _) in modules.items() if len(A) != r}
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
+        "r": r, "lora_alpha": scaling * r, "use_rslora": False, "lora_dropout": dropout,
+        "rank_pattern": others, "alpha_pattern": {module: scaling * rank for module, rank in others.items()},
+        "target_modules": sorted({module.split(".", 2)[2] for module in modules}),
+        "fan_in_fan_out": True, "bias": "none", "modules_to_save": None, "inference_mode": True,
+    }
+    tensors = {}
+    for module, (A, B) in modules.items():
+        tensors[f"base_model.model.transformer.{module}.lora_A.weight"] = A.cpu().contiguous()
+        tensors[f"base_model.model.transformer.{module}.lora_B.weight"] = B.cpu().contiguous()
+    write(folder / "adapter_model.safetensors", lambda part: save_file(tensors, part, {"format": "pt"}))
+    write_json(folder / "adapter_config.json", config)
+
+
+def save_merged(folder, model, source):
+    """The merged model as a checkpoint folder of its own, with the tokenizer of the folder it came from."""
+    model.save_pretrained(folder)
+    if (Path(source) / bpe.FILE).exists():
+        write(folder / bpe.FILE, lambda part: shutil.copyfile(Path(source) / bpe.FILE, part))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state to resume from: one file, so that it is never half of one step and half of another
+
+def changing(model):
+    """{name: tensor} of all that training changes: what has gradients, buffers, and weights that a method moves."""
+    moved = {f"{name}.weight" for name, m in model.named_modules() if getattr(m, "moves_weight", False)}
+    tensors = {name: p for name, p in model.named_parameters() if p.requires_grad or name in moved}
+    return {**tensors, **dict(model.named_buffers())}
+
+
+def save_state(path, model, optimizer, step, settings):
+    """Weights, optimizer, random state, step and settings, in one safetensors file."""
+    tensors = {f"model.{name}": t for name, t in changing(model).items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors.update({f"optimizer.{i}.{key}": t for key, t in state.items() if t is not None})
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    metadata = {"step": str(step), "settings": json.dumps(settings)}
+    write(path, lambda part: save_file(tensors, part, metadata))
+
+
+def read_state(path, settings):
+    """(tensors, step) of resume.safetensors; ValueError when it is absent, damaged or of another configuration."""
+    if not path.exists():
+        raise ValueError(f"there is nothing to resume: {path} does not exist")
+    try:
+        with safe_open(path, "pt") as f:
+            step, before = int(f.metadata()["step"]), json.loads(f.metadata()["settings"])
+            tensors = {key: f.get_tensor(key) for key in f.keys()}
+    except (SafetensorError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} is damaged: {e}") from None
+    for key in sorted(settings.keys() | before.keys()):
+        if settings.get(key) != before.get(key):
+            raise ValueError(f"cannot resume {path.parent} with {key} {settings.get(key)}: it began with {before.get(key)}")
+    return tensors, step
+
+
+def load_state(path, model, optimizer, settings):
+    """Put a saved state back into a model and an optimizer made with the same settings; returns its step."""
+    tensors, step = read_state(path, settings)
+    found = {key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")}
+    wanted = changing(model)
+    check_keys(found, wanted, path)
+    with torch.no_grad():
+        for name, t in wanted.items():
+            t.copy_(found[name])
+    state = {}
+    for key, t in tensors.items():
+        if key.startswith("optimizer."):
+            _, i, name = key.split(".")
+            state.setdefault(int(i), {})[name] = t
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    return step

@@ -1,0 +1,22 @@
+"""stdlib: the reference prose of the running Python (`pydoc_data.topics`), a far domain that every machine has.
+
+Plain text, language modelling: about 80 topics, every tenth for validation, the next one for testing. The text differs a
+little from one Python version to the next, so compare runs on the same one (result.json names it).
+"""
+
+
+def load():
+    """{split: [("", text of a topic)]}"""
+    from pydoc_data.topics import topics
+
+    splits = {"train": [], "validation": [], "test": []}
+    for i, name in enumerate(sorted(topics)):
+        split = {8: "validation", 9: "test"}.get(i % 10, "train")
+        splits[split].append(("", topics[name].strip()))
+    return splits
+
+
+if __name__ == "__main__":
+    for split, pairs in load().items():
+        print(f"{split:10} {len(pairs):3} topics {sum(len(t.split()) for _, t in pairs):6} words")
+    # with Python 3.11: train 64 topics 54653 words, validation 8 and 9234, test 7 and 1614

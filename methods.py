@@ -1,0 +1,21 @@
+"""The one registry: name -> (class, its own flags as argparse takes them). A new method is a file and a line here."""
+from deltalora import DeltaLoRALinear
+from lora import LoRALinear
+from reslora import MERGES, SHORTCUTS, ResLoRALinear
+from rslora import RsLoRALinear
+
+METHODS = {
+    "lora": (LoRALinear, {}),
+    "rslora": (RsLoRALinear, {}),
+    "reslora": (ResLoRALinear, {
+        "shortcut": dict(choices=SHORTCUTS, default="input", help="what the earlier layers of a chain pass on"),
+        "pre_num": dict(type=int, default=1, help="how many earlier layers join in; -1: all, 0: plain LoRA"),
+        "merge": dict(default="regression", help=f"{'|'.join(MERGES)}; more, after commas, are measured beside it"),
+    }),
+    "deltalora": (DeltaLoRALinear, {
+        "delta_lambda": dict(type=float, default=2.0, help="how far W follows the delta of B A"),
+        "delta_start": dict(type=int, default=lambda steps: min(500, steps // 10),
+                            help="K, steps before W moves (a tenth of the run, at most 500)"),
+    }),
+    "full": (None, {}),  # every parameter trains: the reference line
+}

@@ -1,0 +1,94 @@
+"""Tiny models and the list of method variants that the parametrised tests run over."""
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import lora  # noqa: E402
+from methods import METHODS  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+
+
+def variants():
+    """Every adapter of the registry, with every choice of its flags: (name, hparams) as pytest parameters.
+
+    A new line in methods.py is covered from that moment on.
+    """
+    own_values = {"pre_num": (1, 2, -1), "delta_start": (0, 2), "merge": ("regression",), "delta_lambda": (2.0,)}
+    for name, (adapter, own) in METHODS.items():
+        if adapter:
+            values = [own_values.get(flag, spec.get("choices") or (spec.get("default"),)) for flag, spec in own.items()]
+            for chosen in itertools.product(*values):
+                hparams = dict(zip(own, chosen, strict=True))
+                yield pytest.param(name, hparams, id=" ".join([name, *map(str, chosen)]))
+
+
+every_variant = pytest.mark.parametrize("method, hparams", list(variants()))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def tiny_gpt(dtype=torch.float64, n_layer=4):
+    """A GPT of 4 layers and 16 channels whose weights are large enough that everything matters."""
+    model = GPT(GPTConfig(vocab_size=61, n_positions=16, n_embd=16, n_layer=n_layer, n_head=2)).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def adapt(model, method, hparams, targets=("q", "v"), r=3, alpha=5, dropout=0.0, random=True):
+    """Apply a method; with `random` B is not zero, so that the adapter does something."""
+    layers = lora.apply(model, METHODS[method][0], targets, r=r, alpha=alpha, dropout=dropout, **hparams)
+    if random:
+        for layer in layers:
+            nn.init.normal_(layer.lora_B, std=0.3)
+    return layers
+
+
+def tokens(B=3, T=10, V=61):
+    """(idx, targets) of random tokens, half of the positions without a target."""
+    idx = torch.randint(0, V, (B, T))
+    targets = torch.randint(0, V, (B, T))
+    targets[torch.rand(B, T) < 0.5] = -100
+    return idx, targets
+
+
+def train_steps(model, layers, steps, lr=1e-2, batch=None):
+    """A few real optimizer steps with the contract's calls; returns the losses."""
+    batch = batch or tokens()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr)
+    losses = []
+    for step in range(1, steps + 1):
+        loss = model(*batch)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        layers[0].after_step(layers, step)
+        losses.append(loss.item())
+    return losses
+
+
+def run_over(model, *batches):
+    """The `run` of `calibrate`: sends each batch through the model; all positions count."""
+    def run():
+        for idx in batches:
+            with torch.no_grad():
+                model(idx)
+            yield torch.ones(idx.shape, dtype=torch.bool)
+    return run
+
+
+def calibrated(model, layers, how=None):
+    """Calibrate on random tokens and return the layers."""
+    layers[0].calibrate(layers, run_over(model, tokens(16)[0], tokens(16)[0]), how)
+    return layers

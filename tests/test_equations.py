@@ -1,0 +1,237 @@
+"""The forward of every method is the line of its paper, written here by hand on a chain of layers."""
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import adapt, every_variant, tiny_gpt, tokens
+
+import lora
+from deltalora import DeltaLoRALinear
+from lora import LoRALinear
+from reslora import ResLoRALinear
+from rslora import RsLoRALinear
+
+N, D, R, ALPHA = 5, 6, 2, 3.0
+
+
+class Chain(nn.Module):
+    """x_{n+1} = tanh(h_n): the simplest network in which x_n differs from layer to layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.h = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(D, D)}) for _ in range(N))
+        self.double()
+
+    def forward(self, x):
+        for block in self.h:
+            x = torch.tanh(block["q"](x))
+        return x
+
+
+def by_hand(layers, x, shortcut=None, m=0, s=ALPHA / R):
+    """[h_0, …, h_N] with the papers' equations as they stand: column vectors, one sum per line."""
+    W, b, A, B = zip(*[(q.weight, q.bias, q.lora_A, q.lora_B) for q in layers], strict=True)
+    xs, hs = [], []
+    for n in range(N):
+        xs.append(x)
+        before = range(1, min(n if m == -1 else m, n) + 1)
+        h = x @ W[n].T + b[n]
+        if shortcut == "input":
+            h = h + s * (x + sum(xs[n - k] for k in before)) @ A[n].T @ B[n].T
+        elif shortcut == "block":
+            h = h + s * sum(x @ (B[n - k] @ A[n - k]).T for k in (0, *before))
+        elif shortcut == "middle":
+            h = h + s * sum(xs[n - k] @ A[n - k].T for k in (0, *before)) @ B[n].T
+        else:
+            h = h + s * x @ (B[n] @ A[n]).T
+        hs.append(h)
+        x = torch.tanh(h)
+    return hs
+
+
+def chain(adapter, **hparams):
+    model = Chain()
+    layers = lora.apply(model, adapter, ["q"], r=R, alpha=ALPHA, **hparams)
+    for layer in layers:
+        nn.init.normal_(layer.lora_B)
+    return model, layers, torch.randn(4, D, dtype=torch.float64)
+
+
+def equal(a, b, tolerance=1e-12):
+    return (a - b).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("m", [0, 1, 2, 3, -1])
+@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
+def test_reslora_forward_and_gradients_are_the_papers(shortcut, m):
+    """h of the last layer and the gradient of every A, B and of the input equal those of the equation by hand."""
+    model, layers, x = chain(ResLoRALinear, shortcut=shortcut, pre_num=m)
+    x.requires_grad_()
+    leaves = [x, *(p for layer in layers for p in (layer.lora_A, layer.lora_B))]
+    ours, hand = model(x), torch.tanh(by_hand(layers, x, shortcut, m)[-1])
+    assert equal(ours, hand)
+    for a, b in zip(*[torch.autograd.grad(y.square().sum(), leaves) for y in (ours, hand)], strict=True):
+        assert b.abs().max() > 1e-6 and equal(a, b)
+
+
+@pytest.mark.parametrize("m", [1, 2, -1])
+@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
+def test_a_shortcut_matters(shortcut, m):
+    """With the same factors, ResLoRA is not LoRA, and more earlier layers are not one."""
+    _, layers, x = chain(ResLoRALinear, shortcut=shortcut, pre_num=m)
+    out = by_hand(layers, x, shortcut, m)[-1]
+    assert not equal(out, by_hand(layers, x)[-1], 1e-3)
+    assert m == 1 or not equal(out, by_hand(layers, x, shortcut, 1)[-1], 1e-3)
+
+
+@pytest.mark.parametrize("adapter, s", [(LoRALinear, ALPHA / R), (RsLoRALinear, ALPHA / math.sqrt(R)),
+                                        (DeltaLoRALinear, ALPHA / R)])
+def test_lora_forward_is_the_papers(adapter, s):
+    """h = W x + b + s B A x, rsLoRA with the square root."""
+    model, layers, x = chain(adapter)
+    assert equal(model(x), torch.tanh(by_hand(layers, x, s=s)[-1]))
+
+
+def test_rslora_is_lora_with_alpha_times_sqrt_r():
+    """rsLoRA(alpha) = LoRA(alpha sqrt r), so --rs can be alpha sqrt(r) for every method."""
+    for r in (1, 4, 6):
+        torch.manual_seed(1)
+        a = RsLoRALinear(nn.Linear(6, 6), r, alpha=16)
+        torch.manual_seed(1)
+        b = LoRALinear(nn.Linear(6, 6), r, alpha=16 * math.sqrt(r))
+        nn.init.ones_(a.lora_B)
+        nn.init.ones_(b.lora_B)
+        x = torch.randn(5, 6)
+        torch.testing.assert_close(a(x), b(x))
+
+
+def test_scales():
+    """alpha 16: alpha / sqrt r is 8 at r 4, and alpha / r is 4."""
+    assert [RsLoRALinear.scale(r, 16) for r in (4, 16, 64)] == [8, 4, 2]
+    assert [LoRALinear.scale(r, 16) for r in (4, 16, 64)] == [4, 1, 0.25]
+
+
+def test_a_fresh_A_is_uniform_within_one_over_sqrt_d_in():
+    """A ~ U(-1, 1) / sqrt(d_in), whatever the rank; B = 0."""
+    layer = LoRALinear(nn.Linear(400, 300), 64, 16)
+    bound = 1 / math.sqrt(400)
+    assert layer.lora_A.abs().max() <= bound
+    assert layer.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    assert (layer.lora_B == 0).all()
+
+
+@every_variant
+def test_a_fresh_adapter_is_the_base(method, hparams):
+    """At B = 0 the logits are the pretrained model's, exactly."""
+    model, idx = tiny_gpt(), tokens()[0]
+    base = model(idx)[0]
+    adapt(model, method, hparams, random=False)
+    assert torch.equal(model(idx)[0], base)
+
+
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
+def test_the_chains_of_a_gpt_are_its_q_and_its_v(shortcut, m):
+    """Inside a GPT each adapted layer's output is the equation applied to the inputs that its own chain saw."""
+    model = tiny_gpt()
+    layers = adapt(model, "reslora", dict(shortcut=shortcut, pre_num=m))
+    seen = {}
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, args, out: seen.update({layer: (args[0], out)}))
+    model(tokens()[0])
+    for target in "qv":
+        chain = [getattr(block.attn, target) for block in model.h]
+        xs = [seen[q][0] for q in chain]
+        for n, q in enumerate(chain):
+            window = range(min(m, n) + 1)
+            if shortcut == "input":
+                branch = sum(xs[n - k] for k in window) @ q.lora_A.T @ q.lora_B.T
+            elif shortcut == "block":
+                branch = sum(xs[n] @ (chain[n - k].lora_B @ chain[n - k].lora_A).T for k in window)
+            else:
+                branch = sum(xs[n - k] @ chain[n - k].lora_A.T for k in window) @ q.lora_B.T
+            assert equal(seen[q][1], xs[n] @ q.weight.T + q.bias + q.scaling * branch)
+
+
+def test_dropout_falls_on_the_input_of_A_only():
+    """In training the frozen W x + b is untouched; in evaluation nothing is dropped; 0 makes no module."""
+    layer = LoRALinear(nn.Linear(50, 4), 2, 2, dropout=0.5)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(3, 50)
+    torch.manual_seed(3)
+    h = layer(x)
+    torch.manual_seed(3)
+    dropped = torch.nn.functional.dropout(x, 0.5)
+    hand = x @ layer.weight.T + layer.bias + layer.scaling * dropped @ layer.lora_A.T @ layer.lora_B.T
+    torch.testing.assert_close(h, hand)
+    layer.eval()
+    torch.testing.assert_close(layer(x), x @ (layer.weight + layer.delta()).T + layer.bias)
+    assert LoRALinear(nn.Linear(4, 4), 2, 2).dropout is None
+
+
+def test_input_shortcut_hands_over_the_raw_input():
+    """x_{n-1} is stored before dropout: at p = 0.5 a surviving entry of the sum is 2 (x_n + x_{n-1})."""
+    torch.manual_seed(0)
+    layers = [ResLoRALinear(nn.Linear(40, 40), 40, 40, dropout=0.5) for _ in range(2)]
+    ResLoRALinear.connect({"q": layers})
+    with torch.no_grad():
+        layers[1].weight.zero_(), layers[1].bias.zero_()
+        layers[1].lora_A.copy_(torch.eye(40)), layers[1].lora_B.copy_(torch.eye(40))
+    x0, x1 = torch.randn(7, 40), torch.randn(7, 40)
+    layers[0](x0)
+    out = layers[1](x1)
+    kept = out != 0
+    assert 0.3 < kept.float().mean() < 0.7
+    torch.testing.assert_close(out[kept], 2 * (x0 + x1)[kept])
+
+
+# What travels between the layers
+
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_a_layer_called_out_of_order_fails_loudly(shortcut):
+    """Without its predecessor's activation a layer raises; the next whole forward works."""
+    model, layers, x = chain(ResLoRALinear, shortcut=shortcut)
+    with pytest.raises(RuntimeError, match="chain order"):
+        layers[2](x)
+    out = model(x)
+    with pytest.raises(RuntimeError, match="chain order"):
+        layers[1](x)
+    assert torch.equal(model(x), out)
+
+
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_no_activation_outlives_a_forward_and_nothing_enters_the_state_dict(shortcut):
+    """After a forward all links are empty; state dict and modules hold the adapters and no more; also after a crash."""
+    model, layers, x = chain(ResLoRALinear, shortcut=shortcut, pre_num=-1)
+    out = model(x)
+    assert all(not layer.inbox for layer in layers)
+    assert {k.rpartition(".")[2] for k in model.state_dict()} == {"weight", "bias", "lora_A", "lora_B"}
+    assert sum(isinstance(m, ResLoRALinear) for m in model.modules()) == N
+    with pytest.raises(TypeError):
+        layers[0](x), layers[1](x), layers[2]("no tensor")
+    assert torch.equal(model(x), out)
+
+
+@every_variant
+def test_copies_and_pickles_are_models_of_their_own(method, hparams):
+    """A deep copy and a pickled copy give the same logits and share nothing with the original."""
+    model, (idx, _) = tiny_gpt(), tokens()
+    adapt(model, method, hparams)
+    out = model(idx)[0]
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(idx)[0], out)
+        with torch.no_grad():
+            for p in other.parameters():
+                p.zero_()
+        assert torch.equal(model(idx)[0], out)
+
+
+def test_chains_need_one_shape():
+    """A chain of unequal linears is refused, with both shapes."""
+    model = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)}), nn.ModuleDict({"q": nn.Linear(4, 6)})])
+    with pytest.raises(ValueError, match=r"\(6, 4\).*\(4, 4\)"):
+        lora.apply(model, ResLoRALinear, ["q"], r=2, alpha=2)
+    assert all(isinstance(m["q"], nn.Linear) for m in model)

@@ -1,0 +1,296 @@
+"""Who gets gradient, the closed forms of the papers, and the motion of what moves without one."""
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import adapt, every_variant, tiny_gpt, tokens, train_steps
+from test_equations import ALPHA, Chain, R, chain, equal
+
+import lora
+from deltalora import DeltaLoRALinear
+from lora import LoRALinear
+from reslora import ResLoRALinear
+from rslora import RsLoRALinear
+
+
+@every_variant
+def test_only_the_adapters_get_gradient_and_at_B_0_only_B(method, hparams):
+    """Every base parameter's gradient is None; at B = 0 dL/dA = 0 and dL/dB != 0; with B random both are not 0."""
+    for random in (False, True):
+        model = tiny_gpt()
+        layers = adapt(model, method, hparams, random=random)
+        model(*tokens())[1].backward()
+        adapters = {id(p) for layer in layers for p in (layer.lora_A, layer.lora_B)}
+        for p in model.parameters():
+            assert p.requires_grad == (id(p) in adapters)
+            assert (p.grad is not None) == (id(p) in adapters)
+        for layer in layers:
+            assert layer.lora_B.grad.abs().max() > 0
+            assert (layer.lora_A.grad.abs().max() > 0) == random
+
+
+@every_variant
+def test_training_changes_the_adapters_and_nothing_else(method, hparams):
+    """After three steps A and B have changed and the base is as it was, but for a W that the method moves."""
+    model = tiny_gpt()
+    layers = adapt(model, method, hparams, random=False)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    losses = train_steps(model, layers, 12)
+    assert losses[-1] < losses[0]
+    moving = {f"{name}.weight" for name, m in model.named_modules() if getattr(m, "moves_weight", False)}
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == ("lora_" not in name and name not in moving), name
+
+
+@every_variant
+def test_gradcheck(method, hparams):
+    """The gradient of the loss by autograd is that by finite differences, through the whole GPT."""
+    model, (idx, targets) = tiny_gpt(n_layer=2), tokens(1, 4)
+    layers = adapt(model, method, hparams, r=1)
+    inputs = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
+    torch.autograd.gradcheck(lambda *_: model(idx, targets)[1], inputs, fast_mode=True)
+
+
+# Closed forms: g_n = dL/dh_n, rows instead of columns. dL/d(out) of the chain is 1 everywhere.
+
+def gradients(model, layers, x):
+    """x_n, g_n of a chain and the gradients of A and B, with retained activations."""
+    seen = []
+
+    def hook(layer, args, h):
+        args[0].retain_grad() if args[0].requires_grad else None
+        h.retain_grad()
+        seen.append((args[0], h))
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    model(x).sum().backward()
+    for handle in handles:
+        handle.remove()
+    return [x.detach() for x, _ in seen], [h.grad for _, h in seen], [x.grad for x, _ in seen]
+
+
+def test_closed_form_gradients_of_the_input_shortcut():
+    """dB_n = s g_n (A_n (x_n + x_{n-1}))^T, dA_n = s B_n^T g_n (x_n + x_{n-1})^T, and dL/dx_n gains s A^T B^T g_{n+1}."""
+    model, layers, x = chain(ResLoRALinear, shortcut="input", pre_num=1)
+    xs, gs, dxs = gradients(model, layers, x.requires_grad_())
+    s = ALPHA / R
+    for n, (q, x, g) in enumerate(zip(layers, xs, gs, strict=True)):
+        total = x + xs[n - 1] if n else x
+        assert equal(q.lora_B.grad, s * g.T @ (total @ q.lora_A.T))
+        assert equal(q.lora_A.grad, s * (g @ q.lora_B).T @ total)
+        dx = g @ (q.weight + s * q.lora_B @ q.lora_A)
+        if n + 1 < len(layers):
+            after = layers[n + 1]
+            dx = dx + s * gs[n + 1] @ after.lora_B @ after.lora_A  # the added path
+        assert equal(dxs[n], dx)
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_closed_form_gradients_of_the_block_shortcut(m):
+    """dB_k = s sum_{j=k..k+m} g_j (A_k x_j)^T, dA_k = s sum_j B_k^T g_j x_j^T."""
+    model, layers, x = chain(ResLoRALinear, shortcut="block", pre_num=m)
+    xs, gs, _ = gradients(model, layers, x)
+    s = ALPHA / R
+    for k, q in enumerate(layers):
+        users = range(k, min(k + m, len(layers) - 1) + 1)
+        assert equal(q.lora_B.grad, s * sum(gs[j].T @ (xs[j] @ q.lora_A.T) for j in users))
+        assert equal(q.lora_A.grad, s * sum((gs[j] @ q.lora_B).T @ xs[j] for j in users))
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_closed_form_gradients_of_the_middle_shortcut(m):
+    """du_k = s sum_{j=k..k+m} B_j^T g_j, dA_k = du_k x_k^T, dB_n = s g_n (sum_k u_{n-k})^T."""
+    model, layers, x = chain(ResLoRALinear, shortcut="middle", pre_num=m)
+    xs, gs, _ = gradients(model, layers, x)
+    s, us = ALPHA / R, [x @ q.lora_A.T for x, q in zip(xs, layers, strict=True)]
+    for k, q in enumerate(layers):
+        du = s * sum(gs[j] @ layers[j].lora_B for j in range(k, min(k + m, len(layers) - 1) + 1))
+        assert equal(q.lora_A.grad, du.T @ xs[k])
+        assert equal(q.lora_B.grad, s * gs[k].T @ sum(us[max(0, k - m):k + 1]))
+
+
+def test_the_extra_gradient_path_is_closed_at_B_0_and_is_BA_later():
+    """dh_n/dx_{n-1} with x_n held fixed is 0 at B = 0 and s B_n A_n afterwards (eq. 16)."""
+    layers = [ResLoRALinear(nn.Linear(6, 6).double(), 2, 3) for _ in range(2)]
+    ResLoRALinear.connect({"q": layers})
+    x1 = torch.randn(6, dtype=torch.float64)
+
+    def h1(x0):
+        layers[0](x0)
+        return layers[1](x1)
+    x0 = torch.randn(6, dtype=torch.float64)
+    assert (torch.autograd.functional.jacobian(h1, x0) == 0).all()
+    nn.init.normal_(layers[1].lora_B)
+    assert equal(torch.autograd.functional.jacobian(h1, x0), 1.5 * layers[1].lora_B @ layers[1].lora_A)
+
+
+def test_at_B_0_a_shortcut_changes_only_the_gradient_of_B():
+    """input and middle: dB is that of the longer sum; block: dB_k collects the layers that borrow block k."""
+    for shortcut in ("input", "block", "middle"):
+        torch.manual_seed(0)
+        model, layers, x = chain(ResLoRALinear, shortcut=shortcut)
+        torch.manual_seed(0)
+        plain, plain_layers, _ = chain(LoRALinear)
+        for layer in layers + plain_layers:
+            nn.init.zeros_(layer.lora_B)
+        for net in (model, plain):
+            net(x).sum().backward()
+        for n, (a, b) in enumerate(zip(layers, plain_layers, strict=True)):
+            assert (a.lora_A.grad == 0).all() and (b.lora_A.grad == 0).all()
+            alone = n == (len(layers) - 1 if shortcut == "block" else 0)  # who has no partner in the chain
+            assert equal(a.lora_B.grad, b.lora_B.grad) == alone
+
+
+# rsLoRA
+
+def test_rank_growth_of_the_first_update():
+    """One SGD step from B = 0: the update's size is flat in r with alpha / sqrt r and falls as 1 / r with alpha / r;
+    with Adam it is flat with alpha / r and grows as sqrt r with alpha / sqrt r. Growth from r 8 to r 512."""
+    def update(adapter, optimizer, r):
+        sizes = []
+        for seed in range(8):
+            torch.manual_seed(seed)
+            layer, x, y = adapter(nn.Linear(512, 512), r, 16), torch.randn(512), torch.randn(512)
+            (layer(x) * y).sum().backward()
+            optimizer([layer.lora_B]).step()
+            sizes.append((layer.delta() @ x).norm().item())
+        return sum(sizes) / len(sizes)
+
+    def growth(adapter, optimizer):
+        return update(adapter, optimizer, 512) / update(adapter, optimizer, 8)
+    assert growth(RsLoRALinear, lambda p: torch.optim.SGD(p, 1e-6)) == pytest.approx(1, rel=0.25)
+    assert growth(LoRALinear, lambda p: torch.optim.SGD(p, 1e-6)) == pytest.approx(1 / 64, rel=0.25)
+    assert growth(LoRALinear, lambda p: torch.optim.Adam(p, 1e-3)) == pytest.approx(1, rel=0.25)
+    assert growth(RsLoRALinear, lambda p: torch.optim.Adam(p, 1e-3)) == pytest.approx(8, rel=0.25)
+
+
+def test_gradient_of_B_at_the_start_is_flat_in_rank_only_with_the_root():
+    """dL/dB = s g (A x)^T at B = 0, and |A x| grows as sqrt(r): s sqrt(r) is constant with the root alone."""
+    def norm(adapter, r):
+        torch.manual_seed(0)
+        layer, x = adapter(nn.Linear(512, 512), r, 16), torch.randn(64, 512)
+        layer(x).square().sum().backward()
+        return layer.lora_B.grad.norm().item()
+    assert norm(RsLoRALinear, 512) / norm(RsLoRALinear, 8) == pytest.approx(1, rel=0.15)
+    assert norm(LoRALinear, 512) / norm(LoRALinear, 8) == pytest.approx(1 / 8, rel=0.15)
+
+
+# Delta-LoRA
+
+def delta_layer(start, dropout=0.0):
+    torch.manual_seed(0)
+    layer = DeltaLoRALinear(nn.Linear(6, 5).double(), 2, 3, delta_lambda=2.0, delta_start=start)
+    layer.weight.requires_grad_(False)
+    x, y = torch.randn(9, 6, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
+    return layer, x, y
+
+
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_W_moves_as_algorithm_1_says(start):
+    """After step t > K: W_t = W_{t-1} + lambda s (B_t A_t - B_{t-1} A_{t-1}); up to K it rests. t counts from 1."""
+    layer, x, y = delta_layer(start)
+    optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], 1e-2)
+    for t in range(1, 7):
+        W, BA = layer.weight.clone(), layer.lora_B @ layer.lora_A
+        (layer(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        layer.after_step([layer], t)
+        moved = 2.0 * 1.5 * (layer.lora_B @ layer.lora_A - BA) if t > start else 0 * W
+        assert equal(layer.weight - W, moved, 1e-14)
+        assert (t > start) == bool(moved.abs().max() > 0)
+
+
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_delta_lora_telescopes(start):
+    """W_T = W_0 + lambda s (B_T A_T - B_S A_S); the total update is a LoRA of rank 2 r, of rank r for K = 0."""
+    layer, x, y = delta_layer(start)
+    W_0, optimizer = layer.weight.clone(), torch.optim.AdamW([layer.lora_A, layer.lora_B], 1e-2)
+    for t in range(1, 9):
+        (layer(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        layer.after_step([layer], t)
+        if t == start:
+            S = layer.lora_B.detach() @ layer.lora_A.detach()
+    S = S if start else 0
+    assert equal(layer.weight, W_0 + 2.0 * 1.5 * (layer.lora_B @ layer.lora_A - S), 1e-13)
+    A, B = layer.as_lora()
+    total = layer.weight + layer.delta() - W_0
+    assert equal(total, layer.scaling * B @ A, 1e-13)
+    rank = torch.linalg.matrix_rank(total, atol=1e-10).item()
+    assert rank == (4 if start else 2)
+
+
+def test_delta_lora_is_lora_with_a_weight_that_follows_by_hand():
+    """Oracle: y = W_0 x + s B A x + [t > K] lambda s (sg(B) sg(A) - B_S A_S) x, autograd and all, gives the same run."""
+    layer, x, y = delta_layer(2)
+    W_0, b = layer.weight.clone(), layer.bias.clone()
+    A, B = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))
+    ours, hand = (torch.optim.AdamW(p, 1e-2) for p in ([layer.lora_A, layer.lora_B], [A, B]))
+    S = None
+    for t in range(1, 8):
+        follow = 0 if S is None else 2.0 * 1.5 * (B.detach() @ A.detach() - S)
+        loss = (x @ (W_0 + 1.5 * B @ A + follow).T + b - y).square().mean()
+        assert equal((layer(x) - y).square().mean(), loss)
+        for optimizer, value in ((ours, (layer(x) - y).square().mean()), (hand, loss)):
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        layer.after_step([layer], t)
+        S = B.detach() @ A.detach() if t == 2 else S
+        assert equal(layer.lora_A, A) and equal(layer.lora_B, B)
+
+
+def test_delta_lora_under_adam_from_the_start_is_lora_with_1_plus_lambda_alpha():
+    """Adam ignores a gradient's scale: with K = 0 and eps -> 0, alpha and lambda give LoRA with (1 + lambda) alpha."""
+    batch, logits = tokens(), []
+    for method, alpha, own in (("deltalora", 5.0, dict(delta_lambda=2.0, delta_start=0)), ("lora", 15.0, {})):
+        torch.manual_seed(0)
+        model = tiny_gpt()
+        layers = adapt(model, method, own, alpha=alpha, random=False)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2, eps=1e-30)
+        for step in range(1, 9):
+            optimizer.zero_grad()
+            model(*batch)[1].backward()
+            optimizer.step()
+            layers[0].after_step(layers, step)
+        logits.append(model(batch[0])[0])
+    assert equal(*logits, 1e-9)
+
+
+def test_dL_dW_is_dL_dBA_over_s_without_dropout_and_only_then():
+    """W may follow B A because their gradients agree: x^T g both. Dropout on A's input breaks that."""
+    for p in (0.0, 0.5):
+        torch.manual_seed(0)
+        layer, x = LoRALinear(nn.Linear(6, 5).double(), 2, 3, dropout=p), torch.randn(9, 6, dtype=torch.float64)
+        BA = (torch.randn(5, 2, dtype=torch.float64) @ torch.randn(2, 6, dtype=torch.float64)).requires_grad_()
+        loss = (x @ layer.weight.T + layer.scaling * layer.drop(x) @ BA.T).square().sum()
+        dW, dBA = torch.autograd.grad(loss, (layer.weight, BA))
+        assert equal(dW, dBA / layer.scaling) == (p == 0)
+    with pytest.raises(ValueError, match="dropout"):
+        DeltaLoRALinear(nn.Linear(4, 4), 2, 2, dropout=0.1)
+
+
+def test_delta_lora_keeps_W_in_fp32_on_a_bf16_base():
+    """A bf16 W would swallow most of each update; its copy is fp32 and the small steps add up."""
+    layer = DeltaLoRALinear(nn.Linear(32, 32).bfloat16(), 2, 2, delta_start=0)
+    assert layer.weight.dtype == torch.float32 and not layer.weight.requires_grad
+    W = layer.weight.clone()
+    for t in range(1, 101):
+        with torch.no_grad():
+            layer.lora_B.add_(1e-5)
+        layer.after_step([layer], t)
+    expected = 2.0 * 1.0 * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(layer.weight - W, expected.detach(), rtol=0.01, atol=1e-6)
+
+
+def test_adapters_are_fp32_on_a_bf16_base():
+    """lora_A, lora_B and their gradients are fp32 under autocast; the frozen base stays bf16."""
+    model = Chain().bfloat16()
+    layers = lora.apply(model, LoRALinear, ["q"], r=R, alpha=ALPHA)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(torch.randn(3, 6))
+    out.float().sum().backward()
+    for layer in layers:
+        assert layer.weight.dtype == torch.bfloat16
+        assert layer.lora_B.dtype == layer.lora_B.grad.dtype == torch.float32

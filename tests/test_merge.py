@@ -1,0 +1,258 @@
+"""Merging. First the adapter must change the output, then merging must not."""
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import adapt, calibrated, every_variant, run_over, tiny_gpt, tokens, train_steps
+
+import lora
+from lora import LoRALinear
+from reslora import MERGES, ResLoRALinear, regression
+
+
+@every_variant
+def test_merged_is_unmerged(method, hparams):
+    """After training steps the adapter changes the logits and an exact merge does not; approximate ones say so."""
+    model, (idx, _) = tiny_gpt(), tokens()
+    base = model(idx)[0]
+    layers = adapt(model, method, hparams)
+    train_steps(model, layers, 4)
+    out = model(idx)[0]
+    assert (out - base).abs().max() > 0.1
+    exact = all(layer.exact_merge for layer in layers)
+    assert exact == (method != "reslora" or hparams["shortcut"] == "block")
+    calibrated(model, layers)
+    error = (lora.merge(model)(idx)[0] - out).abs().max()
+    assert (error < 1e-12) == exact
+
+
+@every_variant
+def test_merging_restores_the_architecture(method, hparams):
+    """The merged model has the base's modules, keys and dtypes; a bf16 W that the method moves has become fp32."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_gpt(dtype)
+        keys = {k: (v.shape, torch.float32 if method == "deltalora" and k.endswith("q.weight") else v.dtype)
+                for k, v in model.state_dict().items()}
+        modules = [type(m) for m in model.modules()]
+        layers = adapt(model, method, hparams, targets=["q"])
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            calibrated(model, layers)
+        lora.merge(model)
+        assert {k: (v.shape, v.dtype) for k, v in model.state_dict().items()} == keys
+        assert [type(m) for m in model.modules()] == modules
+
+
+@every_variant
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_refused_and_the_base_untouched(method, hparams, bad):
+    """NaN or inf in one adapter: nothing at all is merged."""
+    model = tiny_gpt()
+    layers = calibrated(model, adapt(model, method, hparams))
+    with torch.no_grad():
+        layers[-1].lora_B[0, 0] = bad
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match="NaN or inf"):
+        lora.merge(model)
+    assert all(torch.equal(v, before[k]) or "lora_B" in k for k, v in model.state_dict().items())
+    assert sum(isinstance(m, LoRALinear) for m in model.modules()) == len(layers)
+
+
+def test_merging_twice_is_refused():
+    """The second merge finds no adapter and says so."""
+    model = tiny_gpt()
+    adapt(model, "lora", {})
+    lora.merge(model)
+    with pytest.raises(ValueError, match="nothing to merge"):
+        lora.merge(model)
+
+
+def test_merging_works_on_any_module():
+    """Any nn.Module with named nn.Linears, bias or none, at any depth, even at the top."""
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.ModuleDict({"out": nn.Linear(16, 4)})["out"])
+    x = torch.randn(5, 8)
+    base = model(x)
+    for layer in lora.apply(model, LoRALinear, ["0", "2"], r=2, alpha=4):
+        nn.init.normal_(layer.lora_B)
+    out = model(x)
+    assert (out - base).abs().max() > 0.1
+    torch.testing.assert_close(lora.merge(model)(x), out)
+    assert model[0].bias is None
+
+
+# Surgery
+
+def test_apply_returns_layers_in_chain_order():
+    """All q from shallow to deep, then all v, as the targets were named."""
+    model = tiny_gpt()
+    layers = adapt(model, "lora", {}, targets=["v", "q"])
+    assert layers == [b.attn.v for b in model.h] + [b.attn.q for b in model.h]
+
+
+def test_bad_surgery_leaves_the_model_as_it_was():
+    """Unknown target, rank out of range, tied weight, bad dropout: ValueError with the value, nothing replaced."""
+    model = tiny_gpt()
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    for net, targets, hparams, message in [
+            (model, ["q", "value"], dict(r=2), "'value' matches no linear.*down, k, o, q, up, v"),
+            (model, ["q"], dict(r=0), "rank 0 is not in 1..16"), (model, ["q"], dict(r=17), "rank 17 is not in 1..16"),
+            (model, ["q"], dict(r=2, dropout=1.0), "dropout 1.0"), (tied, ["0"], dict(r=2), "shares its weight")]:
+        modules, wanted = list(net.modules()), [p.requires_grad for p in net.parameters()]
+        with pytest.raises(ValueError, match=message):
+            lora.apply(net, LoRALinear, targets, alpha=1, **hparams)
+        assert list(net.modules()) == modules and [p.requires_grad for p in net.parameters()] == wanted
+
+
+# ResLoRA's merges
+
+APPROXIMATE = [(s, m) for s in ("input", "middle") for m in (1, 2)]
+
+
+def trained_reslora(shortcut, m):
+    torch.manual_seed(0)
+    model = tiny_gpt()
+    return model, adapt(model, "reslora", dict(shortcut=shortcut, pre_num=m))
+
+
+def chain_inputs(model, layers, idx):
+    """{layer: x_n (tokens, C)} of one forward."""
+    xs = {}
+    hooks = [q.register_forward_hook(lambda q, args, _: xs.update({q: args[0].flatten(0, 1)})) for q in layers]
+    model(idx)
+    for hook in hooks:
+        hook.remove()
+    return xs
+
+
+def shortcut_part(layer, xs):
+    """z_n by hand."""
+    if layer.shortcut == "input":
+        return sum(xs[e] for e in layer.earlier) @ layer.lora_A.T
+    return sum(xs[e] @ e.lora_A.T for e in layer.earlier)
+
+
+@pytest.mark.parametrize("shortcut, m", APPROXIMATE)
+def test_regression_has_the_least_error_of_all_merges_on_its_calibration_data(shortcut, m):
+    """With eps = 0: |z_n - (A* - A) x_n| of every layer is below that of the paper's merges and of any other matrix."""
+    model, layers = trained_reslora(shortcut, m)
+    idx = tokens(16, 16)[0]
+    xs = chain_inputs(model, layers, idx)
+    hard = [layer for layer in layers if not layer.exact_merge]
+    assert len(hard) == 6
+
+    def errors():
+        return torch.stack([(shortcut_part(q, xs) - xs[q] @ (q.A_star - q.lora_A).T).square().sum() for q in hard])
+    regression(hard, run_over(model, idx), eps=0.0)
+    best, A_star = errors(), [q.A_star for q in hard]
+    for how in MERGES[1:] if m == 1 else ("input", "none"):
+        layers[0].calibrate(layers, run_over(model, idx), how)
+        assert (best < 0.9 * errors()).all()
+    for _ in range(5):
+        for q, A in zip(hard, A_star, strict=True):
+            q.A_star = A + 1e-3 * torch.randn_like(A)
+        assert (best < errors()).all()
+    # and it is the least squares solution of an independent solver
+    for q, A in zip(hard, A_star, strict=True):
+        P = torch.linalg.lstsq(xs[q], shortcut_part(q, xs)).solution.T
+        torch.testing.assert_close(A, q.lora_A + P, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_regression_beats_the_papers_merges_on_the_logits(shortcut):
+    """On fresh tokens the regression-merged model is nearer to the unmerged one than any of the paper's."""
+    model, layers = trained_reslora(shortcut, 1)
+    train_steps(model, layers, 10)
+    idx, out = tokens(8)[0], None
+    out = model(idx)[0]
+    error = {}
+    for how in MERGES:
+        trial = copy.deepcopy(model)
+        trial_layers = [m for m in trial.modules() if isinstance(m, ResLoRALinear)]
+        calibrated(trial, trial_layers, how)
+        error[how] = (lora.merge(trial)(idx)[0] - out).norm().item()
+    assert error["regression"] == min(error.values()) and error["none"] > 1.5 * error["regression"], error
+
+
+@pytest.mark.parametrize("shortcut, m", APPROXIMATE)
+def test_the_papers_merges_are_the_papers(shortcut, m):
+    """merge_bi and merge_bw by hand, from norms over two batches."""
+    model, layers = trained_reslora(shortcut, m)
+    batches = [tokens()[0], tokens()[0]]
+    xs = [chain_inputs(model, layers, idx) for idx in batches]
+    s = 5 / 3
+    for how in ("none", "input", "weight"):
+        if how == "weight" and shortcut == "input" and m > 1:
+            with pytest.raises(ValueError, match="pre_num 1 only, not 2"):
+                layers[0].calibrate(layers, run_over(model, *batches), how)
+            continue
+        layers[0].calibrate(layers, run_over(model, *batches), how)
+        for chain in (layers[:4], layers[4:]):
+            f = [sum((x[q] @ q.lora_A.T if how == "input" and shortcut == "middle" else x[q]).norm() for x in xs) / 2
+                 for q in chain]
+            star = []
+            for n, q in enumerate(chain):
+                window = range(1, min(m, n) + 1)
+                if how == "none":
+                    A = q.lora_A
+                elif how == "input":
+                    A = (1 + sum(f[n - k] / f[n] for k in window)) * q.lora_A
+                elif shortcut == "middle":
+                    A = q.lora_A + sum(f[n - k] / f[n] * chain[n - k].lora_A for k in window)
+                else:
+                    A = (1 + (0 if n == 0 else 1 if n == 1 else star[n - 2] / star[n - 1])) * q.lora_A
+                star.append((q.weight + s * q.lora_B @ A).norm())
+                torch.testing.assert_close(q.as_lora()[0], A)
+
+
+def test_calibration_leaves_padding_out():
+    """Positions marked False do not count: A* is that of the real tokens alone."""
+    model, layers = trained_reslora("input", 1)
+    hard = [layer for layer in layers if not layer.exact_merge]
+    real = tokens(16, 8)[0]
+    padded = torch.cat([real, torch.zeros(16, 4, dtype=torch.long)], 1)
+
+    def run():
+        model(padded)
+        yield torch.arange(12).expand(16, 12) < 8
+    regression(hard, run)
+    with_padding = [q.A_star for q in hard]
+    regression(hard, run_over(model, real))
+    for a, q in zip(with_padding, hard, strict=True):
+        torch.testing.assert_close(a, q.A_star)
+
+
+@pytest.mark.parametrize("shortcut", ["input", "middle"])
+def test_merging_without_calibration_is_refused(shortcut):
+    """An approximate merge needs `calibrate`; a training step makes an earlier calibration stale."""
+    model, layers = trained_reslora(shortcut, 1)
+    with pytest.raises(RuntimeError, match="calibrate first"):
+        lora.merge(model)
+    calibrated(model, layers)
+    train_steps(model, layers, 1)
+    with pytest.raises(RuntimeError, match="calibrate first"):
+        lora.merge(model)
+
+
+def test_no_shortcut_is_exact():
+    """pre_num 0, and the first layer of every chain, are plain LoRA and merge exactly under every name."""
+    for how in MERGES:
+        model, (idx, _) = tiny_gpt(), tokens()
+        layers = adapt(model, "reslora", dict(pre_num=0, merge=how))
+        out = model(idx)[0]
+        assert all(layer.exact_merge for layer in layers)
+        torch.testing.assert_close(lora.merge(model)(idx)[0], out)
+
+
+def test_delta_lora_merges_what_W_has_not_followed():
+    """merged = W_T + s B_T A_T: the branch is added once, W's own motion is in W already."""
+    model = tiny_gpt()
+    layers = adapt(model, "deltalora", dict(delta_start=1), random=False)
+    W_0 = [layer.weight.clone() for layer in layers]
+    train_steps(model, layers, 5)
+    totals = [layer.scaling * layer.as_lora()[1] @ layer.as_lora()[0] for layer in layers]
+    lora.merge(model)
+    merged = [b.attn.q.weight for b in model.h] + [b.attn.v.weight for b in model.h]
+    for W, start, total in zip(merged, W_0, totals, strict=True):
+        assert (W - start).abs().max() > 1e-3
+        torch.testing.assert_close(W, start + total)

@@ -1,0 +1,399 @@
+"""Adapt a GPT with one method of the LoRA family, compare base, unmerged and merged, and keep what was learned.
+
+    python train.py --method reslora --rank 64                                   needs nothing: half a minute on a CPU
+    python train.py --method deltalora --dataset e2e --model gpt2 --epochs 5     from the hub, better on a GPU
+
+The page reads top to bottom: settings, data, model and method, the loop, merging, the report.
+"""
+import argparse
+import copy
+import math
+import platform
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import data
+import lora
+from data import bpe
+from methods import METHODS
+from model import from_pretrained, locate
+
+ROOT = Path(__file__).resolve().parent
+MODELS = {"tiny-gpt": ROOT / "data/tiny-gpt", **{f"gpt2{s}": f"openai-community/gpt2{s}"
+                                                 for s in ("", "-medium", "-large", "-xl")}}
+# What fits half a minute on two CPU cores with the embedded model: steps, examples per step, learning rate. Full
+# fine-tuning wants a smaller rate than an adapter.
+DEFAULTS = {
+    "restaurants": dict(steps=150, batch_size=32, lr=5e-3, full_lr=3e-3),
+    "e2e": dict(steps=150, batch_size=32, lr=5e-3, full_lr=2e-3),
+    "stdlib": dict(steps=100, batch_size=16, lr=5e-3, full_lr=2e-3),
+    "text": dict(steps=100, batch_size=16, lr=5e-3, full_lr=2e-3),
+    "world": dict(steps=100, batch_size=32, lr=5e-3, full_lr=3e-3),
+}
+LOG_EVERY = 10  # steps between two readings of the loss; reading it makes a GPU wait
+EVAL_EXAMPLES = 128  # validation examples per point of the curve; the final report uses all of the test split
+SCORED = 64  # test records decoded where the dataset can score a text
+CALIBRATION = 16  # training batches for merging
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def parse(argv):
+    """Flags -> a namespace without a None that matters; ValueError for what does not fit together."""
+    parser = Parser("train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False, fromfile_prefix_chars="@", epilog="@FILE reads flags from a file, one a line.")
+    parser.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
+    add = parser.add_argument_group("method").add_argument
+    add("--method", default="lora", help=", ".join(METHODS))
+    add("--rank", type=int, default=8, help="r, 1 up to the smaller side of the linears (8)")
+    add("--alpha", type=float, default=16.0, help="numerator of the scale (16)")
+    add("--rs", action="store_true", help="alpha times sqrt(r), rsLoRA's scale, for whatever method")
+    add("--dropout", type=float, default=0.0, help="on the input of A (0)")
+    add("--targets", default="q,v", help="which linears, of q,k,v,o,up,down (q,v, the papers' choice)")
+    for method, (_, own) in METHODS.items():
+        add = parser.add_argument_group(method).add_argument if own else None
+        for name, spec in own.items():  # SUPPRESS: a flag that was not given leaves no trace
+            add("--" + name.replace("_", "-"), **{**spec, "default": argparse.SUPPRESS})
+    add = parser.add_argument_group("model and data").add_argument
+    add("--model", default="tiny-gpt", help=f"{', '.join(MODELS)}, a checkpoint folder or a hub id (tiny-gpt)")
+    add("--dataset", default="restaurants", help=", ".join(data.DATASETS))
+    add("--data-dir", help="read the dataset from this folder (text: or file) instead of the hub")
+    add("--context", type=int, help="longest sequence in tokens (the model's, at most 256)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--steps", type=int, help="optimizer steps (by dataset)")
+    add("--epochs", type=float, help="instead of --steps")
+    add("--batch-size", type=int, help="examples per forward (by dataset)")
+    add("--grad-accum", type=int, default=1, help="batches per step: the same step with less memory (1)")
+    add("--lr", type=float, help="peak learning rate (by dataset)")
+    add("--optimizer", choices=("adamw", "sgd"), default="adamw")
+    add("--schedule", choices=("linear", "cosine", "constant"), default="linear", help="after the warm-up")
+    add("--warmup", type=float, default=0.06, help="steps, or below 1 the share of the run (.06)")
+    add("--weight-decay", type=float, default=0.01, help="on matrices, decoupled (.01)")
+    add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping (1)")
+    add("--label-smoothing", type=float, default=0.0)
+    add("--seed", type=int, default=0, help="of adapters, data order and dropout")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="cpu, cuda, mps (cuda, else cpu)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the arithmetic (bfloat16 on cuda)")
+    add("--compile", action="store_true", help="torch.compile: a slow start, then faster on a GPU")
+    add = parser.add_argument_group("run folder").add_argument
+    add("--out", type=Path, help="out/<dataset>-<method>-r<rank>-s<seed>")
+    add("--eval-every", type=int, help="steps between validations, each a checkpoint (a tenth of the run)")
+    add("--resume", action="store_true", help="go on from the run folder's last checkpoint")
+    add("--save-merged", action="store_true", help="write merged/, a checkpoint that transformers loads")
+    args = parser.parse_args(argv)
+
+    if args.method not in METHODS:
+        raise ValueError(f"unknown method {args.method!r}: choose from {', '.join(METHODS)}")
+    if args.dataset not in data.DATASETS:
+        raise ValueError(f"unknown dataset {args.dataset!r}: choose from {', '.join(data.DATASETS)}")
+    for method, (_, own) in METHODS.items():
+        for name in own.keys() & vars(args).keys() - METHODS[args.method][1].keys():
+            raise ValueError(f"--{name.replace('_', '-')} is a flag of method {method}, not of {args.method}")
+    if args.steps is not None and args.epochs is not None:
+        raise ValueError("--steps and --epochs say the same thing: give one")
+    defaults = DEFAULTS[args.dataset]
+    args.batch_size = defaults["batch_size"] if args.batch_size is None else args.batch_size
+    if args.lr is None:
+        args.lr = defaults["full_lr" if args.method == "full" else "lr"]
+    positive = "steps", "epochs", "batch_size", "grad_accum", "lr", "alpha", "context", "eval_every"
+    for name in positive:
+        value = getattr(args, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    for name, high in (("warmup", math.inf), ("weight_decay", math.inf), ("clip", math.inf), ("label_smoothing", 1)):
+        if not 0 <= getattr(args, name) < high:
+            raise ValueError(f"--{name.replace('_', '-')} must be 0 or more{' and below 1' * (high == 1)}, "
+                             f"not {getattr(args, name)}")
+    rank = "" if args.method == "full" else f"-r{args.rank}"
+    args.out = args.out or Path(f"out/{args.dataset}-{args.method}{rank}-s{args.seed}")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file, not a folder")
+    args.device, args.amp = pick_device(args.device, args.dtype)
+    return args
+
+
+def pick_device(name, dtype):
+    """(device, autocast context) of --device and --dtype."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}: choose cpu, cuda or mps") from None
+    ready = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not ready.get(device.type, False):
+        raise ValueError(f"--device {name}: this machine or this build of torch has none")
+    low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+    return device, torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces
+
+def lr_at(step, steps, args):
+    """Learning rate of step 1..steps: linear warm-up, then linear, cosine or no decay towards 0."""
+    warmup = args.warmup if args.warmup >= 1 else args.warmup * steps
+    if step <= warmup:
+        return args.lr * step / (warmup + 1)
+    t = (step - warmup) / (steps - warmup + 1)  # in (0, 1): the last step still learns
+    return args.lr * {"linear": 1 - t, "cosine": (1 + math.cos(math.pi * t)) / 2, "constant": 1.0}[args.schedule]
+
+
+def make_optimizer(params, args):
+    """AdamW or SGD, weight decay on matrices only; fused into one kernel where that exists."""
+    groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=args.weight_decay),
+              dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
+    optimizer = torch.optim.SGD if args.optimizer == "sgd" else torch.optim.AdamW
+    return optimizer([g for g in groups if g["params"]], args.lr, fused=args.device.type in ("cpu", "cuda"))
+
+
+def batches(examples, args, skip=0):
+    """Endless (idx, targets, number of targets), epoch after epoch, from the batch number `skip` on."""
+    epoch = 0
+    while True:
+        order = data.epoch_batches(examples, args.batch_size, f"{args.seed}/{epoch}")
+        for indices in order[skip:]:
+            idx, targets = data.collate([examples[i] for i in indices])
+            yield idx, targets, int((targets != -100).sum())
+        skip, epoch = max(0, skip - len(order)), epoch + 1
+
+
+def to_device(idx, device):
+    """Asynchronous where the device allows it. Targets stay on the CPU, see GPT.forward."""
+    return idx.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else idx.to(device)
+
+
+@torch.no_grad()
+def mean_loss(model, examples, args):
+    """Nats per target token over all examples, neighbours in length together."""
+    model.eval()
+    total, count = 0, 0
+    near = sorted(examples, key=lambda e: len(e[0]))
+    for i in range(0, len(near), args.batch_size):
+        idx, targets = data.collate(near[i:i + args.batch_size])
+        n = int((targets != -100).sum())
+        with args.amp:
+            total, count = total + n * model(to_device(idx, args.device), targets)[1], count + n
+    model.train()
+    return float(total) / count
+
+
+def decode(model, pairs, tokenizer, max_new=96):
+    """Prompts and greedy texts: for records what they say, for plain text how its beginning goes on."""
+    prompts = [tokenizer.encode_ordinary(record + " ||" if record else text[:400]) for record, text in pairs]
+    prompts = [p if record else p[:32] for p, (record, _) in zip(prompts, pairs, strict=True)]
+    model.eval()
+    texts = model.generate([[tokenizer.eot_token, *p] for p in prompts], max_new, tokenizer.eot_token)
+    model.train()
+    return [tokenizer.decode(p).strip() for p in prompts], [tokenizer.decode(t).strip() for t in texts]
+
+
+def calibration(model, examples, args):
+    """Send the first training batches through a model; yield after each where it is no padding (B, T)."""
+    model.eval()
+    for indices in data.epoch_batches(examples, args.batch_size, f"{args.seed}/0")[:CALIBRATION]:
+        chosen = [examples[i] for i in indices]
+        idx, targets = data.collate(chosen)
+        with args.amp:
+            model(to_device(idx, args.device), targets)
+        lengths = torch.tensor([len(ids) - 1 for ids, _ in chosen])
+        yield (torch.arange(idx.size(1)) < lengths[:, None]).to(args.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+class Run:
+    """What all stages share: the data, encoded, the model with its adapters, the settings that make it this run."""
+
+    def __init__(self, args):
+        self.args = args
+        torch.manual_seed(args.seed)
+        torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
+        self.source = locate(MODELS.get(args.model, args.model))
+        self.model = from_pretrained(self.source)
+        self.tokenizer = bpe.load(self.source, self.model.config.vocab_size)
+        limit = self.model.config.n_positions
+        args.context = args.context or min(limit, 256)
+        if args.context > limit:
+            raise ValueError(f"--context {args.context} is above the model's {limit}")
+
+        self.pairs = data.load(args.dataset, args.data_dir)
+        encoded = [data.encode(self.pairs[s], self.tokenizer, args.context) for s in ("train", "validation", "test")]
+        (self.train, _), (self.val, _), (self.test, _) = encoded
+        cut = sum(n for _, n in encoded)
+        if args.epochs:
+            per_epoch = math.ceil(len(self.train) / args.batch_size)
+            args.steps = math.ceil(args.epochs * per_epoch / args.grad_accum)
+        args.steps = args.steps or DEFAULTS[args.dataset]["steps"]
+        args.eval_every = min(args.eval_every or math.ceil(args.steps / 10), args.steps)
+
+        self.Adapter, own = METHODS[args.method]
+        hparams = {name: getattr(args, name, spec.get("default")) for name, spec in own.items()}
+        hparams = {name: value(args.steps) if callable(value) else value for name, value in hparams.items()}
+        self.model.to(args.device)
+        self.layers = []
+        if self.Adapter:
+            alpha = args.alpha * math.sqrt(args.rank) if args.rs else args.alpha
+            self.layers = lora.apply(self.model, self.Adapter, args.targets.split(","), r=args.rank, alpha=alpha,
+                                     dropout=args.dropout, **hparams)
+            self.Adapter.begin(self.layers, args.steps)
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
+        elsewhere = "resume", "out", "save_merged", "device", "amp", "epochs", "compile"  # may change on resuming
+        self.settings = {k: v for k, v in {**vars(args), **hparams}.items() if k not in elsewhere}
+
+        trainable, total = (sum(p.numel() for p in ps) for ps in (self.params, self.model.parameters()))
+        self.parameters = {"trainable": trainable, "total": total}
+        print(f"data     {args.dataset}: {len(self.train)} / {len(self.val)} / {len(self.test)} examples to train, "
+              f"validate, test" + f"; {cut} texts cut at {args.context} tokens" * bool(cut))
+        print(f"method   {args.method}" + "".join(f", {k} {v}" for k, v in hparams.items())
+              + f"; {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
+        print(f"machine  {args.device}, {'float32' if isinstance(args.amp, nullcontext) else 'bfloat16 autocast'}; "
+              f"{args.steps} steps of {args.batch_size * args.grad_accum} examples, learning rate {args.lr:g}")
+
+    def report(self, model):
+        """{metric: value} on the test split."""
+        loss = mean_loss(model, self.test, self.args)
+        values = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+        score = getattr(data.module(self.args.dataset), "score", None)
+        if score:
+            some = self.pairs["test"][:SCORED]
+            values.update(score([record for record, _ in some], decode(model, some, self.tokenizer)[1]))
+        return values
+
+
+def fit(run):
+    """The loop. Returns the rows of log.csv."""
+    args, model, Adapter = run.args, run.model, run.Adapter
+    state_file, log_file = args.out / "resume.safetensors", args.out / "log.csv"
+    optimizer = make_optimizer(run.params, args)
+    rows, done = [], 0
+    if args.resume:
+        done = checkpoint.load_state(state_file, model, optimizer, run.settings)
+        rows = checkpoint.read_log(log_file, done)
+        print(f"resume   {args.out} after step {done}")
+    else:
+        checkpoint.clear(args.out)  # of what an earlier run left there
+    forward = torch.compile(model) if args.compile else model
+    stream = batches(run.train, args, skip=done * args.grad_accum)
+    seconds, saved = rows[-1]["seconds"] if rows else 0.0, done
+    pending, tokens, clock = [], 0, time.time()
+    bar = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, disable=None, unit="step")
+    model.train()
+    try:
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, args.steps, args)
+            micro = [next(stream) for _ in range(args.grad_accum)]
+            loss, targets_in_step = 0, sum(n for _, _, n in micro)
+            for idx, targets, n in micro:
+                with args.amp:
+                    _, mean = forward(to_device(idx, args.device), targets, args.label_smoothing)
+                part = mean * (n / targets_in_step)  # so that accumulating equals one large batch
+                part.backward()
+                loss, tokens = loss + part.detach(), tokens + idx.numel()
+            norm = torch.nn.utils.clip_grad_norm_(run.params, args.clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+            if Adapter:
+                Adapter.after_step(run.layers, step)
+            pending.append(torch.stack([loss, norm]))
+
+            evaluate = step % args.eval_every == 0 or step == args.steps
+            if step % LOG_EVERY and not evaluate:
+                continue
+            readings = torch.stack(pending).tolist()  # the one place where the device is waited for
+            speed = tokens / (time.time() - clock)
+            seconds += time.time() - clock
+            val_loss = mean_loss(model, run.val[:EVAL_EXAMPLES], args) if evaluate else None
+            for number, values in enumerate([*readings, [val_loss or 0.0]], step - len(readings) + 1):
+                if not all(map(math.isfinite, values)):
+                    raise ValueError(f"loss or gradient is not finite at step {min(number, step)}: stopped; "
+                                     f"{f'step {saved} is in {args.out}' if saved else 'nothing was saved'}. "
+                                     f"A lower --lr than {args.lr:g} may help")
+            train_loss, grad_norm = (sum(column) / len(readings) for column in zip(*readings, strict=True))
+            rows.append(dict(step=step, lr=optimizer.param_groups[0]["lr"], train_loss=train_loss,
+                             grad_norm=grad_norm, val_loss=val_loss, seconds=round(seconds, 3)))
+            bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s")
+            if evaluate:
+                bar.write(f"step {step:5}  training loss {train_loss:.4f}  validation loss {val_loss:.4f}  "
+                          f"{speed:7,.0f} tokens/s", file=sys.stdout)
+                checkpoint.write_log(log_file, rows)
+                checkpoint.save_state(state_file, model, optimizer, step, run.settings)
+                saved = step
+            pending, tokens, clock = [], 0, time.time()
+    except KeyboardInterrupt:
+        where = f"step {saved} is in {args.out}, --resume goes on from there" if saved else "nothing was saved"
+        print(f"\ninterrupted; {where}", file=sys.stderr)
+        raise SystemExit(130) from None
+    return rows
+
+
+def merge(run, metrics):
+    """Merge for good, after measuring on copies the other ways that were asked for; write the adapter."""
+    args, model, Adapter = run.args, run.model, run.Adapter
+    kept, *others = run.layers[0].merges
+    for how in others:
+        trial = copy.deepcopy(model)
+        layers = [m for m in trial.modules() if isinstance(m, Adapter)]
+        Adapter.calibrate(layers, lambda trial=trial: calibration(trial, run.train, args), how)
+        metrics[f"merged by {how}"] = run.report(lora.merge(trial))
+    Adapter.calibrate(run.layers, lambda: calibration(model, run.train, args), kept)
+    checkpoint.save_adapter(args.out, model, run.source, args.dropout)
+    metrics["merged"] = run.report(lora.merge(model))
+
+
+def train(args):
+    """One run from flags to result.json, whose content is returned."""
+    started = time.time()
+    run = Run(args)
+    if args.resume:  # refuse before anything is computed
+        checkpoint.read_state(args.out / "resume.safetensors", run.settings)
+    metrics = {"base": run.report(run.model)}  # with B = 0 the adapted model is the base
+    rows = fit(run)
+    metrics["unmerged" if run.Adapter else "trained"] = run.report(run.model)
+    if run.Adapter:
+        merge(run, metrics)
+    if args.save_merged:
+        checkpoint.save_merged(args.out / "merged", run.model, run.source)
+
+    result = {"settings": {**run.settings, "device": str(args.device)}, "metrics": metrics,
+              "parameters": run.parameters, "splits": {"trained": "train", "curve": "validation", "metrics": "test"},
+              "versions": {"python": platform.python_version(), "torch": torch.__version__},
+              "seconds": {"training": rows[-1]["seconds"], "all": round(time.time() - started, 1)}}
+    checkpoint.write_json(args.out / "result.json", result)
+    checkpoint.draw_curve(args.out / "curve.png", rows, f"{args.method} on {args.dataset}")
+    some = run.pairs["test"][:: max(1, len(run.pairs["test"]) // 3)][:3]
+    for prompt, text, (record, reference) in zip(*decode(run.model, some, run.tokenizer), some, strict=True):
+        print(f"\n{prompt}\n  -> {text}" + f"\n  ref {reference}" * bool(record))
+    print(f"\n{args.dataset + ' (test)':28}" + "".join(f"{name:>12}" for name in metrics["base"]))
+    for stage, values in metrics.items():
+        print(f"{stage:28}" + "".join(f"{value:12.4f}" for value in values.values()))
+    print(f"{rows[-1]['seconds']:.0f} s of training, {time.time() - started:.0f} s in all; everything is in {args.out}")
+    return result
+
+
+def main(argv=None):
+    """The command line: bad input is one line and exit code 2."""
+    try:
+        return train(parse(argv))
+    except (ValueError, OSError) as e:
+        print("train.py: " + " ".join(str(e).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
