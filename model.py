@@ -188,7 +188,7 @@ def to_gpt2(state):
     return out
 
 
-def from_gpt2(state):
+def from_gpt2(state, where="checkpoint"):
     """The reverse, with or without the `transformer.` prefix."""
     out = {}
     for key, t in state.items():
@@ -198,7 +198,7 @@ def from_gpt2(state):
         if key == "lm_head.weight":
             tied = state.get("transformer.wte.weight", state.get("wte.weight"))
             if tied is None or not torch.equal(t, tied):
-                raise ValueError("lm_head.weight differs from wte.weight: only tied GPT-2 checkpoints are supported")
+                raise ValueError(f"{where}: lm_head.weight differs from wte.weight, only tied heads are supported")
             continue
         if key.startswith("h.") and key.endswith(".weight") and t.dim() == 2:
             t = t.t()
@@ -277,7 +277,7 @@ def from_pretrained(source):
     folder = locate(source)
     model = GPT(read_config(folder))
     path = folder / "model.safetensors"
-    state = {k: v.float().contiguous() for k, v in from_gpt2(read_safetensors(path)).items()}
+    state = {k: v.float().contiguous() for k, v in from_gpt2(read_safetensors(path), path).items()}
     check_keys(state, model.state_dict(), path)
     model.load_state_dict(state)
     return model

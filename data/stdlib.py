@@ -10,13 +10,12 @@ def load():
     from pydoc_data.topics import topics
 
     splits = {"train": [], "validation": [], "test": []}
-    for i, name in enumerate(sorted(topics)):
-        split = {8: "validation", 9: "test"}.get(i % 10, "train")
-        splits[split].append(("", topics[name].strip()))
+    for i, text in enumerate(dict.fromkeys(topics[name].strip() for name in sorted(topics))):  # some stand there twice
+        splits[{8: "validation", 9: "test"}.get(i % 10, "train")].append(("", text))
     return splits
 
 
 if __name__ == "__main__":
     for split, pairs in load().items():
         print(f"{split:10} {len(pairs):3} topics {sum(len(t.split()) for _, t in pairs):6} words")
-    # with Python 3.11: train 64 topics 54653 words, validation 8 and 9234, test 7 and 1614
+    # with Python 3.11: train 64 topics 60069 words, validation 7 and 1912, test 7 and 3431

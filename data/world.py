@@ -500,10 +500,8 @@ def documents(n, seed):
     return [writer(rng) for writer in rng.choices(list(WRITERS), WRITERS.values(), k=n)]
 
 
-def load(data_dir=None):
+def load():
     """{split: [("", document)]}: plain text has an empty prompt."""
-    if data_dir:
-        raise ValueError("dataset world is generated: --data-dir is not for it")
     sizes = {"train": (120000, 1), "validation": (1000, 2), "test": (1000, 3)}
     return {split: [("", text) for text in documents(n, seed)] for split, (n, seed) in sizes.items()}
 

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import lora  # noqa: E402
+from data import bpe, restaurants  # noqa: E402
 from methods import METHODS  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
@@ -92,3 +93,14 @@ def calibrated(model, layers, how=None):
     """Calibrate on random tokens and return the layers."""
     layers[0].calibrate(layers, run_over(model, tokens(16)[0], tokens(16)[0]), how)
     return layers
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A checkpoint folder as data/tiny-gpt is one: 2 layers, 16 channels, a vocabulary of 320."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=320, n_positions=256, n_embd=16, n_layer=2, n_head=2))
+    model.save_pretrained(folder)
+    bpe.save(bpe.train([text for _, text in restaurants.load()["validation"]], 319), folder)
+    return folder

@@ -159,8 +159,7 @@ def truncate(folder):
 ])
 def test_a_bad_checkpoint_is_refused_with_its_reason(tmp_path, change, message):
     """Nothing is loaded halfway: each defect is named, with the file."""
-    found = breaking(tmp_path, change)
-    assert message in found and str(tmp_path) in found or "n_embd 24" in found
+    assert message in breaking(tmp_path, change)
 
 
 def test_a_folder_that_is_not_there(tmp_path):

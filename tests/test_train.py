@@ -1,0 +1,311 @@
+"""The command line, end to end, and every bad input with the line it must give."""
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, tokens, variants
+from safetensors.torch import load_file
+from test_checkpoint import peft_logits, relative
+
+import data
+import train
+from data import bpe
+from methods import METHODS
+from model import from_pretrained
+
+FAST = ["--rank", "4", "--steps", "6", "--batch-size", "8", "--eval-every", "2", "--lr", "1e-2"]
+
+
+@pytest.fixture(autouse=True)
+def few_records(monkeypatch):
+    """The splits cut down: a run in a second."""
+    real = data.load
+
+    def load(name, data_dir=None):
+        return {split: pairs[:64 if split == "train" else 12] for split, pairs in real(name, data_dir).items()}
+    monkeypatch.setattr(data, "load", load)
+
+
+def command(base, out, *flags):
+    return ["--model", str(base), "--out", str(out), *FAST, *map(str, flags)]
+
+
+def weights(out):
+    return {k: v for k, v in load_file(out / "resume.safetensors").items() if k.startswith("model.")}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_merges_and_leaves_a_whole_run_folder(tmp_path, base, method, capsys):
+    """Loss falls; result.json, log.csv and the adapter agree with each other; nothing half-written lies about."""
+    result = train.main(command(base, tmp_path, "--method", method, "--save-merged"))
+    rows = list(csv.DictReader(open(tmp_path / "log.csv")))
+    assert [row["step"] for row in rows] == ["2", "4", "6"]
+    assert float(rows[-1]["val_loss"]) < float(rows[0]["val_loss"])
+    metrics = result["metrics"]
+    last = "trained" if method == "full" else "merged"
+    assert metrics[last]["loss"] < metrics["base"]["loss"]
+    assert set(metrics[last]) == {"loss", "perplexity", "slots", "names"}
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    names = {p.name for p in tmp_path.iterdir()}
+    adapter = {"adapter_config.json", "adapter_model.safetensors"} if METHODS[method][0] else set()
+    assert names == {"result.json", "log.csv", "curve.png", "resume.safetensors", "merged", *adapter}
+    out = capsys.readouterr().out
+    assert "parameters train" in out and "ref " in out and last in out
+    # merged/ is the model whose loss was reported
+    model, args = from_pretrained(tmp_path / "merged"), train.parse(command(base, tmp_path, "--method", method))
+    test, _ = data.encode(data.load("restaurants")["test"], bpe.load(tmp_path / "merged", 320), 256)
+    assert train.mean_loss(model, test, args) == pytest.approx(metrics[last]["loss"], abs=1e-6)
+    if adapter:
+        idx = tokens(V=320)[0]
+        assert relative(peft_logits(base, tmp_path, idx)[0], model(idx)[0]) < 1e-5
+    if method not in ("full", "reslora"):
+        assert metrics["merged"]["loss"] == pytest.approx(metrics["unmerged"]["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("dataset", ["stdlib", "world", "text", "e2e"])
+def test_every_dataset_trains(tmp_path, base, dataset):
+    """The other datasets, from their own source or from files, lower the loss too."""
+    flags = []
+    if dataset == "text":
+        (tmp_path / "book.txt").write_text("It is a truth that a loss must fall. " * 200)
+        flags = ["--data-dir", tmp_path / "book.txt"]
+    if dataset == "e2e":
+        row = {"meaning_representation": "name : The Eagle | food : Thai", "human_reference": "The Eagle serves Thai ."}
+        for split in ("train", "validation", "test"):
+            (tmp_path / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 20)
+        flags = ["--data-dir", tmp_path]
+    metrics = train.main(command(base, tmp_path / "out", "--dataset", dataset, *flags))["metrics"]
+    assert metrics["merged"]["loss"] < metrics["base"]["loss"]
+
+
+def test_several_merges_are_measured_beside_the_one_that_is_kept(tmp_path, base):
+    """--merge a,b,c: the first is exported; every one is what a run with it alone reports."""
+    flags = ["--method", "reslora", "--shortcut", "middle"]
+    several = train.main(command(base, tmp_path / "a", *flags, "--merge", "regression,input,weight,none"))["metrics"]
+    assert list(several) == ["base", "unmerged", "merged by input", "merged by weight", "merged by none", "merged"]
+    for how in ("input", "regression"):
+        alone = train.main(command(base, tmp_path / how, *flags, "--merge", how))["metrics"]
+        assert alone["unmerged"] == several["unmerged"]
+        assert alone["merged"] == several["merged by input" if how == "input" else "merged"]
+
+
+def test_rs_is_rslora_and_goes_with_every_method(tmp_path, base):
+    """--method rslora = --rs = alpha times sqrt(r)."""
+    runs = [train.main(command(base, tmp_path / str(i), *flags))["metrics"] for i, flags in enumerate([
+        ["--method", "rslora"], ["--method", "lora", "--rs"], ["--method", "lora", "--alpha", "32"], ["--method", "lora"],
+        ["--method", "deltalora", "--rs"], ["--method", "deltalora", "--alpha", "32"]])]
+    assert runs[0] == runs[1] == runs[2] != runs[3]
+    assert runs[4] == runs[5]
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path, base):
+    """Seeded: adapters, order, dropout."""
+    runs = [train.main(command(base, tmp_path / str(i), "--dropout", ".2", "--seed", seed))["metrics"]["merged"]
+            for i, seed in enumerate((1, 1, 2))]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_accumulated_gradients_are_the_large_batch():
+    """Batches weighted by their targets: two halves give the gradient of the whole."""
+    from conftest import adapt, tiny_gpt
+    grads = []
+    idx, targets = tokens(8)
+    for size in (8, 4, 1):
+        torch.manual_seed(0)
+        model = tiny_gpt()
+        layers = adapt(model, "lora", {})
+        total = (targets != -100).sum()
+        for i in range(0, 8, size):
+            part = targets[i:i + size]
+            (model(idx[i:i + size], part)[1] * ((part != -100).sum() / total)).backward()
+        grads.append(torch.cat([p.grad.flatten() for q in layers for p in (q.lora_A, q.lora_B)]))
+    torch.testing.assert_close(grads[0], grads[1])
+    torch.testing.assert_close(grads[0], grads[2])
+
+
+def test_grad_accum_takes_the_same_steps(tmp_path, base):
+    """--batch-size 8 and --batch-size 4 --grad-accum 2 are steps of 8 examples and report the same count."""
+    a = train.main(command(base, tmp_path / "a", "--grad-accum", "2", "--batch-size", "4"))
+    assert a["settings"]["steps"] == 6 and a["metrics"]["merged"]["loss"] < a["metrics"]["base"]["loss"]
+
+
+def test_learning_rate_schedules():
+    """Warm-up rises to the peak, linear and cosine fall towards 0 without reaching it, constant stays."""
+    def rates(**flags):
+        args = train.parse([x for k, v in flags.items() for x in (f"--{k}", str(v))] + ["--lr", "1"])
+        return [train.lr_at(step, 10, args) for step in range(1, 11)]
+    assert rates(warmup=0, schedule="constant") == [1] * 10
+    assert rates(warmup=4, schedule="constant") == [0.2, 0.4, 0.6, 0.8] + [1] * 6
+    assert rates(warmup=0.2, schedule="constant")[:3] == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1]
+    assert rates(warmup=0, schedule="linear") == [pytest.approx(1 - i / 11) for i in range(1, 11)]
+    cosine = rates(warmup=2, schedule="cosine")
+    assert cosine == sorted(cosine[:2]) + sorted(cosine[2:], reverse=True) and cosine[-1] > 0
+
+
+def test_flags_from_a_file(tmp_path, base):
+    """@file: one or more flags a line, # comments."""
+    (tmp_path / "recipe.args").write_text("--rank 3  # small\n# nothing\n--alpha 5\n")
+    args = train.parse([f"@{tmp_path / 'recipe.args'}", "--lr", "1"])
+    assert (args.rank, args.alpha, args.lr) == (3, 5, 1)
+
+
+# Resuming
+
+@pytest.mark.parametrize("method, hparams", [v for v in variants() if "-1" not in v.id], ids=str)
+def test_a_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(tmp_path, base, method, hparams, monkeypatch):
+    """Killed after a checkpoint, with dropout where the method has it: same weights bit for bit, metrics and log."""
+    flags = ["--method", method] + [x for k, v in hparams.items() for x in ("--" + k.replace("_", "-"), v)]
+    flags += ["--dropout", "0.1"] if method != "deltalora" else []
+    whole = train.main(command(base, tmp_path / "a", *flags))
+    real, calls = train.mean_loss, []
+
+    def die(*args):
+        calls.append(args)
+        if len(calls) == 4:  # the base, then the validations of steps 2, 4 and, never ending, 6
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(train, "mean_loss", die)
+    with pytest.raises(SystemExit) as e:
+        train.main(command(base, tmp_path / "b", *flags))
+    assert e.value.code == 130
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "load", lambda *a, real=data.load: {
+        split: pairs[:64 if split == "train" else 12] for split, pairs in real(*a).items()})
+    resumed = train.main(command(base, tmp_path / "b", *flags, "--resume"))
+    assert resumed["metrics"] == whole["metrics"]
+    one, two = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert one.keys() == two.keys() and all(torch.equal(v, two[k]) for k, v in one.items())
+    logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(tmp_path / x / "log.csv"))]
+            for x in "ab"]
+    assert logs[0] == logs[1]
+
+
+def test_kill_9_in_the_middle_and_resume(tmp_path, base):
+    """A real process, killed while training: its folder is readable and the resumed run ends like a whole one."""
+    def start(out, *flags):
+        flags = [*command(base, out), "--steps", "60", "--eval-every", "5", *flags]
+        return subprocess.Popen([sys.executable, ROOT / "train.py", *flags], cwd=tmp_path, stdout=subprocess.DEVNULL,
+                                stderr=subprocess.PIPE, text=True)
+    process = start(tmp_path / "b")
+    while not (tmp_path / "b/resume.safetensors").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    processes = [start(tmp_path / "a"), start(tmp_path / "b", "--resume")]
+    assert [p.wait() for p in processes] == [0, 0]
+    metrics = [json.loads((tmp_path / x / "result.json").read_text())["metrics"] for x in "ab"]
+    assert metrics[0] == metrics[1]
+
+
+def test_a_new_run_replaces_an_old_one_whole(tmp_path, base):
+    """Another method into the same folder: nothing of the first is left behind."""
+    train.main(command(base, tmp_path, "--method", "lora", "--save-merged"))
+    train.main(command(base, tmp_path, "--method", "full"))
+    assert {p.name for p in tmp_path.iterdir()} - {"merged"} == {"result.json", "log.csv", "curve.png",
+                                                                  "resume.safetensors"}
+    assert not list((tmp_path / "merged").glob("*.safetensors"))
+
+
+# Bad input
+
+def refused(capsys, argv):
+    """The one line on stderr of a command that must end with exit code 2."""
+    with pytest.raises(SystemExit) as e:
+        train.main([str(a) for a in argv])
+    assert e.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("train.py: ") and err.count("\n") == 1, err
+    return err
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--method", "lorra"], "unknown method 'lorra': choose from lora, rslora, reslora, deltalora, full"),
+    (["--method", "lora", "--pre-num", "2"], "--pre-num is a flag of method reslora, not of lora"),
+    (["--method", "reslora", "--delta-lambda", "2"], "--delta-lambda is a flag of method deltalora, not of reslora"),
+    (["--rank", "0"], "rank 0 is not in 1..16"), (["--rank", "17"], "rank 17 is not in 1..16"),
+    (["--rank", "many"], "argument --rank: invalid int value: 'many'"),
+    (["--rnk", "4"], "unrecognized arguments: --rnk 4"), (["--ran", "4"], "unrecognized arguments: --ran 4"),
+    (["--targets", "q,value"], "target 'value' matches no linear of the model; its linears are: down, k, o, q, up, v"),
+    (["--targets", ""], "target '' matches no linear"),
+    (["--method", "deltalora", "--dropout", ".1"], "dropout must be 0, not 0.1"),
+    (["--method", "deltalora", "--delta-start", "6"], "delta_start 6 leaves W where it is in a run of 6 steps"),
+    (["--method", "deltalora", "--delta-start", "-1"], "delta_start -1 is negative"),
+    (["--method", "reslora", "--pre-num", "-2"], "pre_num -2"),
+    (["--method", "reslora", "--shortcut", "output"], "invalid choice: 'output'"),
+    (["--method", "reslora", "--merge", "best"], "merge 'best' is not one of regression, input, weight, none"),
+    (["--method", "reslora", "--merge", "weight", "--pre-num", "2"], "pre_num 1 only, not 2"),
+    (["--dataset", "squad"], "unknown dataset 'squad': choose from restaurants, e2e, text, stdlib, world"),
+    (["--dataset", "e2e", "--data-dir", "nowhere"], "data folder nowhere does not exist"),
+    (["--dataset", "text"], "needs --data-dir"), (["--data-dir", "."], "restaurants is generated"),
+    (["--model", "./nowhere"], "model folder ./nowhere does not exist"),
+    (["--device", "tpu9"], "unknown device 'tpu9'"), (["--dtype", "float8"], "invalid choice: 'float8'"),
+    (["--steps", "0"], "--steps must be above 0, not 0"), (["--lr", "nan"], "--lr must be above 0, not nan"),
+    (["--lr", "-1"], "--lr must be above 0"), (["--steps", "3", "--epochs", "1"], "give one"),
+    (["--warmup", "-1"], "--warmup must be 0 or more"), (["--label-smoothing", "1"], "below 1, not 1.0"),
+    (["--context", "999"], "--context 999 is above the model's 256"), (["--context", "20"], "leaves no room"),
+    (["--dropout", "1"], "dropout 1.0 is not in [0, 1)"), (["--alpha", "0"], "--alpha must be above 0"),
+    (["--resume"], "there is nothing to resume"), (["--lr", "1e30"], "is not finite at step"),
+    (["@nowhere.args"], "nowhere.args"), (["--seed", "x"], "invalid int value: 'x'"),
+])
+def test_bad_flags(tmp_path, base, capsys, flags, message, monkeypatch):
+    """One line that names the value and what would be right, exit code 2, nothing written."""
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, command(base, tmp_path / "out", *flags))
+    assert "1e30" in flags or not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_asked_for_and_absent(tmp_path, base, capsys):
+    """No silent fallback to the CPU."""
+    assert "--device cuda: this machine" in refused(capsys, command(base, tmp_path / "o", "--device", "cuda"))
+
+
+def test_resume_into_another_configuration(tmp_path, base, capsys):
+    """The first setting that differs is named, with both values, and the run is left as it was."""
+    train.main(command(base, tmp_path, "--method", "lora"))
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for flags, message in ((["--rank", "5"], "with rank 5: it began with 4"), (["--lr", "1"], "with lr 1.0: it began"),
+                           (["--method", "rslora"], "with method rslora: it began with lora")):
+        assert message in refused(capsys, command(base, tmp_path, *flags, "--resume"))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_damaged_checkpoints(tmp_path, base, capsys):
+    """A truncated model, a truncated state, an --out that is a file."""
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "model.safetensors is damaged" in refused(capsys, command(broken, tmp_path / "o"))
+    assert "is a file, not a folder" in refused(capsys, command(base, file))
+    train.main(command(base, tmp_path / "run"))
+    state = tmp_path / "run/resume.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    assert "resume.safetensors is damaged" in refused(capsys, command(base, tmp_path / "run", "--resume"))
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path, base, capsys, monkeypatch):
+    """NaN after step 4: the message says so, and the state of step 4 is there and loads."""
+    real, calls = train.mean_loss, []
+
+    def poison(model, *args):
+        calls.append(1)
+        if len(calls) == 3:  # after the validation of step 4
+            value = real(model, *args)
+            next(p for p in model.parameters() if p.requires_grad).data[0] = float("nan")
+            return value
+        return real(model, *args)
+    monkeypatch.setattr(train, "mean_loss", poison)
+    monkeypatch.setattr(train.checkpoint, "save_state", lambda *a, real=train.checkpoint.save_state: (
+        real(*a) if len(calls) < 3 else None))
+    message = refused(capsys, command(base, tmp_path))
+    assert "is not finite at step 5" in message
+    assert not (tmp_path / "result.json").exists() and not list(tmp_path.glob("*.part"))
+    assert all(v.isfinite().all() for v in weights(tmp_path).values())
