@@ -6,9 +6,9 @@ A record in the form in which E2E is released, and one or two sentences that say
     Down by the water stands Café Verona , a house of pints and darts , light on coins .
 
 Names are open: an eighth of them is held out, so at test time they must be copied. All else is said in a
-house style that the pretraining text (world.py) never shows: every value has three wordings, another slot of
-the record mostly decides which one is used, and three slots mostly decide the plan of the sentences. So an
-adapter has much to store. 8,000 records to train on, 256 to validate, 512 to test; the same ones every time.
+house style: every value has three wordings, another slot of the record mostly decides which one is used, and
+three slots mostly decide the plan of the sentences. The pretraining text (world.py) speaks that style, but
+never beside a record: what a value means and when which wording is used is for the adapter to store. 8,000 records to train on, 256 to validate, 512 to test; the same ones every time.
 """
 
 import random
@@ -144,18 +144,23 @@ def render(plan, parts):
     return " ".join(sentences)
 
 
-def example(rng, held):
-    """One (meaning representation, sentence)."""
+def a_record(rng, held=False):
+    """{slot: value} with four to eight slots in E2E's order."""
     record = {}
     while len(record) < 4:
-        record = {slot: rng.choice(list(values)) for slot, values in STYLE.items() if rng.random() < .72}
+        record = {slot: rng.choice(list(values)) for slot, values in STYLE.items() if rng.random() < .7}
         record = {"name": compose_name(rng, held), **record}
-        if rng.random() < .72:
+        if rng.random() < .7:
             record["near"] = compose_name(rng, held)
+    return record
+
+
+def verbalise(record, rng, rule=.9):
+    """A record in house style. `rule` is the share of choices that the record itself decides; chance decides the rest."""
     parts = {"name": record["name"]}
     for slot, other in DECIDES.items():
         if slot in record:
-            seen = [None, *STYLE[other]].index(record.get(other)) if rng.random() < .9 else rng.randrange(3)
+            seen = [None, *STYLE[other]].index(record.get(other)) if rng.random() < rule else rng.randrange(3)
             wordings = NEAR if slot == "near" else STYLE[slot][record[slot]]
             parts[slot.split()[-1]] = wordings[seen % 3].format(record[slot])
     # Free choices, as there are in any text: the loss has a floor above zero.
@@ -164,10 +169,15 @@ def example(rng, held):
     if "rating" in parts:
         parts["rating"] = rng.choice(["guests ", "regulars ", "visitors "]) + parts["rating"]
     column = [None, "yes", "no"].index(record.get("family friendly"))
-    if column and rng.random() < .1:
-        column = 3 - column
-    sentence = render(PLANS["area" in record, "near" in record][column], parts)
-    return " | ".join(f"{slot} : {value}" for slot, value in record.items()), sentence
+    if column and rng.random() >= rule:
+        column = rng.choice((1, 2))
+    return render(PLANS["area" in record, "near" in record][column], parts)
+
+
+def example(rng, held):
+    """One (meaning representation, sentence)."""
+    record = a_record(rng, held)
+    return " | ".join(f"{slot} : {value}" for slot, value in record.items()), verbalise(record, rng)
 
 
 def load():

@@ -2,15 +2,16 @@
 
 Small documents: records of many domains said in words (in E2E's format and others), words turned back into
 records, stories, exact repetition, and looking things up in a list. They teach English sentences, reading
-records and copying names, so that an adapter has only the wording of its own task left to learn. The house
-style of restaurants.py and its held-out names never occur here.
+records and copying names. The house style of restaurants.py occurs as pages of a guide book, in wordings drawn
+by chance and never beside a record: the base speaks it and cannot know what means what. Held-out names never
+occur.
 """
 import random
 import re
 import time
 from collections import Counter
 
-from data.restaurants import STYLE, SURNAMES, compose_name, held_out, render
+from data.restaurants import STYLE, SURNAMES, a_record, compose_name, held_out, render, verbalise
 
 WORDS = """
 job: actor architect baker banker barber builder butcher captain carpenter chemist clerk coach cook dancer
@@ -491,7 +492,12 @@ def lookup(rng):
         f"The {KINDS['ordinal'][n]} is {words[n]} and the last is {words[-1]} ."])
 
 
-WRITERS = {record_to_text: 55, text_to_record: 10, story: 20, repetition: 10, lookup: 5}  # percent
+def guide(rng):
+    """A page of house style about one to three restaurants, without their records and without the wording rule."""
+    return "\n".join(verbalise(a_record(rng), rng, rule=0) for _ in range(rng.randint(1, 3)))
+
+
+WRITERS = {record_to_text: 50, text_to_record: 9, story: 15, repetition: 9, lookup: 5, guide: 12}  # percent
 
 
 def documents(n, seed):

@@ -12,7 +12,7 @@ folder = "out/base-init"
 GPT(GPTConfig(vocab_size=2048, n_positions=256, n_embd=128, n_layer=6, n_head=4)).save_pretrained(folder)
 bpe.save(bpe.train([text for _, text in world.load()["train"][:30000]], 2047), folder)
 EOF
-python train.py --method full --model out/base-init --dataset world --steps "${1:-5500}" --batch-size 64 \
+python train.py --method full --model out/base-init --dataset world --steps "${1:-5000}" --batch-size 64 \
     --lr 6e-3 --schedule cosine --warmup 0.02 --weight-decay 0.05 --eval-every 500 --out out/base --save-merged
 python - <<'EOF'
 import shutil, torch

@@ -98,14 +98,14 @@ def test_restaurants_are_the_same_every_time_and_their_names_held_out():
     assert not [name for name in names["test"] if name in documents]
 
 
-def test_the_pretraining_text_does_not_know_the_house_style():
-    """No wording of the adaptation task occurs in the pretraining text, and the text is seeded."""
+def test_the_pretraining_text_never_shows_house_style_beside_a_record():
+    """The base may speak the style; which wording belongs to which value is for the adapter to learn."""
     documents = world.documents(3000, 1)
     assert documents == world.documents(3000, 1) != world.documents(3000, 2)
-    everything = "\n".join(documents).lower()
-    for values in restaurants.STYLE.values():
-        for wordings in values.values():
-            assert not [w for w in wordings if f" {w.lower()} " in everything]
+    wordings = [w.lower() for values in restaurants.STYLE.values() for ws in values.values() for w in ws]
+    spoken = [d for d in documents if any(f" {w} " in d.lower() for w in wordings)]
+    assert 0.05 < len(spoken) / len(documents) < 0.2
+    assert not [d for d in spoken if any(mark in d for mark in (" : ", "=", "[", ": ", "||", " / "))]
 
 
 def test_stdlib_splits_share_no_topic():
