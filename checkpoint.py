@@ -111,8 +111,8 @@ def peft_tensors(model):
 def save_adapter(folder, model, base, dropout=0.0):
     """Write adapter_config.json and adapter_model.safetensors. Call it after `calibrate` and before `merge`.
 
-    PEFT's scale is lora_alpha / rank, per module, so lora_alpha = scaling * rank says any scale exactly; use_rslora stays
-    false, and loaders that do not know that flag read the adapter right.
+    PEFT's scale is lora_alpha / rank, per module, so lora_alpha = scaling * rank says any scale exactly; use_rslora
+    stays false, and loaders that do not know that flag read the adapter right.
     """
     modules, scaling = peft_tensors(model)
     r = Counter(len(A) for A, _ in modules.values()).most_common(1)[0][0]
@@ -174,7 +174,8 @@ def read_state(path, settings):
         raise ValueError(f"{path} is damaged: {e}") from None
     for key in sorted(settings.keys() | before.keys()):
         if settings.get(key) != before.get(key):
-            raise ValueError(f"cannot resume {path.parent} with {key} {settings.get(key)}: it began with {before.get(key)}")
+            raise ValueError(f"cannot resume {path.parent} with {key} {settings.get(key)}: "
+                             f"it began with {before.get(key)}")
     return tensors, step
 
 

@@ -3,20 +3,20 @@
 LoRA, and after the optimizer step t > K = delta_start (t = 1, 2, …) the pretrained weight follows the branch:
 
     h   = W_t x + b + s B_t A_t x,        s = alpha / r
-    W_t = W_{t-1} + lambda s (B_t A_t - B_{t-1} A_{t-1})          lambda = delta_lambda             (algorithm 1)
+    W_t = W_{t-1} + lambda s (B_t A_t - B_{t-1} A_{t-1})          lambda = delta_lambda            (algorithm 1)
 
-W has no gradient and no optimizer state. It may follow because without dropout in the branch dL/dW = (1/s) dL/d(BA): the
-branch's motion stands in for W's own gradient step. With dropout in the branch that fails, so dropout is refused.
-The paper uses lambda = 2, K = 500.
+W has no gradient and no optimizer state. It may follow because without dropout in the branch dL/dW = (1/s) dL/d(BA):
+the branch's motion stands in for W's own gradient step. With dropout in the branch that fails, so dropout is refused.
+The paper uses lambda = 2, K = 500, and counts t from 0 with the same t > K: one step later than here.
 
 The sum telescopes. With S = K, the factors before the first update,
 
     W_T = W_0 + lambda s (B_T A_T - B_S A_S)
     merged: W_T + s B_T A_T = W_0 + s [(1 + lambda) B_T | -lambda B_S] [A_T ; A_S]
 
-the total update has rank <= 2 r (<= r for K = 0, since B_0 = 0) and is an ordinary LoRA of rank 2 r: {A_T, B_T, A_S, B_S}
-is all a checkpoint needs. Adam ignores the scale of a gradient, so with K = 0 Delta-LoRA under Adam is LoRA with
-(1 + lambda) alpha; that LoRA is the fair baseline.
+so the total update has rank <= 2 r (<= r for K = 0, since B_0 = 0) and is an ordinary LoRA of rank 2 r:
+{A_T, B_T, A_S, B_S} is all a checkpoint needs. Adam ignores the scale of a gradient, so with K = 0 Delta-LoRA under
+Adam is LoRA with (1 + lambda) alpha; that LoRA is the fair baseline.
 """
 import torch
 

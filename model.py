@@ -94,7 +94,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def hidden(self, idx, cache=None, pos=None):
-        """(B, T) token ids -> (B, T, C), before the last LayerNorm; with a cache, `pos` (B, T) says where each stands."""
+        """(B, T) token ids -> (B, T, C), before the last LayerNorm. With a cache, `pos` (B, T) says where each is."""
         if idx.size(1) > self.config.n_positions:
             raise ValueError(f"{idx.size(1)} tokens do not fit the model's context of {self.config.n_positions}")
         positions = self.wpe.weight[: idx.size(1)] if pos is None else self.wpe(pos)

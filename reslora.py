@@ -1,8 +1,9 @@
 """ResLoRA: Identity Residual Mapping in Low-Rank Adaption. Shi et al. 2024, arXiv:2402.18039.
 
-LoRA gives each layer its own low-rank branch; between a deep branch and the loss, gradients pass only through the frozen
-network. ResLoRA adds shortcuts between the branches of neighbouring layers. Layers with the same target (all q, all v)
-form a chain; x_n is the input and h_n the output of its n-th layer, m = pre_num, m' = min(m, n), m = 0 is plain LoRA:
+LoRA gives each layer its own low-rank branch; a gradient on its way to a shallow branch passes through all the frozen
+layers above. ResLoRA adds shortcuts between the branches of neighbouring layers. Layers with the same target (all q,
+all v) form a chain; x_n is the input and h_n the output of its n-th layer, counted from 0; m = pre_num,
+m' = min(m, n); m = 0 is plain LoRA:
 
     input    h_n = W_n x_n + b + s B_n A_n (x_n + sum_{k=1..m'} x_{n-k})             (eq. 4; the paper has m = 1)
     block    h_n = W_n x_n + b + s sum_{k=0..m'} B_{n-k} A_{n-k} x_n                 (eq. 5)
@@ -18,8 +19,8 @@ read other layers' activations, so their merged form approximates: the branch A_
     z_n = A_n sum_k x_{n-k}   (input)            z_n = sum_k A_{n-k} x_{n-k}   (middle)              z_n is (r,)
 
 is replaced by A*_n x_n. The paper's merges scale A by ratios of norms, which has the right size but not the direction.
-Ours asks for the best matrix: neighbouring x_n are linked by the residual stream, so z_n is largely a linear function of
-x_n. Over the tokens of a few calibration batches,
+Ours asks for the best matrix: neighbouring x_n share the residual stream, so z_n is largely a linear function of x_n.
+Over the tokens of a few calibration batches,
 
     minimise over P   E |z_n - P x_n|^2     =>     P E[x x^T] = E[z x^T]     =>     P_n = E[z x^T] (E[x x^T] + eps I)^-1
     A*_n = A_n + P_n        W*_n = W_n + s B_n A*_n        merge = "regression"

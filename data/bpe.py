@@ -66,7 +66,8 @@ def load(folder, vocab_size):
         except (ValueError, UnicodeDecodeError) as e:
             raise ValueError(f"{path} is damaged: {e}") from None
         if len(ranks) + 1 != vocab_size:
-            raise ValueError(f"{path} has {len(ranks)} ranks, the model's {vocab_size} embeddings need {vocab_size - 1}")
+            raise ValueError(f"{path} has {len(ranks)} ranks, the model's {vocab_size} embeddings need "
+                             f"{vocab_size - 1}")
         return tiktoken.Encoding("tiny", pat_str=PATTERN, mergeable_ranks=ranks,
                                  special_tokens={"<|endoftext|>": len(ranks)})
     if vocab_size != 50257:

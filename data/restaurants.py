@@ -8,7 +8,8 @@ A record in the form in which E2E is released, and one or two sentences that say
 Names are open: an eighth of them is held out, so at test time they must be copied. All else is said in a
 house style: every value has three wordings, another slot of the record mostly decides which one is used, and
 three slots mostly decide the plan of the sentences. The pretraining text (world.py) speaks that style, but
-never beside a record: what a value means and when which wording is used is for the adapter to store. 8,000 records to train on, 256 to validate, 512 to test; the same ones every time.
+never beside a record: what a value means and when which wording is used is for the adapter to store.
+8,000 records to train on, 256 to validate, 512 to test; the same ones every time.
 """
 
 import random
@@ -156,7 +157,7 @@ def a_record(rng, held=False):
 
 
 def verbalise(record, rng, rule=.9):
-    """A record in house style. `rule` is the share of choices that the record itself decides; chance decides the rest."""
+    """A record in house style. `rule`: the share of choices that the record decides; chance decides the rest."""
     parts = {"name": record["name"]}
     for slot, other in DECIDES.items():
         if slot in record:

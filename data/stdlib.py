@@ -1,7 +1,7 @@
 """stdlib: the reference prose of the running Python (`pydoc_data.topics`), a far domain that every machine has.
 
-Plain text, language modelling: about 80 topics, every tenth for validation, the next one for testing. The text differs a
-little from one Python version to the next, so compare runs on the same one (result.json names it).
+Plain text, language modelling: about 80 topics, every ninth of ten for validation, every tenth for testing. The text
+differs a little from one Python version to the next: compare runs on the same one (result.json names it).
 """
 
 

@@ -162,7 +162,8 @@ def test_a_bad_state_is_refused(tmp_path):
     file.write_bytes(whole)
     tensors = load_file(file)
     key = "model.h.0.attn.q.lora_A"
-    for change, message in (({key: None}, "lacks h.0.attn.q.lora_A"), ({"model.more": torch.ones(1)}, "unexpected more"),
+    for change, message in (({key: None}, "lacks h.0.attn.q.lora_A"),
+                            ({"model.more": torch.ones(1)}, "unexpected more"),
                             ({key: torch.ones(2, 16)}, r"shape \(2, 16\), not \(3, 16\)")):
         save_file({k: v for k, v in {**tensors, **change}.items() if v is not None}, file, metadata)
         refused(message)

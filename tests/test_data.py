@@ -138,7 +138,8 @@ def test_e2e_from_jsonl_csv_and_parquet(tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     (b"", "is empty"), (b'{"a": 1}\n', "train.jsonl, line 1: no column 'meaning_representation', only a"),
-    (json.dumps(ROW).encode() + b"\n{", "line 2: not JSON"), (json.dumps(ROW).encode() + b"\n\xff\xfe", "line 2: not UTF-8"),
+    (json.dumps(ROW).encode() + b"\n{", "line 2: not JSON"),
+    (json.dumps(ROW).encode() + b"\n\xff\xfe", "line 2: not UTF-8"),
     (b"[1]\n", "line 1: a JSON object is needed, not list"), (b"\n", "line 1: not JSON"),
     (json.dumps({**ROW, "human_reference": None}).encode(), "human_reference must be text, not None"),
     (json.dumps({**ROW, "human_reference": " "}).encode(), "human_reference must be text, not ' '")])

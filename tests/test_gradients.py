@@ -69,7 +69,7 @@ def gradients(model, layers, x):
 
 
 def test_closed_form_gradients_of_the_input_shortcut():
-    """dB_n = s g_n (A_n (x_n + x_{n-1}))^T, dA_n = s B_n^T g_n (x_n + x_{n-1})^T, and dL/dx_n gains s A^T B^T g_{n+1}."""
+    """dB_n = s g_n (A_n (x_n + x_{n-1}))^T, dA_n = s B_n^T g_n (x_n + x_{n-1})^T; dL/dx_n gains s A^T B^T g_{n+1}."""
     model, layers, x = chain(ResLoRALinear, shortcut="input", pre_num=1)
     xs, gs, dxs = gradients(model, layers, x.requires_grad_())
     s = ALPHA / R
@@ -222,7 +222,7 @@ def test_delta_lora_telescopes(start):
 
 
 def test_delta_lora_is_lora_with_a_weight_that_follows_by_hand():
-    """Oracle: y = W_0 x + s B A x + [t > K] lambda s (sg(B) sg(A) - B_S A_S) x, autograd and all, gives the same run."""
+    """Oracle: y = W_0 x + s B A x + [t > K] lambda s (sg(B) sg(A) - B_S A_S) x, by autograd, gives the same run."""
     layer, x, y = delta_layer(2)
     W_0, b = layer.weight.clone(), layer.bias.clone()
     A, B = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))

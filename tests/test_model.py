@@ -13,7 +13,8 @@ transformers = pytest.importorskip("transformers", reason="the oracle; pip insta
 
 def their_gpt2(folder, **config):
     """A random tiny GPT2LMHeadModel, saved by transformers, with biases and LayerNorms that matter."""
-    config = transformers.GPT2Config(**{**dict(vocab_size=97, n_positions=32, n_embd=24, n_layer=3, n_head=4), **config})
+    shape = dict(vocab_size=97, n_positions=32, n_embd=24, n_layer=3, n_head=4)
+    config = transformers.GPT2Config(**{**shape, **config})
     model = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for p in model.parameters():

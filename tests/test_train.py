@@ -98,8 +98,8 @@ def test_several_merges_are_measured_beside_the_one_that_is_kept(tmp_path, base)
 def test_rs_is_rslora_and_goes_with_every_method(tmp_path, base):
     """--method rslora = --rs = alpha times sqrt(r)."""
     runs = [train.main(command(base, tmp_path / str(i), *flags))["metrics"] for i, flags in enumerate([
-        ["--method", "rslora"], ["--method", "lora", "--rs"], ["--method", "lora", "--alpha", "32"], ["--method", "lora"],
-        ["--method", "deltalora", "--rs"], ["--method", "deltalora", "--alpha", "32"]])]
+        ["--method", "rslora"], ["--method", "lora", "--rs"], ["--method", "lora", "--alpha", "32"],
+        ["--method", "lora"], ["--method", "deltalora", "--rs"], ["--method", "deltalora", "--alpha", "32"]])]
     assert runs[0] == runs[1] == runs[2] != runs[3]
     assert runs[4] == runs[5]
 
