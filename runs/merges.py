@@ -1,0 +1,137 @@
+"""What merging keeps of ResLoRA: base, LoRA, unmerged and every merge, for each structure, on two datasets.
+
+    python runs/merges.py --e2e FOLDER [--seeds 3] [--jobs 2]      writes results/merges.csv and results/merges.png
+
+Two learning rates: a low one, as the papers use, and the one of RATES at which plain LoRA has the lowest validation
+loss (seed 0). Every row of the csv is one ResLoRA run; `lora` is the LoRA run of the same dataset, learning rate and
+seed, and so of the same data order. A loss is nats per target token on the test split.
+"""
+import argparse
+import csv
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+DATASETS = "restaurants", "e2e"
+LOW, RATES = 1e-3, (3e-3, 6e-3, 1.2e-2, 2.4e-2)
+STRUCTURES = ("input", 1), ("input", 3), ("middle", 1), ("middle", 3)
+MERGES = "none", "input", "weight", "regression"
+RANK = 16
+
+
+def cell(dataset, lr, seed, structure, data_dir, steps):
+    """One run; its losses."""
+    import train
+    out = ROOT / "out/merges" / "-".join(map(str, (dataset, lr, seed, *(structure or ("lora",)))))
+    flags = ["--dataset", dataset, "--rank", RANK, "--lr", lr, "--seed", seed, "--out", out]
+    flags += ["--data-dir", data_dir] if dataset == "e2e" else []
+    flags += ["--steps", steps] if steps else []
+    if structure:
+        shortcut, m = structure
+        # the paper's weight merge of the input shortcut is defined for one earlier layer
+        merges = [how for how in reversed(MERGES) if (shortcut, how) != ("input", "weight") or m == 1]
+        flags += ["--method", "reslora", "--shortcut", shortcut, "--pre-num", m, "--merge", ",".join(merges)]
+    metrics = train.main(list(map(str, flags)))["metrics"]
+    losses = {stage.removeprefix("merged by "): values["loss"] for stage, values in metrics.items()}
+    losses["regression"] = losses.pop("merged")
+    with open(out / "log.csv") as f:
+        losses["validation"] = float(list(csv.DictReader(f))[-1]["val_loss"])
+    return losses
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--e2e", help="folder of the real E2E data; without it only restaurants")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--steps", type=int, help="instead of train.py's default")
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # before a worker imports torch
+    datasets = [name for name in DATASETS if name != "e2e" or args.e2e]
+    with ProcessPoolExecutor(args.jobs) as pool:
+        def losses_of(keys):
+            cells = [pool.submit(cell, *key, args.e2e, args.steps) for key in keys]
+            return {key: future.result() for key, future in zip(keys, cells, strict=True)}
+        tried = losses_of([(name, lr, 0, None) for name in datasets for lr in RATES])
+        best = {name: min(RATES, key=lambda lr: tried[name, lr, 0, None]["validation"]) for name in datasets}
+        for (name, lr, *_), losses in tried.items():
+            print(f"LoRA on {name} at {lr:g}: validation {losses['validation']:.4f}" + " <- best" * (lr == best[name]))
+        results = losses_of([(name, lr, seed, structure) for seed in range(args.seeds) for name in datasets
+                             for lr in (LOW, best[name]) for structure in (None, *STRUCTURES)])
+    rows = []
+    for (name, lr, seed, structure), losses in results.items():
+        if structure:
+            lora = results[name, lr, seed, None]["regression"]  # LoRA's merge is exact
+            rows.append(dict(dataset=name, lr=lr, seed=seed, shortcut=structure[0], pre_num=structure[1], rank=RANK,
+                             base=losses["base"], lora=lora, unmerged=losses["unmerged"],
+                             **{how: losses.get(how, "") for how in MERGES}))
+    (ROOT / "results").mkdir(exist_ok=True)
+    with open(ROOT / "results/merges.csv", "w", newline="") as f:
+        table = csv.DictWriter(f, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    print_table(rows)
+    draw(rows)
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def groups(rows):
+    """{(dataset, lr, shortcut, pre_num): rows of all seeds}"""
+    out = {}
+    for row in rows:
+        out.setdefault((row["dataset"], row["lr"], row["shortcut"], row["pre_num"]), []).append(row)
+    return out
+
+
+def print_table(rows):
+    """Markdown: mean losses over the seeds, and how much of the gain over the base and over LoRA merging keeps."""
+    print("\n| dataset | rate | structure | base | LoRA | unmerged | none | input | weight | **regression** "
+          "| kept of base - unmerged | (LoRA - merged) / (LoRA - unmerged) |")
+    print("|---" * 12 + "|")
+    for (name, lr, shortcut, m), same in groups(rows).items():
+        def column(key, same=same):
+            values = [float(row[key]) for row in same if row[key] != ""]
+            return f"{mean(values):.3f}" if values else "-"
+        kept = [(r["base"] - r["regression"]) / (r["base"] - r["unmerged"]) for r in same]
+        over = [r["lora"] - r["regression"] for r in same], [r["lora"] - r["unmerged"] for r in same]
+        ratio = f"{mean(over[0]) / mean(over[1]):.2f}" if mean(over[1]) > 0 else "unmerged is not below LoRA"
+        print(f"| {name} | {lr:g} | {shortcut}, m {m} | "
+              + " | ".join(map(column, ("base", "lora", "unmerged", *MERGES))) + f" | {mean(kept):.1%} | {ratio} |")
+
+
+def draw(rows):
+    """A row a structure: where each merge lands between the base and the unmerged model."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    styles = {"regression": ("C2", "o", "regression (ours)"), "input": ("C1", "s", "input (paper)"),
+              "weight": ("C3", "D", "weight (paper)"), "none": ("0.5", "x", "shortcut dropped")}
+    panels = {}
+    for (name, lr, *structure), same in groups(rows).items():
+        panels.setdefault((name, lr), []).append((structure, same))
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 2.9), layout="constrained", sharey=True)
+    for axis, ((name, lr), entries) in zip(axes, panels.items(), strict=True):
+        for y, (_, same) in enumerate(entries):
+            for how, (colour, marker, label) in styles.items():
+                kept = [100 * (r["base"] - r[how]) / (r["base"] - r["unmerged"]) for r in same if r[how] != ""]
+                shown = [max(k, 0) for k in kept]  # at the left edge: as bad as the base, or worse
+                axis.plot(shown, [y] * len(shown), marker, color=colour, ms=6, ls="", alpha=0.8, clip_on=False,
+                          label=label if y == 0 else None)
+        axis.axvline(100, color="k", lw=1)
+        axis.set(title=f"{name}, rate {lr:g}", xlim=(0, 104), ylim=(len(entries) - 0.5, -0.5))
+        axis.set_yticks(range(len(entries)), [f"{s}, m = {m}" for (s, m), _ in entries])
+        axis.grid(axis="x", alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.supxlabel("kept of the unmerged ResLoRA's gain over the base, % (a mark a seed)", fontsize=10)
+    figure.savefig(ROOT / "results/merges.png", dpi=160)
+
+
+if __name__ == "__main__":
+    main()
