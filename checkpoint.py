@@ -145,8 +145,8 @@ def save_merged(folder, model, source):
 def changing(model):
     """{name: tensor} of all that training changes: what has gradients, buffers, and weights that a method moves."""
     moved = {f"{name}.weight" for name, m in model.named_modules() if getattr(m, "moves_weight", False)}
-    tensors = {name: p for name, p in model.named_parameters() if p.requires_grad or name in moved}
-    return {**tensors, **dict(model.named_buffers())}
+    return {name: t for name, t in model.state_dict(keep_vars=True).items()
+            if t.requires_grad or name in moved or not isinstance(t, torch.nn.Parameter)}
 
 
 def save_state(path, model, optimizer, step, settings):

@@ -3,20 +3,22 @@
 LoRA, and after the optimizer step t > K = delta_start (t = 1, 2, …) the pretrained weight follows the branch:
 
     h   = W_t x + b + s B_t A_t x,        s = alpha / r
-    W_t = W_{t-1} + lambda s (B_t A_t - B_{t-1} A_{t-1})          lambda = delta_lambda            (algorithm 1)
+    W_t = W_{t-1} + lambda s (B_t A_t - B_{t-1} A_{t-1})          lambda = delta_lambda
 
-W has no gradient and no optimizer state. It may follow because without dropout in the branch dL/dW = (1/s) dL/d(BA):
-the branch's motion stands in for W's own gradient step. With dropout in the branch that fails, so dropout is refused.
-The paper uses lambda = 2, K = 500, and counts t from 0 with the same t > K: one step later than here.
+W has no gradient and no optimizer state. What lets it follow: without dropout in the branch dL/dW = (1/s) dL/d(BA), so
+the branch's motion stands in for W's own gradient step (a heuristic: B A does not move along -dL/d(BA)). With dropout
+in the branch the equality fails, so dropout is refused. The paper uses lambda = 2, K = 500, and counts t from 0 with
+the same t > K: one step later than here.
 
 The sum telescopes. With S = K, the factors before the first update,
 
     W_T = W_0 + lambda s (B_T A_T - B_S A_S)
     merged: W_T + s B_T A_T = W_0 + s [(1 + lambda) B_T | -lambda B_S] [A_T ; A_S]
 
-so the total update has rank <= 2 r (<= r for K = 0, since B_0 = 0) and is an ordinary LoRA of rank 2 r:
-{A_T, B_T, A_S, B_S} is all a checkpoint needs. Adam ignores the scale of a gradient, so with K = 0 Delta-LoRA under
-Adam is LoRA with (1 + lambda) alpha; that LoRA is the fair baseline.
+so the total update has rank <= 2 r (<= r for K = 0, since B_0 = 0) and is a plain LoRA of that rank:
+{A_T, B_T, A_S, B_S} is all that an exported adapter needs. With K = 0 the function is that of (1 + lambda) s B A while
+the gradient carries only s. Adam ignores that factor, so then Delta-LoRA is LoRA with (1 + lambda) alpha, up to Adam's
+eps and as long as no gradient is clipped: that LoRA is the fair baseline.
 """
 import torch
 
@@ -32,15 +34,19 @@ class DeltaLoRALinear(LoRALinear):
         if dropout:
             raise ValueError(f"Delta-LoRA has no dropout in the branch (dL/dW = dL/d(BA) / s needs that): "
                              f"dropout must be 0, not {dropout}")
-        if delta_start < 0:
-            raise ValueError(f"delta_start {delta_start} is negative")
+        if not (isinstance(delta_start, int) and delta_start >= 0):
+            raise ValueError(f"delta_start {delta_start} is not a number of steps, 0 or more")
+        if not abs(delta_lambda) < float("inf"):
+            raise ValueError(f"delta_lambda {delta_lambda} is not finite")
         super().__init__(linear, r, alpha)
         if self.weight.dtype != self.lora_A.dtype:
             self.weight = torch.nn.Parameter(self.weight.to(self.lora_A.dtype), requires_grad=False)
         self.delta_lambda, self.delta_start = delta_lambda, delta_start
-        for name in ("prev", "S"):  # the factors after the last step, and at S; adapter-sized buffers
-            self.register_buffer(f"A_{name}", self.lora_A.detach().clone())
-            self.register_buffer(f"B_{name}", self.lora_B.detach().clone())
+        # Adapter-sized copies of the factors: after the last step, and at S
+        self.register_buffer("A_prev", self.lora_A.detach().clone())
+        self.register_buffer("B_prev", self.lora_B.detach().clone())
+        self.register_buffer("A_S", self.lora_A.detach().clone())
+        self.register_buffer("B_S", self.lora_B.detach().clone())
 
     @staticmethod
     def begin(layers, steps):
@@ -52,11 +58,15 @@ class DeltaLoRALinear(LoRALinear):
     @staticmethod
     @torch.no_grad()
     def after_step(layers, step):
-        """W += lambda s (B_t A_t - B_{t-1} A_{t-1}), in place, as one product of rank 2 r: no d x d temporary."""
+        """W += lambda s (B_t A_t - B_{t-1} A_{t-1}), in place, as one product of rank 2 r: no d x d temporary.
+
+        Written with the differences of the factors, so that no two large products cancel:
+        B_t A_t - B_{t-1} A_{t-1} = (B_t - B_{t-1}) A_t + B_{t-1} (A_t - A_{t-1})
+        """
         for layer in layers:
             if step > layer.delta_start:
-                B = torch.cat([layer.lora_B, -layer.B_prev], 1)  # (d_out, 2r)
-                A = torch.cat([layer.lora_A, layer.A_prev])  # (2r, d_in)
+                B = torch.cat([layer.lora_B - layer.B_prev, layer.B_prev], 1)  # (d_out, 2r)
+                A = torch.cat([layer.lora_A, layer.lora_A - layer.A_prev])  # (2r, d_in)
                 layer.weight.addmm_(B, A, alpha=layer.delta_lambda * layer.scaling)
             elif step == layer.delta_start:
                 layer.A_S.copy_(layer.lora_A)
@@ -65,32 +75,32 @@ class DeltaLoRALinear(LoRALinear):
                 layer.A_prev.copy_(layer.lora_A)
                 layer.B_prev.copy_(layer.lora_B)
 
-    def delta(self):
-        """s B A (d_out, d_in): W has followed already."""
-        return self.scaling * (self.lora_B @ self.lora_A)
-
     def as_lora(self):
-        """([A_T ; A_S], [(1 + lambda) B_T | -lambda B_S]): the motion of W and the branch, counted from W_0."""
+        """(A', B') of the motion of W and the branch together, counted from W_0: rank r before W moves and for K = 0,
+        else rank 2 r, [A_T ; A_S] and [(1 + lambda) B_T | -lambda B_S]."""
         if torch.equal(self.A_S, self.A_prev) and torch.equal(self.B_S, self.B_prev):
             return self.lora_A, self.lora_B  # W has not moved yet
-        B = torch.cat([(1 + self.delta_lambda) * self.lora_B, -self.delta_lambda * self.B_S], 1)  # (d_out, 2r)
-        return torch.cat([self.lora_A, self.A_S]), B  # (2r, d_in)
+        B_T = (1 + self.delta_lambda) * self.lora_B
+        if not self.B_S.any():
+            return self.lora_A, B_T
+        return torch.cat([self.lora_A, self.A_S]), torch.cat([B_T, -self.delta_lambda * self.B_S], 1)
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     x, y = torch.randn(64, 8), torch.randn(64, 8)
-    layer = DeltaLoRALinear(torch.nn.Linear(8, 8), r=2, alpha=4, delta_start=3)
-    layer.weight.requires_grad_(False)
+    layer = DeltaLoRALinear(torch.nn.Linear(8, 8).requires_grad_(False), r=2, alpha=4, delta_start=3)
     W_0, optimizer = layer.weight.clone(), torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=1e-2)
     print(f"W {tuple(layer.weight.shape)}  A {tuple(layer.lora_A.shape)}  B {tuple(layer.lora_B.shape)}")
-    for step in range(1, 7):
+    for step in range(1, 9):
         loss = (layer(x) - y).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         layer.after_step([layer], step)
-        print(f"step {step}  loss {loss:.4f}  |W - W_0| {(layer.weight - W_0).norm():.4f}")
-    A, B = layer.as_lora()
-    merged, rank_2r = layer.weight + layer.delta(), W_0 + layer.scaling * B @ A
-    print(f"merged equals W_0 plus a LoRA of rank {len(A)}: difference {(merged - rank_2r).abs().max():.0e}")
+        what = "plain LoRA" if step <= layer.delta_start else f"W follows, |W - W_0| {(layer.weight - W_0).norm():.4f}"
+        print(f"step {step}  loss {loss:.4f}  {what}")
+    merged, (A, B) = layer.weight + layer.delta(), layer.as_lora()
+    print(f"rank of the total update: {torch.linalg.matrix_rank(merged - W_0, atol=1e-5)}, from r = {layer.r}")
+    print(f"W_0 plus a LoRA of rank {len(A)} is the merged weight: they differ by "
+          f"{(W_0 + layer.scaling * B @ A - merged).abs().max():.0e}")

@@ -1,4 +1,7 @@
-"""The one registry: name -> (class, its own flags as argparse takes them). A new method is a file and a line here."""
+"""The one registry: name -> (class, its own flags). A new method is a file and a line here.
+
+A flag is what argparse takes; a default may also be a function of the number of steps.
+"""
 from deltalora import DeltaLoRALinear
 from lora import LoRALinear
 from reslora import MERGES, SHORTCUTS, ResLoRALinear
@@ -10,7 +13,8 @@ METHODS = {
     "reslora": (ResLoRALinear, {
         "shortcut": dict(choices=SHORTCUTS, default="input", help="what the earlier layers of a chain pass on"),
         "pre_num": dict(type=int, default=1, help="how many earlier layers join in; -1: all, 0: plain LoRA"),
-        "merge": dict(default="regression", help=f"{'|'.join(MERGES)}; more, after commas, are measured beside it"),
+        "merge": dict(type=lambda names: names.split(","), default=["regression"],
+                      help=f"{'|'.join(MERGES)}; more, after commas, are measured beside it (regression)"),
     }),
     "deltalora": (DeltaLoRALinear, {
         "delta_lambda": dict(type=float, default=2.0, help="how far W follows the delta of B A"),

@@ -1,9 +1,10 @@
 """GPT-2, small enough to read in one sitting. It knows nothing of adapters.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": a pre-LayerNorm transformer with learned
-positions and the output projection tied to the token embedding. Two things differ from the usual code: q, k and v are
-separate linears (GPT-2 stores them fused as `c_attn`; they are split on loading), so that an adapter on "q" and "v" is
-an adapter on q and v; and the vocabulary is projected onto only at positions that have a target.
+positions and the output projection tied to the token embedding. Three things differ from the usual code: q, k and v
+are separate linears (GPT-2 stores them fused as `c_attn`; they are split on loading), so that an adapter on "q" and "v"
+is an adapter on q and v; the vocabulary is projected onto only at positions that have a target; and the base has no
+dropout of its own, which GPT-2's config sets to 0.1.
 
 Shapes: B batch, T time, C channels (n_embd), nh heads, hs = C / nh, V vocabulary, S length of the cache.
 """
@@ -44,7 +45,7 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:  # (2, B, S, nh, hs): write k, v at their positions, then read everything up to them
             rows = torch.arange(B, device=x.device)[:, None]
-            cache[0, rows, pos], cache[1, rows, pos] = k, v
+            cache[0, rows, pos], cache[1, rows, pos] = k.to(cache.dtype), v.to(cache.dtype)
             k, v = cache  # (B, S, nh, hs)
             mask = (torch.arange(k.size(1), device=x.device) <= pos[..., None])[:, None]  # (B, 1, T, S)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T or S, hs)
@@ -130,6 +131,8 @@ class GPT(nn.Module):
         Prompts are padded on the right. What the padding wrote into the cache is overwritten, position by position, by
         the tokens generated there before anyone may look at it.
         """
+        if not all(prompts):
+            raise ValueError("an empty prompt cannot be continued: begin with <|endoftext|>")
         device = self.wte.weight.device
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         T = max(map(len, prompts))

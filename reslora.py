@@ -2,31 +2,35 @@
 
 LoRA gives each layer its own low-rank branch; a gradient on its way to a shallow branch passes through all the frozen
 layers above. ResLoRA adds shortcuts between the branches of neighbouring layers. Layers with the same target (all q,
-all v) form a chain; x_n is the input and h_n the output of its n-th layer, counted from 0; m = pre_num,
-m' = min(m, n); m = 0 is plain LoRA:
+all v) form a chain; x_n is the input and h_n the output of its n-th layer, counted from 0; m = pre_num earlier layers
+join in, m' = min(m, n), or all n for m = -1; m = 0 is plain LoRA. The sums below run over k:
 
-    input    h_n = W_n x_n + b + s B_n A_n (x_n + sum_{k=1..m'} x_{n-k})             (eq. 4; the paper has m = 1)
-    block    h_n = W_n x_n + b + s sum_{k=0..m'} B_{n-k} A_{n-k} x_n                 (eq. 5)
-    middle   h_n = W_n x_n + b + s B_n sum_{k=0..m'} A_{n-k} x_{n-k}                 (eq. 6)
+    input    h_n = W_n x_n + b_n + s B_n A_n drop(x_n + sum_{1..m'} x_{n-k})                 the paper has m = 1
+    block    h_n = W_n x_n + b_n + s sum_{0..m'} B_{n-k} A_{n-k} drop(x_n)
+    middle   h_n = W_n x_n + b_n + s B_n sum_{0..m'} A_{n-k} drop(x_{n-k})
 
-Nothing is detached: the added gradient path, B_n A_n from h_n straight to x_{n-1}, is the point. It is closed at B = 0
-and opens as B grows. The first layer of a chain has no predecessor and is plain LoRA. (The authors' code doubles its
-input for `input`; the equation does not ask for that.)
+Nothing is detached: the added gradient path is the point. With g_n = dL/dh_n and m = 1, x_{n-1} gains s A_n^T B_n^T g_n
+(input; the paper's eq. 16) or s A_{n-1}^T B_n^T g_n (middle); with block, A_{n-1} and B_{n-1} also hear from g_n. At
+B = 0 all of these but the gradients of B are zero; they open as B grows. The first layer of a chain has no predecessor
+and is plain LoRA. (The authors' code doubles its input for `input`; the equation does not ask for that.)
 
 Merging. Deployed, a layer should be one matrix again. `block` reads only x_n and merges exactly. `input` and `middle`
 read other layers' activations, so their merged form approximates: the branch A_n x_n + z_n, with the shortcut's part
 
-    z_n = A_n sum_k x_{n-k}   (input)            z_n = sum_k A_{n-k} x_{n-k}   (middle)              z_n is (r,)
+    z_n = A_n sum_{1..m'} x_{n-k}   (input)          z_n = sum_{1..m'} A_{n-k} x_{n-k}   (middle)          z_n is (r,)
 
-is replaced by A*_n x_n. The paper's merges scale A by ratios of norms, which has the right size but not the direction.
-Ours asks for the best matrix: neighbouring x_n share the residual stream, so z_n is largely a linear function of x_n.
-Over the tokens of a few calibration batches,
+is replaced by A*_n x_n. The paper weighs A_n, or the earlier A, by ratios of norms: at best the size is right, never
+the direction. Ours asks for the best matrix. Neighbouring x_n are strongly correlated (the residual stream), so z_n is
+largely a linear function of x_n, and over the tokens of a few calibration batches
 
-    minimise over P   E |z_n - P x_n|^2     =>     P E[x x^T] = E[z x^T]     =>     P_n = E[z x^T] (E[x x^T] + eps I)^-1
+    minimise over P   E |z_n - P x_n|^2     =>     P E[x x^T] = E[z x^T]     =>     P_n = E[z x^T] E[x x^T]^-1
     A*_n = A_n + P_n        W*_n = W_n + s B_n A*_n        merge = "regression"
 
-This P is best for every B_n at once, since each component of z is fitted on its own. The rank stays r and the result is
-an ordinary LoRA. With eps = 0 no linear merge has a smaller error of z on the calibration tokens.
+No linear merge has a smaller error of z on these tokens, and none of B z either, for any B: the residual z - P x is
+uncorrelated with x, and so is B times it. The rank stays r and the result is a plain LoRA. In the code eps I, in units
+of the mean diagonal, is added to E[x x^T] so that it can be solved. All layers are fitted at once, on activations of
+the unmerged model; what merging the layers below changes is not seen. Fitting layer after layer on the model merged so
+far does see it, and was measured: see the README.
 """
 import torch
 import torch.nn.functional as F
@@ -40,28 +44,30 @@ MERGES = ("regression", "input", "weight", "none")
 class ResLoRALinear(LoRALinear):
     """LoRALinear with a shortcut from the `pre_num` earlier layers of its chain (-1: all of them).
 
-    merge: how `calibrate` approximates `input` and `middle`; several names, separated by commas, are tried in train.py.
+    merge: how `calibrate` approximates `input` and `middle`, a name of MERGES or a list of them, the first is kept.
+    Layers must be called in chain order, each once per forward: activation checkpointing and nn.DataParallel do not.
     """
 
     def __init__(self, linear, r, alpha, dropout=0.0, shortcut="input", pre_num=1, merge="regression"):
         super().__init__(linear, r, alpha, dropout)
-        self.shortcut, self.pre_num, self.merges = shortcut, pre_num, tuple(merge.split(","))
         if shortcut not in SHORTCUTS:
             raise ValueError(f"shortcut {shortcut!r} is not one of {', '.join(SHORTCUTS)}")
         if pre_num < -1:
             raise ValueError(f"pre_num {pre_num} is neither a number of layers (0, 1, …) nor -1 for all of them")
+        self.shortcut, self.pre_num = shortcut, pre_num
+        self.merges = [merge] if isinstance(merge, str) else list(merge)
         for how in self.merges:
             self.check_merge(how)
         self.earlier = []  # the layers n-1, n-2, …, n-m' of the chain; a plain list registers no submodules
-        self.inbox, self.outbox = [], None  # see `exchange`
-        self.A_star = None  # (r, d_in), what `calibrate` found
+        self.inbox, self.outbox, self.sends = [], [], 0  # see `exchange`
+        self.register_buffer("A_star", None, persistent=False)  # (r, d_in), what `calibrate` found
 
     def check_merge(self, how):
+        """ValueError unless `how` is a merge that this structure has."""
         if how not in MERGES:
             raise ValueError(f"merge {how!r} is not one of {', '.join(MERGES)}")
         if how == "weight" and self.shortcut == "input" and self.pre_num not in (0, 1):
-            raise ValueError(f"merge 'weight' is defined by the paper for pre_num 1 only, not {self.pre_num}, "
-                             "when the shortcut is 'input'")
+            raise ValueError(f"merge 'weight' of shortcut 'input' is defined for pre_num 1 only, not {self.pre_num}")
 
     @staticmethod
     def connect(chains):
@@ -74,37 +80,37 @@ class ResLoRALinear(LoRALinear):
                 m = n if layer.pre_num == -1 else min(layer.pre_num, n)
                 layer.earlier = chain[n - m:n][::-1]
             for layer, after in zip(chain, chain[1:], strict=False):
-                layer.outbox = after.inbox
+                layer.outbox, layer.sends = after.inbox, len(after.earlier)
 
     def exchange(self, own):
         """Hand `own` to the next layer and return what the m' layers before this one handed over, nearest first.
 
         A link is one plain list, shared by two neighbours, full only between their two calls: no activation outlives
-        the forward, nothing is global or in the state dict, copies of the model have links of their own.
+        a whole forward, nothing is global or in the state dict, and copies of the model have links of their own.
         """
         if self.earlier and not self.inbox:
             raise RuntimeError("ResLoRA layers must be called in chain order, each once per forward: "
                                "this one was called before its predecessor")
         received = self.inbox.pop() if self.earlier else []
-        if self.outbox is not None and self.pre_num:
-            self.outbox[:] = [[own, *received][:None if self.pre_num == -1 else self.pre_num]]
+        if self.sends:
+            self.outbox[:] = [[own, *received][:self.sends]]
         return received
 
     def forward(self, x):
         """(..., d_in) -> (..., d_out)"""
         A, B = self.lora_A, self.lora_B
         if self.shortcut == "input":
-            # u = A_n drop(x_n + sum_k x_{n-k})
+            # u = A_n drop(x_n + sum_{1..m'} x_{n-k})
             u = F.linear(self.drop(sum(self.exchange(x), x)), A)  # (..., r)
         elif self.shortcut == "middle":
-            # u = sum_{k=0..m'} A_{n-k} drop(x_{n-k}): own terms travel, not running sums
+            # u = sum_{0..m'} A_{n-k} drop(x_{n-k}): each layer's own term travels, no running sum
             u = F.linear(self.drop(x), A)
             u = sum(self.exchange(u), u)
         else:
-            # B u = sum_k B_{n-k} A_{n-k} drop(x_n): the blocks stacked are one product of rank (m' + 1) r
+            # B u = sum_{0..m'} B_{n-k} A_{n-k} drop(x_n): the blocks, stacked, are one product of rank (m' + 1) r
             A, B = self.stacked()
             u = F.linear(self.drop(x), A)  # (..., (m' + 1) r)
-        # h_n = W_n x_n + b + s B u
+        # h_n = W_n x_n + b_n + s B u
         return F.linear(x, self.weight, self.bias) + F.linear(self.scaling * u, B)
 
     def stacked(self):
@@ -116,11 +122,11 @@ class ResLoRALinear(LoRALinear):
 
     @property
     def exact_merge(self):
-        """Without an earlier layer, or reading nothing but x_n, the layer is a LoRA as it stands."""
+        """True for a layer that reads nothing but x_n: it is a plain LoRA as it stands."""
         return self.shortcut == "block" or not self.earlier
 
     def as_lora(self):
-        """(A', B') with W_merged = W + s B' A': stacked blocks, or B and the calibrated A*."""
+        """(A', B') with W_merged = W + s B' A': the stacked blocks, or the calibrated A* and B."""
         if self.shortcut == "block":
             return self.stacked()
         if self.exact_merge:
@@ -128,6 +134,11 @@ class ResLoRALinear(LoRALinear):
         if self.A_star is None:
             raise RuntimeError(f"shortcut {self.shortcut!r} merges only approximately: call calibrate first")
         return self.A_star, self.lora_B
+
+    def delta(self):
+        """s B' A' (d_out, d_in)"""
+        A, B = self.as_lora()
+        return self.scaling * (B @ A)
 
     @staticmethod
     def after_step(layers, step):
@@ -138,62 +149,68 @@ class ResLoRALinear(LoRALinear):
     @staticmethod
     @torch.no_grad()
     def calibrate(layers, run, how=None):
-        """Find A* of every layer. how: a name of MERGES, by default the layers' first.
+        """Find A* of every layer; again after any change of the weights. how: a name of MERGES, else the layers' first.
 
         `run()` is a generator: it sends one batch after the other through the model, in eval mode, and yields after
-        each the positions that count (B, T), False for padding. Memory: the inputs of all layers for one batch.
+        each a mask (B, T) of the positions that count, False for padding. It holds all layers' inputs of one batch.
         """
         layers = [layer for layer in layers if not layer.exact_merge]
-        how = how or (layers[0].merges[0] if layers else None)
-        for layer in layers:
-            layer.check_merge(how)
-        if layers:
-            (regression if how == "regression" else paper_merge)(layers, run, how)
+        if not layers:
+            return
+        how = how or layers[0].merges[0]
+        layers[0].check_merge(how)
+        if how == "regression":
+            regression(layers, run)
+        else:
+            paper_merge(layers, run, how)
 
 
-def inputs(layers, run):
-    """Yield for every calibration batch {layer: its inputs (N, d_in)}, N counting the tokens that are no padding."""
+def layer_inputs(layers, run):
+    """Yield for each calibration batch {layer: its inputs (N, d_in)}, N counting the tokens that the mask keeps."""
     seen = {}
     wanted = set(layers).union(*(layer.earlier for layer in layers))
     hooks = [layer.register_forward_pre_hook(lambda layer, args: seen.update({layer: args[0]})) for layer in wanted]
     try:
-        for real in run():
-            yield {layer: x[real].to(layer.lora_A.dtype) for layer, x in seen.items()}
+        for mask in run():
+            yield {layer: x[mask].to(layer.lora_A.dtype) for layer, x in seen.items()}
     finally:
         for hook in hooks:
             hook.remove()
+    if not seen:
+        raise ValueError("calibration needs at least one batch: run() yielded none")
 
 
-def regression(layers, run, how=None, eps=1e-3):
+def regression(layers, run, eps=1e-3):
     """A*_n = A_n + P_n, P_n = E[z x^T] (E[x x^T] + eps I)^-1, eps in units of the mean diagonal of E[x x^T]."""
-    xx, zx = {layer: 0 for layer in layers}, {layer: 0 for layer in layers}
-    for x in inputs(layers, run):
+    xx, zx = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
+    for x in layer_inputs(layers, run):
         for layer in layers:
             if layer.shortcut == "input":
                 z = sum(x[e] for e in layer.earlier) @ layer.lora_A.T  # (N, r)
             else:
                 z = sum(x[e] @ e.lora_A.T for e in layer.earlier)
-            xx[layer] = xx[layer] + x[layer].T @ x[layer]  # (d_in, d_in): sums do as well as means
+            xx[layer] = xx[layer] + x[layer].T @ x[layer]  # (d_in, d_in); sums do as well as means
             zx[layer] = zx[layer] + z.T @ x[layer]  # (r, d_in)
     for layer in layers:
-        C = xx[layer].double()
+        C = xx[layer].cpu().double()
         C.diagonal().add_(eps * C.diagonal().mean())
-        P = torch.linalg.solve(C, zx[layer].double().T).T  # C is symmetric
-        layer.A_star = layer.lora_A + P.to(layer.lora_A.dtype)
+        P = torch.linalg.solve(C, zx[layer].cpu().double().T).T  # C is symmetric
+        layer.A_star = layer.lora_A + P.to(layer.lora_A)
 
 
 def paper_merge(layers, run, how):
-    """The merges of the paper (section 3.3), and "none", which drops the shortcut.
+    """The merges of the paper, and "none", which drops the shortcut.
 
-    input (merge_bi)    A* = (1 + sum_k f_{n-k} / f_n) A_n      f: mean norm of x, with shortcut middle of A x
-    weight (merge_bw)   middle: A* = A_n + sum_k f_{n-k} / f_n A_{n-k}                         f: mean norm of x
-                        input:  A* = (1 + f*_{n-2} / f*_{n-1}) A_n; f* = |W*| of the layers merged before, a_1 = 1
+    input (merge_bi)    A* = (1 + sum_{1..m'} f_{n-k} / f_n) A_n       f: mean norm of x, with shortcut middle of A x
+    weight (merge_bw)   middle  A* = A_n + sum_{1..m'} f_{n-k} / f_n A_{n-k}                          f: mean norm of x
+                        input   A* = (1 + a_n) A_n, a_1 = 1, a_n = f*_{n-2} / f*_{n-1}, f* = |W*|, already merged
     """
-    f, star = {}, {}
-    for x in inputs(layers, run) if how != "none" else ():
-        for layer, x_n in x.items():
-            by_branch = how == "input" and layer.shortcut == "middle"
-            f[layer] = f.get(layer, 0) + (x_n @ layer.lora_A.T if by_branch else x_n).norm()
+    f, f_star = {}, {}
+    if how == "input" or how == "weight" and layers[0].shortcut == "middle":
+        for x in layer_inputs(layers, run):
+            for layer, x_n in x.items():
+                by_branch = how == "input" and layer.shortcut == "middle"
+                f[layer] = f.get(layer, 0) + (x_n @ layer.lora_A.T if by_branch else x_n).norm()
     for layer in layers:
         A = layer.lora_A
         if how == "none":
@@ -203,11 +220,9 @@ def paper_merge(layers, run, how):
         elif layer.shortcut == "middle":
             layer.A_star = A + sum(f[e] / f[layer] * e.lora_A for e in layer.earlier)
         else:
-            before = layer.earlier[0]  # layers come shallow to deep, so it is merged already
-            for e in (before, *before.earlier):
-                if e not in star:
-                    star[e] = (e.weight + e.delta()).norm()
-            a = star[before.earlier[0]] / star[before] if before.earlier else 1
+            before = layer.earlier[0]  # layers come shallow to deep: it has its A* already
+            f_star[before] = (before.weight + before.delta()).norm()
+            a = f_star[before.earlier[0]] / f_star[before] if before.earlier else 1
             layer.A_star = (1 + a) * A
 
 
@@ -230,28 +245,29 @@ if __name__ == "__main__":
                 x = x + block["q"](F.layer_norm(x, x.shape[-1:]))
             return x
 
-    x = torch.randn(512, 16) @ torch.randn(16, 16)
-    for shortcut in SHORTCUTS:
-        torch.manual_seed(0)
-        model = Chain()
-        base = model(x)
-        layers = apply(model, ResLoRALinear, ["q"], r=2, alpha=4, shortcut=shortcut, pre_num=1)
+    torch.manual_seed(0)
+    mix, base, y = torch.randn(16, 16), Chain(), torch.randn(512, 16)
+    x, fresh = torch.randn(512, 16) @ mix, torch.randn(512, 16) @ mix  # to calibrate on, to measure on
+    print("a chain of four layers, r 2, B random; merge errors are shares of what the adapter does, on fresh inputs\n")
+    for shortcut, m in (("input", 0), ("input", 1), ("block", 1), ("middle", 1)):
+        torch.manual_seed(1)
+        model = copy.deepcopy(base)
+        layers = apply(model, ResLoRALinear, ["q"], r=2, alpha=4, shortcut=shortcut, pre_num=m)
         for layer in layers:
             nn.init.normal_(layer.lora_B, std=0.1)
-        out = model(x)
-        out.square().sum().backward()
+        (model(x) - y).square().mean().backward()
         ranks = [len(layer.stacked()[0]) if shortcut == "block" else layer.r for layer in layers]
-        print(f"{shortcut:6}  A {tuple(layers[0].lora_A.shape)}  B {tuple(layers[0].lora_B.shape)}  ranks {ranks}")
-        print("        |dL/dA|", *(f"{layer.lora_A.grad.norm():8.1f}" for layer in layers))
+        print(f"{shortcut if m else 'LoRA':6}  merged ranks {ranks}  |dL/dA|",
+              *(f"{layer.lora_A.grad.norm():.3f}" for layer in layers))
 
         def run(trial):
             trial(x)
             yield torch.ones(512, dtype=torch.bool)
 
-        for how in MERGES:
+        out = model(fresh)
+        for how in MERGES if shortcut != "block" and m else ("exact",):
             trial = copy.deepcopy(model)
-            ResLoRALinear.calibrate([block["q"] for block in trial.h], lambda trial=trial: run(trial), how)
-            error = (merge(trial)(x) - out).norm() / (out - base).norm()
-            print(f"        merge {how:10} error {error:.4f} of what the adapter does")
-            if shortcut == "block":
-                break  # exact, there is nothing to choose
+            if how != "exact":
+                ResLoRALinear.calibrate([block["q"] for block in trial.h], lambda trial=trial: run(trial), how)
+            error = (merge(trial)(fresh) - out).norm() / (out - base(fresh)).norm()
+            print(f"        merge {how:10} error {error:.4f}")

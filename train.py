@@ -102,6 +102,8 @@ def parse(argv):
     for method, (_, own) in METHODS.items():
         for name in own.keys() & vars(args).keys() - METHODS[args.method][1].keys():
             raise ValueError(f"--{name.replace('_', '-')} is a flag of method {method}, not of {args.method}")
+    if args.rs and args.method == "rslora":
+        raise ValueError("--rs is what makes rslora of lora: give one of the two")
     if args.steps is not None and args.epochs is not None:
         raise ValueError("--steps and --epochs say the same thing: give one")
     defaults = DEFAULTS[args.dataset]
@@ -222,7 +224,6 @@ class Run:
     def __init__(self, args):
         self.args = args
         torch.manual_seed(args.seed)
-        torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
         self.source = locate(MODELS.get(args.model, args.model))
         self.model = from_pretrained(self.source)
         self.tokenizer = bpe.load(self.source, self.model.config.vocab_size)
@@ -393,6 +394,9 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         print("train.py: " + " ".join(str(e).split()), file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("train.py: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

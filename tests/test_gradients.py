@@ -218,7 +218,7 @@ def test_delta_lora_telescopes(start):
     total = layer.weight + layer.delta() - W_0
     assert equal(total, layer.scaling * B @ A, 1e-13)
     rank = torch.linalg.matrix_rank(total, atol=1e-10).item()
-    assert rank == (4 if start else 2)
+    assert rank == len(A) == (4 if start else 2)
 
 
 def test_delta_lora_is_lora_with_a_weight_that_follows_by_hand():

@@ -97,11 +97,44 @@ def test_bad_surgery_leaves_the_model_as_it_was():
     for net, targets, hparams, message in [
             (model, ["q", "value"], dict(r=2), "'value' matches no linear.*down, k, o, q, up, v"),
             (model, ["q"], dict(r=0), "rank 0 is not in 1..16"), (model, ["q"], dict(r=17), "rank 17 is not in 1..16"),
-            (model, ["q"], dict(r=2, dropout=1.0), "dropout 1.0"), (tied, ["0"], dict(r=2), "shares its weight")]:
+            (model, ["q"], dict(r=2.0), "rank 2.0"), (model, ["q"], dict(r=2, alpha=0), "alpha 0 is not above 0"),
+            (model, ["q"], dict(r=2, dropout=1.0), "dropout 1.0"), (tied, ["0"], dict(r=2), "shares its weight"),
+            (model, ["q", "attn.q"], dict(r=2), "meant by an earlier target"), (model, "qv", dict(r=2), "a list"),
+            (model, [], dict(r=2), "a list"), (nn.Linear(4, 4), [""], dict(r=2), "matches no linear"),
+            (nn.MultiheadAttention(4, 2), ["out_proj"], dict(r=2), "matches no linear")]:
         modules, wanted = list(net.modules()), [p.requires_grad for p in net.parameters()]
         with pytest.raises(ValueError, match=message):
-            lora.apply(net, LoRALinear, targets, alpha=1, **hparams)
+            lora.apply(net, LoRALinear, targets, **{"alpha": 1, **hparams})
         assert list(net.modules()) == modules and [p.requires_grad for p in net.parameters()] == wanted
+
+
+def test_a_second_apply_is_refused():
+    """It would freeze the first one's adapters; those go on training."""
+    model = tiny_gpt()
+    layers = adapt(model, "lora", {}, targets=["q"])
+    with pytest.raises(ValueError, match="has adapters already"):
+        adapt(model, "lora", {}, targets=["v"])
+    assert all(layer.lora_A.requires_grad for layer in layers)
+
+
+def test_apply_keeps_train_and_eval():
+    """Adapters put into a model in evaluation do not drop."""
+    model = tiny_gpt().eval()
+    adapt(model, "lora", {}, dropout=0.5)
+    idx = tokens()[0]
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    assert not any(m.training for m in model.modules())
+
+
+def test_merging_into_a_narrow_dtype_that_overflows_is_refused():
+    """fp16 ends at 65504: an infinite weight is no merge."""
+    model = nn.Sequential(nn.Linear(4, 4).half())
+    layer, = lora.apply(model, LoRALinear, ["0"], r=2, alpha=2)
+    nn.init.constant_(layer.lora_B, 1e6)
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match="NaN or inf"):
+        lora.merge(model)
+    assert torch.equal(layer.weight, before)
 
 
 # ResLoRA's merges
