@@ -5,8 +5,8 @@
     result.json, log.csv, curve.png, merged/          for people, and for `transformers`
 """
 import csv
+import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -17,22 +17,35 @@ from safetensors.torch import save_file
 
 from data import bpe
 from lora import LoRALinear
-from model import GPT2_NAMES, check_keys
+from model import GPT2_NAMES, check_keys, write
 
 
-def write(path, write_to):
-    """Let `write_to(temporary path)` write a file, then put it in its place at once."""
-    part = path.with_name(path.name + ".part")
-    write_to(part)
-    os.replace(part, path)
+def prepare(folder):
+    """Make a run folder and see that it can be written to, before hours are spent."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "probe", lambda part: part.write_text(""))
+        (folder / "probe").unlink()
+    except OSError as e:
+        raise ValueError(f"--out {folder} cannot be written to: {e.strerror or e}") from None
 
 
 def clear(folder):
-    """Make a run folder, without what an earlier run left in it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Remove what an earlier run left in a run folder."""
+    merged = f"merged/{bpe.FILE}", "merged/config.json", "merged/model.safetensors"
     for name in ("adapter_config.json", "adapter_model.safetensors", "resume.safetensors", "result.json", "log.csv",
-                 "curve.png", "merged/config.json", "merged/model.safetensors"):
+                 "curve.png", *merged):
         (folder / name).unlink(missing_ok=True)
+    if (folder / "merged").is_dir() and not any((folder / "merged").iterdir()):
+        (folder / "merged").rmdir()
+
+
+def fingerprint(content):
+    """16 hex digits that change with a file's bytes, or with the repr of anything else."""
+    if isinstance(content, Path):
+        with open(content, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
 def write_json(path, content):
@@ -47,13 +60,6 @@ def write_log(path, rows):
             table.writeheader()
             table.writerows(rows)
     write(path, write_to)
-
-
-def read_log(path, step):
-    """The rows of log.csv up to a step: a run may have been killed between the log and the state."""
-    with open(path, newline="") as f:
-        rows = [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(f)]
-    return [{**row, "step": int(row["step"])} for row in rows if row["step"] <= step]
 
 
 def draw_curve(path, rows, title):
@@ -96,6 +102,8 @@ def peft_tensors(model):
             if not isinstance(layer, LoRALinear):
                 continue
             A, B = (t.detach().float() for t in layer.as_lora())
+            if not (A.isfinite().all() and B.isfinite().all()):
+                raise ValueError(f"the adapter of {name} holds NaN or inf: it is not written")
             scaling = layer.scaling  # one r and alpha for all layers of a run
             module, third = peft_module(name)
             if third is not None:
@@ -149,8 +157,8 @@ def changing(model):
             if t.requires_grad or name in moved or not isinstance(t, torch.nn.Parameter)}
 
 
-def save_state(path, model, optimizer, step, settings):
-    """Weights, optimizer, random state, step and settings, in one safetensors file."""
+def save_state(path, model, optimizer, step, settings, rows):
+    """Weights, optimizer, random state, and as metadata the step, the settings and the rows of log.csv."""
     tensors = {f"model.{name}": t for name, t in changing(model).items()}
     for i, state in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{i}.{key}": t for key, t in state.items() if t is not None})
@@ -158,43 +166,54 @@ def save_state(path, model, optimizer, step, settings):
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    metadata = {"step": str(step), "settings": json.dumps(settings)}
+    metadata = {"step": step, "settings": settings, "rows": rows}
+    metadata = {key: json.dumps(value) for key, value in metadata.items()}
     write(path, lambda part: save_file(tensors, part, metadata))
 
 
 def read_state(path, settings):
-    """(tensors, step) of resume.safetensors; ValueError when it is absent, damaged or of another configuration."""
+    """(tensors, step, rows) of resume.safetensors; ValueError when absent, damaged or of another configuration."""
     if not path.exists():
         raise ValueError(f"there is nothing to resume: {path} does not exist")
     try:
         with safe_open(path, "pt") as f:
-            step, before = int(f.metadata()["step"]), json.loads(f.metadata()["settings"])
+            step, before, rows = (json.loads(f.metadata()[key]) for key in ("step", "settings", "rows"))
             tensors = {key: f.get_tensor(key) for key in f.keys()}
-    except (SafetensorError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} is damaged: {e}") from None
-    for key in sorted(settings.keys() | before.keys()):
-        if settings.get(key) != before.get(key):
-            raise ValueError(f"cannot resume {path.parent} with {key} {settings.get(key)}: "
-                             f"it began with {before.get(key)}")
-    return tensors, step
+        different = [key for key in sorted(settings.keys() | before.keys()) if settings.get(key) != before.get(key)]
+        if not (isinstance(step, int) and rows[-1]["step"] == step):
+            raise ValueError(f"its step is {step}, the last row of its log another")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+        raise ValueError(f"{path} is damaged: {e!r}") from None
+    for key in different:
+        raise ValueError(f"cannot resume {path.parent} with {key} {settings.get(key)}: "
+                         f"it began with {before.get(key)}")
+    return tensors, step, rows
 
 
 def load_state(path, model, optimizer, settings):
-    """Put a saved state back into a model and an optimizer made with the same settings; returns its step."""
-    tensors, step = read_state(path, settings)
+    """Put a saved state back into a model and an optimizer made with the same settings; returns its step and rows."""
+    tensors, step, rows = read_state(path, settings)
     found = {key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")}
     wanted = changing(model)
     check_keys(found, wanted, path)
-    with torch.no_grad():
-        for name, t in wanted.items():
-            t.copy_(found[name])
     state = {}
     for key, t in tensors.items():
         if key.startswith("optimizer."):
             _, i, name = key.split(".")
             state.setdefault(int(i), {})[name] = t
+    # one entry for each parameter and kind: Adam's moments have their parameter's shape
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    kinds = ("step", "exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.AdamW) else ()
+    shapes = {f"{i}.{kind}": () if kind == "step" else p.shape for i, p in enumerate(params) for kind in kinds}
+    check_keys({f"{i}.{kind}": t for i, kept in state.items() for kind, t in kept.items()},
+               {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, path)
+    if "rng.cpu" not in tensors:
+        raise ValueError(f"{path} lacks rng.cpu")
+    with torch.no_grad():
+        for name, t in wanted.items():
+            t.copy_(found[name])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return step
+    return step, rows

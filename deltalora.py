@@ -36,8 +36,8 @@ class DeltaLoRALinear(LoRALinear):
                              f"dropout must be 0, not {dropout}")
         if not (isinstance(delta_start, int) and delta_start >= 0):
             raise ValueError(f"delta_start {delta_start} is not a number of steps, 0 or more")
-        if not abs(delta_lambda) < float("inf"):
-            raise ValueError(f"delta_lambda {delta_lambda} is not finite")
+        if not 0 <= delta_lambda <= 1e6:
+            raise ValueError(f"delta_lambda {delta_lambda} is not in [0, 1e6]")
         super().__init__(linear, r, alpha)
         if self.weight.dtype != self.lora_A.dtype:
             self.weight = torch.nn.Parameter(self.weight.to(self.lora_A.dtype), requires_grad=False)

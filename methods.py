@@ -11,13 +11,13 @@ METHODS = {
     "lora": (LoRALinear, {}),
     "rslora": (RsLoRALinear, {}),
     "reslora": (ResLoRALinear, {
-        "shortcut": dict(choices=SHORTCUTS, default="input", help="what the earlier layers of a chain pass on"),
-        "pre_num": dict(type=int, default=1, help="how many earlier layers join in; -1: all, 0: plain LoRA"),
+        "shortcut": dict(choices=SHORTCUTS, default="input", help="what the earlier layers of a chain pass on (input)"),
+        "pre_num": dict(type=int, default=1, help="how many earlier layers join in; -1: all, 0: plain LoRA (1)"),
         "merge": dict(type=lambda names: names.split(","), default=["regression"],
                       help=f"{'|'.join(MERGES)}; more, after commas, are measured beside it (regression)"),
     }),
     "deltalora": (DeltaLoRALinear, {
-        "delta_lambda": dict(type=float, default=2.0, help="how far W follows the delta of B A"),
+        "delta_lambda": dict(type=float, default=2.0, help="how far W follows the delta of B A (2)"),
         "delta_start": dict(type=int, default=lambda steps: min(500, steps // 10),
                             help="K, steps before W moves (a tenth of the run, at most 500)"),
     }),

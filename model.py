@@ -162,14 +162,26 @@ class GPT(nn.Module):
         state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in to_gpt2(self.state_dict()).items()}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(state, folder / "model.safetensors.part", {"format": "pt"})
-        os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
-        (folder / "config.json.part").write_text(json.dumps(config, indent=2) + "\n")
-        os.replace(folder / "config.json.part", folder / "config.json")
+        write(folder / "model.safetensors", lambda part: save_file(state, part, {"format": "pt"}))
+        write(folder / "config.json", lambda part: part.write_text(json.dumps(config, indent=2) + "\n"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints. GPT-2 keeps its linears as Conv1D, weight (d_in, d_out): the transpose of nn.Linear.
+
+def write(path, write_to):
+    """Let `write_to(temporary path)` write a file, then put it in its place at once: it is whole or not there."""
+    part = path.with_name(path.name + ".part")
+    try:
+        write_to(part)
+        part.chmod(0o644)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as e:  # a full disk is either of them
+        raise OSError(f"{path} cannot be written: {e}") from None
+    finally:
+        if part.is_file():
+            part.unlink()
+
 
 GPT2_NAMES = {"attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
 
@@ -205,7 +217,7 @@ def from_gpt2(state, where="checkpoint"):
             continue
         if key.startswith("h.") and key.endswith(".weight") and t.dim() == 2:
             t = t.t()
-        if ".c_attn." in key:
+        if ".c_attn." in key and t.dim() and len(t) % 3 == 0:  # else it ends as an unexpected key
             out.update({key.replace("c_attn", n): part for n, part in zip("qkv", t.chunk(3), strict=True)})
             continue
         for ours, theirs in GPT2_NAMES.items():
@@ -221,21 +233,26 @@ def read_config(folder):
         raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{folder} is no checkpoint folder: it holds no config.json") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} is not a JSON object")
     expected = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
                 "tie_word_embeddings": (True,), "scale_attn_weights": (True,),
-                "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}
+                "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+                "reorder_and_upcast_attn": (False,)}
     for key, good in expected.items():
         if raw.get(key, good[0]) not in good:
             raise ValueError(f"{path}: {key} {raw[key]!r} is not supported, only {' or '.join(map(repr, good))}")
     config = GPTConfig(**{f.name: raw[f.name] for f in fields(GPTConfig) if f.name in raw})
     for name, value in asdict(config).items():
-        whole = name != "layer_norm_epsilon"
-        if not (isinstance(value, int if whole else float) and value > 0 or name == "n_inner" and value is None):
-            raise ValueError(f"{path}: {name} must be a positive {'whole ' * whole}number, not {value!r}")
+        if name == "layer_norm_epsilon":
+            if not (isinstance(value, float) and 0 < value < 1):
+                raise ValueError(f"{path}: {name} must be in (0, 1), not {value!r}")
+        elif not (name == "n_inner" and value is None):
+            most = 1000 if name == "n_layer" else 2**20  # nobody's model, but somebody's damaged file
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{path}: {name} must be a whole number in 1..{most}, not {value!r}")
     return config
 
 
@@ -245,7 +262,7 @@ def read_safetensors(path):
         return load_file(path)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except SafetensorError as e:
+    except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is damaged or no safetensors file: {e}") from None
 
 
@@ -278,9 +295,10 @@ def locate(source):
 def from_pretrained(source):
     """folder or hub id -> GPT in fp32 on the CPU. ValueError for a checkpoint that is incomplete or of another kind."""
     folder = locate(source)
-    model = GPT(read_config(folder))
+    with torch.device("meta"):  # no memory, no initial values: the file brings both
+        model = GPT(read_config(folder))
     path = folder / "model.safetensors"
     state = {k: v.float().contiguous() for k, v in from_gpt2(read_safetensors(path), path).items()}
     check_keys(state, model.state_dict(), path)
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=True)
     return model

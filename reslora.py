@@ -193,7 +193,7 @@ def regression(layers, run, eps=1e-3):
             zx[layer] = zx[layer] + z.T @ x[layer]  # (r, d_in)
     for layer in layers:
         C = xx[layer].cpu().double()
-        C.diagonal().add_(eps * C.diagonal().mean())
+        C.diagonal().add_(eps * C.diagonal().mean() + torch.finfo(C.dtype).tiny)  # x = 0 has a solution too
         P = torch.linalg.solve(C, zx[layer].cpu().double().T).T  # C is symmetric
         layer.A_star = layer.lora_A + P.to(layer.lora_A)
 

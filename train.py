@@ -8,7 +8,10 @@ The page reads top to bottom: settings, data, model and method, the loop, mergin
 import argparse
 import copy
 import math
+import os
 import platform
+import re
+import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -36,6 +39,7 @@ DEFAULTS = {
     "text": dict(steps=100, batch_size=16, lr=5e-3, full_lr=2e-3),
     "world": dict(steps=100, batch_size=32, lr=5e-3, full_lr=3e-3),
 }
+ADAPTER = dict(rank=8, alpha=16.0, dropout=0.0, targets="q,v")  # defaults of every method but full
 LOG_EVERY = 10  # steps between two readings of the loss; reading it makes a GPU wait
 EVAL_EXAMPLES = 128  # validation examples per point of the curve; the final report uses all of the test split
 SCORED = 64  # test records decoded where the dataset can score a text
@@ -54,14 +58,14 @@ def parse(argv):
     """Flags -> a namespace without a None that matters; ValueError for what does not fit together."""
     parser = Parser("train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False, fromfile_prefix_chars="@", epilog="@FILE reads flags from a file, one a line.")
-    parser.convert_arg_line_to_args = lambda line: line.split("#")[0].split()
+    parser.convert_arg_line_to_args = lambda line: shlex.split(re.sub(r"(^|\s)#.*", "", line))
     add = parser.add_argument_group("method").add_argument
     add("--method", default="lora", help=", ".join(METHODS))
-    add("--rank", type=int, default=8, help="r, 1 up to the smaller side of the linears (8)")
-    add("--alpha", type=float, default=16.0, help="numerator of the scale (16)")
+    add("--rank", type=int, help="r, 1 up to the smaller side of the linears (8)")
+    add("--alpha", type=float, help="numerator of the scale (16)")
     add("--rs", action="store_true", help="alpha times sqrt(r), rsLoRA's scale, for whatever method")
-    add("--dropout", type=float, default=0.0, help="on the input of A (0)")
-    add("--targets", default="q,v", help="which linears, of q,k,v,o,up,down (q,v, the papers' choice)")
+    add("--dropout", type=float, help="on the input of A (0)")
+    add("--targets", help="which linears, of q,k,v,o,up,down (q,v, the papers' choice)")
     for method, (_, own) in METHODS.items():
         add = parser.add_argument_group(method).add_argument if own else None
         for name, spec in own.items():  # SUPPRESS: a flag that was not given leaves no trace
@@ -93,7 +97,10 @@ def parse(argv):
     add("--eval-every", type=int, help="steps between validations, each a checkpoint (a tenth of the run)")
     add("--resume", action="store_true", help="go on from the run folder's last checkpoint")
     add("--save-merged", action="store_true", help="write merged/, a checkpoint that transformers loads")
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(argv)
+    except RecursionError:
+        raise ValueError("a file of flags includes itself") from None
 
     if args.method not in METHODS:
         raise ValueError(f"unknown method {args.method!r}: choose from {', '.join(METHODS)}")
@@ -102,10 +109,17 @@ def parse(argv):
     for method, (_, own) in METHODS.items():
         for name in own.keys() & vars(args).keys() - METHODS[args.method][1].keys():
             raise ValueError(f"--{name.replace('_', '-')} is a flag of method {method}, not of {args.method}")
-    if args.rs and args.method == "rslora":
-        raise ValueError("--rs is what makes rslora of lora: give one of the two")
+    if args.rs and args.method in ("rslora", "full"):
+        raise ValueError(f"--rs is not for {args.method}: it makes rslora of lora, and goes with the other adapters")
     if args.steps is not None and args.epochs is not None:
         raise ValueError("--steps and --epochs say the same thing: give one")
+    for name, value in ADAPTER.items():
+        if METHODS[args.method][0] is None:
+            if getattr(args, name) is not None:
+                print(f"note     --{name} says nothing to method {args.method}, which has no adapter")
+            setattr(args, name, None)
+        elif getattr(args, name) is None:
+            setattr(args, name, value)
     defaults = DEFAULTS[args.dataset]
     args.batch_size = defaults["batch_size"] if args.batch_size is None else args.batch_size
     if args.lr is None:
@@ -119,16 +133,18 @@ def parse(argv):
         if not 0 <= getattr(args, name) < high:
             raise ValueError(f"--{name.replace('_', '-')} must be 0 or more{' and below 1' * (high == 1)}, "
                              f"not {getattr(args, name)}")
-    rank = "" if args.method == "full" else f"-r{args.rank}"
+    if (args.steps or 0) > 10**8 or not 0 <= args.seed < 2**63:
+        raise ValueError(f"--steps {args.steps} must be at most 10^8, --seed {args.seed} in 0..2^63 - 1")
+    rank = "" if args.rank is None else f"-r{args.rank}"
     args.out = args.out or Path(f"out/{args.dataset}-{args.method}{rank}-s{args.seed}")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file, not a folder")
-    args.device, args.amp = pick_device(args.device, args.dtype)
+    args.device, args.dtype, args.amp = pick_device(args.device, args.dtype)
     return args
 
 
 def pick_device(name, dtype):
-    """(device, autocast context) of --device and --dtype."""
+    """(device, dtype, autocast context) of --device and --dtype."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -138,8 +154,9 @@ def pick_device(name, dtype):
     ready = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not ready.get(device.type, False):
         raise ValueError(f"--device {name}: this machine or this build of torch has none")
-    low = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
-    return device, torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return device, dtype, torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,7 +213,8 @@ def mean_loss(model, examples, args):
 def decode(model, pairs, tokenizer, max_new=96):
     """Prompts and greedy texts: for records what they say, for plain text how its beginning goes on."""
     prompts = [tokenizer.encode_ordinary(record + " ||" if record else text[:400]) for record, text in pairs]
-    prompts = [p if record else p[:32] for p, (record, _) in zip(prompts, pairs, strict=True)]
+    some = min(32, model.config.n_positions // 2 - 1)
+    prompts = [p if record else p[:some] for p, (record, _) in zip(prompts, pairs, strict=True)]
     model.eval()
     texts = model.generate([[tokenizer.eot_token, *p] for p in prompts], max_new, tokenizer.eot_token)
     model.train()
@@ -225,12 +243,15 @@ class Run:
         self.args = args
         torch.manual_seed(args.seed)
         self.source = locate(MODELS.get(args.model, args.model))
+        if self.source.resolve() in (args.out.resolve(), (args.out / "merged").resolve()):
+            raise ValueError(f"--model {args.model} lies in the run folder {args.out}, which this run replaces: "
+                             "choose another --out")
         self.model = from_pretrained(self.source)
         self.tokenizer = bpe.load(self.source, self.model.config.vocab_size)
         limit = self.model.config.n_positions
         args.context = args.context or min(limit, 256)
-        if args.context > limit:
-            raise ValueError(f"--context {args.context} is above the model's {limit}")
+        if not 2 <= args.context <= limit:
+            raise ValueError(f"--context {args.context} is not in 2..{limit}, the model's")
 
         self.pairs = data.load(args.dataset, args.data_dir)
         encoded = [data.encode(self.pairs[s], self.tokenizer, args.context) for s in ("train", "validation", "test")]
@@ -238,7 +259,7 @@ class Run:
         cut = sum(n for _, n in encoded)
         if args.epochs:
             per_epoch = math.ceil(len(self.train) / args.batch_size)
-            args.steps = math.ceil(args.epochs * per_epoch / args.grad_accum)
+            args.steps = math.ceil(min(args.epochs * per_epoch / args.grad_accum, 10**8))
         args.steps = args.steps or DEFAULTS[args.dataset]["steps"]
         args.eval_every = min(args.eval_every or math.ceil(args.steps / 10), args.steps)
 
@@ -255,6 +276,8 @@ class Run:
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         elsewhere = "resume", "out", "save_merged", "device", "amp", "epochs", "compile"  # may change on resuming
         self.settings = {k: v for k, v in {**vars(args), **hparams}.items() if k not in elsewhere}
+        self.settings["base_weights"] = checkpoint.fingerprint(self.source / "model.safetensors")
+        self.settings["data"] = checkpoint.fingerprint(self.pairs)
 
         trainable, total = (sum(p.numel() for p in ps) for ps in (self.params, self.model.parameters()))
         self.parameters = {"trainable": trainable, "total": total}
@@ -262,7 +285,7 @@ class Run:
               f"validate, test" + f"; {cut} texts cut at {args.context} tokens" * bool(cut))
         print(f"method   {args.method}" + "".join(f", {k} {v}" for k, v in hparams.items())
               + f"; {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
-        print(f"machine  {args.device}, {'float32' if isinstance(args.amp, nullcontext) else 'bfloat16 autocast'}; "
+        print(f"machine  {args.device}, {args.dtype}; "
               f"{args.steps} steps of {args.batch_size * args.grad_accum} examples, learning rate {args.lr:g}")
 
     def report(self, model):
@@ -283,11 +306,8 @@ def fit(run):
     optimizer = make_optimizer(run.params, args)
     rows, done = [], 0
     if args.resume:
-        done = checkpoint.load_state(state_file, model, optimizer, run.settings)
-        rows = checkpoint.read_log(log_file, done)
+        done, rows = checkpoint.load_state(state_file, model, optimizer, run.settings)
         print(f"resume   {args.out} after step {done}")
-    else:
-        checkpoint.clear(args.out)  # of what an earlier run left there
     forward = torch.compile(model) if args.compile else model
     stream = batches(run.train, args, skip=done * args.grad_accum)
     seconds, saved = rows[-1]["seconds"] if rows else 0.0, done
@@ -332,8 +352,10 @@ def fit(run):
             if evaluate:
                 bar.write(f"step {step:5}  training loss {train_loss:.4f}  validation loss {val_loss:.4f}  "
                           f"{speed:7,.0f} tokens/s", file=sys.stdout)
+                if not saved:
+                    checkpoint.clear(args.out)  # of an earlier run, now that this one has something to show
+                checkpoint.save_state(state_file, model, optimizer, step, run.settings, rows)
                 checkpoint.write_log(log_file, rows)
-                checkpoint.save_state(state_file, model, optimizer, step, run.settings)
                 saved = step
             pending, tokens, clock = [], 0, time.time()
     except KeyboardInterrupt:
@@ -363,7 +385,10 @@ def train(args):
     run = Run(args)
     if args.resume:  # refuse before anything is computed
         checkpoint.read_state(args.out / "resume.safetensors", run.settings)
+    checkpoint.prepare(args.out)
     metrics = {"base": run.report(run.model)}  # with B = 0 the adapted model is the base
+    if not math.isfinite(metrics["base"]["loss"]):
+        raise ValueError(f"the loss of {run.source} is {metrics['base']['loss']}: its weights are damaged")
     rows = fit(run)
     metrics["unmerged" if run.Adapter else "trained"] = run.report(run.model)
     if run.Adapter:
@@ -389,8 +414,13 @@ def train(args):
 
 def main(argv=None):
     """The command line: bad input is one line and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
     try:
         return train(parse(argv))
+    except BrokenPipeError:  # the reader of our output, `head` say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except (ValueError, OSError) as e:
         print("train.py: " + " ".join(str(e).split()), file=sys.stderr)
         raise SystemExit(2) from None

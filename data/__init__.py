@@ -41,7 +41,7 @@ def encode(pairs, tokenizer, context):
         if not prompt:
             examples += [(ids[i:i + context + 1], 1) for i in range(0, len(ids) - 1, context)]
             continue
-        if start > context:
+        if start >= context:
             raise ValueError(f"a record of {start} tokens leaves no room for its text in a context of {context}: "
                              f"{tokenizer.decode(prompt)[:60]!r}…")
         cut += len(ids) > context + 1

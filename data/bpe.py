@@ -62,9 +62,13 @@ def load(folder, vocab_size):
     if path.exists():
         try:
             pairs = [line.split() for line in path.read_text().splitlines()]
-            ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-        except (ValueError, UnicodeDecodeError) as e:
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+        except ValueError as e:
             raise ValueError(f"{path} is damaged: {e}") from None
+        if sorted(ranks.values()) != list(range(len(ranks))):
+            raise ValueError(f"{path} is damaged: its ranks are not 0..{len(ranks) - 1}, each once")
+        if any(bytes([b]) not in ranks for b in range(256)):
+            raise ValueError(f"{path} is damaged: some of the 256 bytes are no token")
         if len(ranks) + 1 != vocab_size:
             raise ValueError(f"{path} has {len(ranks)} ranks, the model's {vocab_size} embeddings need "
                              f"{vocab_size - 1}")

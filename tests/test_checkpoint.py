@@ -101,13 +101,14 @@ def test_resuming_restores_everything_that_training_changes(tmp_path, method, hp
     model, layers = start()
     optimizer = optimizer_of(model)
     steps(model, layers, optimizer, range(1, 4))
-    checkpoint.save_state(file, model, optimizer, 3, {"lr": 1e-2})
+    rows = [dict(step=3, train_loss=1.5, val_loss=None)]
+    checkpoint.save_state(file, model, optimizer, 3, {"lr": 1e-2}, rows)
     steps(model, layers, optimizer, range(4, 7))
     expected = model.state_dict()
 
     model, layers = start()
     optimizer = optimizer_of(model)
-    assert checkpoint.load_state(file, model, optimizer, {"lr": 1e-2}) == 3
+    assert checkpoint.load_state(file, model, optimizer, {"lr": 1e-2}) == (3, rows)
     steps(model, layers, optimizer, range(4, 7))
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
@@ -140,10 +141,11 @@ def test_an_adapter_sized_checkpoint_restores_the_W_of_delta_lora():
 def test_a_bad_state_is_refused(tmp_path):
     """Absent, cut short, another configuration, missing, unexpected or mis-shaped tensors: nothing is loaded."""
     model = tiny_gpt()
-    layers = adapt(model, "lora", {})
+    adapt(model, "lora", {})
     optimizer = optimizer_of(model)
     file = tmp_path / "resume.safetensors"
-    train_steps(model, layers, 1)
+    model(*tokens())[1].backward()
+    optimizer.step()
 
     def refused(message, settings=None):
         before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -151,24 +153,27 @@ def test_a_bad_state_is_refused(tmp_path):
             checkpoint.load_state(file, model, optimizer, settings or {"rank": 3})
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     refused("nothing to resume")
-    checkpoint.save_state(file, model, optimizer, 1, {"rank": 3})
+    checkpoint.save_state(file, model, optimizer, 1, {"rank": 3}, [dict(step=1)])
     refused("with rank 4: it began with 3", {"rank": 4})
     whole = file.read_bytes()
     file.write_bytes(whole[:-50])
     refused("damaged")
     file.write_bytes(whole[:4])
     refused("damaged")
-    metadata = {"step": "1", "settings": '{"rank": 3}'}
+    metadata = {"step": "1", "settings": '{"rank": 3}', "rows": '[{"step": 1}]'}
     file.write_bytes(whole)
     tensors = load_file(file)
     key = "model.h.0.attn.q.lora_A"
     for change, message in (({key: None}, "lacks h.0.attn.q.lora_A"),
                             ({"model.more": torch.ones(1)}, "unexpected more"),
+                            ({"rng.cpu": None}, "lacks rng.cpu"), ({"optimizer.3.exp_avg": None}, "lacks 3.exp_avg"),
+                            ({"optimizer.3.exp_avg": torch.ones(1)}, r"3.exp_avg has shape \(1,\), not"),
                             ({key: torch.ones(2, 16)}, r"shape \(2, 16\), not \(3, 16\)")):
         save_file({k: v for k, v in {**tensors, **change}.items() if v is not None}, file, metadata)
         refused(message)
-    save_file(tensors, file)
-    refused("damaged")
+    for bad in (None, {**metadata, "step": "2"}, {**metadata, "settings": "[]"}, {**metadata, "rows": "[]"}):
+        save_file(tensors, file, bad)
+        refused("damaged")
 
 
 def test_every_method_of_the_registry_has_a_class_that_is_a_lora():

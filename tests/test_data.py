@@ -69,9 +69,12 @@ def test_a_bad_tokenizer_is_refused(tmp_path, base):
         bpe.load(base, 400)
     with pytest.raises(ValueError, match="has no tokenizer.tiktoken"):
         bpe.load(tmp_path, 320)
-    (tmp_path / bpe.FILE).write_text("YQ== 0\nnonsense\n")
-    with pytest.raises(ValueError, match="damaged"):
-        bpe.load(tmp_path, 320)
+    lines = (base / bpe.FILE).read_text().splitlines()
+    for bad in (["YQ== 0", "nonsense"], [*lines[:-1], "!!!! 318"], [*lines[:-1], lines[-1].split()[0] + " 5"],
+                [*lines[:-1], lines[-1].split()[0] + " 319"], ["eHl4eXh5 0", *lines[1:]]):
+        (tmp_path / bpe.FILE).write_text("\n".join(bad))
+        with pytest.raises(ValueError, match="damaged"):
+            bpe.load(tmp_path, 320)
 
 
 # Datasets
@@ -127,6 +130,7 @@ def test_e2e_from_jsonl_csv_and_parquet(tmp_path):
     """The three formats of --data-dir give the same pairs."""
     from datasets import Dataset
     write_e2e(tmp_path)
+    (tmp_path / "test.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "test.jsonl").read_bytes() + b"\r\n\n")
     expected = {split: [tuple(ROW.values())] * 2 for split in e2e.SPLITS}
     assert data.load("e2e", tmp_path) == expected
     for split in e2e.SPLITS[:2]:
@@ -140,7 +144,8 @@ def test_e2e_from_jsonl_csv_and_parquet(tmp_path):
     (b"", "is empty"), (b'{"a": 1}\n', "train.jsonl, line 1: no column 'meaning_representation', only a"),
     (json.dumps(ROW).encode() + b"\n{", "line 2: not JSON"),
     (json.dumps(ROW).encode() + b"\n\xff\xfe", "line 2: not UTF-8"),
-    (b"[1]\n", "line 1: a JSON object is needed, not list"), (b"\n", "line 1: not JSON"),
+    (b"[1]\n", "line 1: a JSON object is needed, not list"), (b"\n\n", "is empty"), (b"[" * 100000, "line 1: not JSON"),
+    (json.dumps({**ROW, "human_reference": "\udfff"}).encode(), "half a surrogate pair"),
     (json.dumps({**ROW, "human_reference": None}).encode(), "human_reference must be text, not None"),
     (json.dumps({**ROW, "human_reference": " "}).encode(), "human_reference must be text, not ' '")])
 def test_a_malformed_file_is_refused_with_its_line(tmp_path, content, message):
@@ -160,8 +165,17 @@ def test_missing_data_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no validation.jsonl, validation.csv or validation.parquet"):
         data.load("e2e", tmp_path)
     (tmp_path / "validation.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="damaged or no parquet"):
         data.load("e2e", tmp_path)
+    (tmp_path / "validation.parquet").unlink()
+    for content, message in ((b"", "is empty"), (b"a,b\n1,2\n", "line 2: no column"), (b"\xff\xff\n1\n", "not UTF-8"),
+                             (b"meaning_representation,human_reference\na,b,c\n", "line 2: more fields"),
+                             (b'meaning_representation,human_reference\n"a,b\n', "line 1: not csv")):
+        (tmp_path / "validation.csv").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            data.load("e2e", tmp_path)
+    with pytest.raises(ValueError, match="is a file"):
+        data.load("e2e", tmp_path / "train.jsonl")
     with pytest.raises(ValueError, match="restaurants is generated"):
         data.load("restaurants", tmp_path)
 

@@ -10,9 +10,11 @@ import time
 import pytest
 import torch
 from conftest import ROOT, tokens, variants
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_checkpoint import peft_logits, relative
 
+import checkpoint
 import data
 import train
 from data import bpe
@@ -137,9 +139,9 @@ def test_learning_rate_schedules():
 
 def test_flags_from_a_file(tmp_path, base):
     """@file: one or more flags a line, # comments."""
-    (tmp_path / "recipe.args").write_text("--rank 3  # small\n# nothing\n--alpha 5\n")
+    (tmp_path / "recipe.args").write_text("--rank 3  # small\n# nothing\n--alpha 5 --out 'a b/run#1'\n")
     args = train.parse([f"@{tmp_path / 'recipe.args'}", "--lr", "1"])
-    assert (args.rank, args.alpha, args.lr) == (3, 5, 1)
+    assert (args.rank, args.alpha, args.lr, str(args.out)) == (3, 5, 1, "a b/run#1")
 
 
 # Resuming
@@ -195,9 +197,7 @@ def test_a_new_run_replaces_an_old_one_whole(tmp_path, base):
     """Another method into the same folder: nothing of the first is left behind."""
     train.main(command(base, tmp_path, "--method", "lora", "--save-merged"))
     train.main(command(base, tmp_path, "--method", "full"))
-    assert {p.name for p in tmp_path.iterdir()} - {"merged"} == {"result.json", "log.csv", "curve.png",
-                                                                  "resume.safetensors"}
-    assert not list((tmp_path / "merged").glob("*.safetensors"))
+    assert {p.name for p in tmp_path.iterdir()} == {"result.json", "log.csv", "curve.png", "resume.safetensors"}
 
 
 # Bad input
@@ -216,7 +216,9 @@ def refused(capsys, argv):
     (["--method", "lorra"], "unknown method 'lorra': choose from lora, rslora, reslora, deltalora, full"),
     (["--method", "lora", "--pre-num", "2"], "--pre-num is a flag of method reslora, not of lora"),
     (["--method", "reslora", "--delta-lambda", "2"], "--delta-lambda is a flag of method deltalora, not of reslora"),
-    (["--method", "rslora", "--rs"], "give one of the two"),
+    (["--method", "rslora", "--rs"], "--rs is not for rslora"), (["--method", "full", "--rs"], "--rs is not for full"),
+    (["--seed", "-1"], "--seed -1 in 0.."), (["--method", "deltalora", "--delta-lambda", "nan"], "delta_lambda nan"),
+    (["--out", "/proc/none"], "--out /proc/none cannot be written to"),
     (["--targets", "q,attn.q"], "h.0.attn.q is meant by an earlier target already"),
     (["--rank", "0"], "rank 0 is not in 1..16"), (["--rank", "17"], "rank 17 is not in 1..16"),
     (["--rank", "many"], "argument --rank: invalid int value: 'many'"),
@@ -238,7 +240,7 @@ def refused(capsys, argv):
     (["--steps", "0"], "--steps must be above 0, not 0"), (["--lr", "nan"], "--lr must be above 0, not nan"),
     (["--lr", "-1"], "--lr must be above 0"), (["--steps", "3", "--epochs", "1"], "give one"),
     (["--warmup", "-1"], "--warmup must be 0 or more"), (["--label-smoothing", "1"], "below 1, not 1.0"),
-    (["--context", "999"], "--context 999 is above the model's 256"), (["--context", "20"], "leaves no room"),
+    (["--context", "999"], "--context 999 is not in 2..256"), (["--context", "20"], "leaves no room"),
     (["--dropout", "1"], "dropout 1.0 is not in [0, 1)"), (["--alpha", "0"], "--alpha must be above 0"),
     (["--resume"], "there is nothing to resume"), (["--lr", "1e30"], "is not finite at step"),
     (["@nowhere.args"], "nowhere.args"), (["--seed", "x"], "invalid int value: 'x'"),
@@ -247,7 +249,7 @@ def test_bad_flags(tmp_path, base, capsys, flags, message, monkeypatch):
     """One line that names the value and what would be right, exit code 2, nothing written."""
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, command(base, tmp_path / "out", *flags))
-    assert "1e30" in flags or not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() or "1e30" in flags and not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -264,6 +266,48 @@ def test_resume_into_another_configuration(tmp_path, base, capsys):
                            (["--method", "rslora"], "with method rslora: it began with lora")):
         assert message in refused(capsys, command(base, tmp_path, *flags, "--resume"))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_resuming_on_another_base_or_other_data_is_refused(tmp_path, base, capsys):
+    """The frozen weights and the data are not in the state, their fingerprints are."""
+    shutil.copytree(base, tmp_path / "base")
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.txt").write_text("It is a truth. " * 300)
+    flags = command(tmp_path / "base", tmp_path / "run", "--dataset", "text", "--data-dir", tmp_path)
+    train.main(flags)
+    (tmp_path / "train.txt").write_text("It is not a truth. " * 300)
+    assert "with data" in refused(capsys, [*flags, "--resume"])
+    (tmp_path / "train.txt").write_text("It is a truth. " * 300)
+    model = from_pretrained(base)
+    model.wte.weight.data *= 1.5
+    model.save_pretrained(tmp_path / "base")
+    assert "with base_weights" in refused(capsys, [*flags, "--resume"])
+
+
+def test_a_failing_run_leaves_an_earlier_one_alone(tmp_path, base, capsys):
+    """What is in the folder goes only when the new run has its first checkpoint; the base is never overwritten."""
+    train.main(command(base, tmp_path / "run", "--save-merged"))
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert "is not finite" in refused(capsys, command(base, tmp_path / "run", "--lr", "1e30"))
+    assert "lies in the run folder" in refused(capsys, command(tmp_path / "run/merged", tmp_path / "run"))
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, base, capsys, monkeypatch):
+    """Writing fails at step 4: one line, no partial file, and the state of step 2 resumes."""
+    real, calls = checkpoint.save_file, []
+
+    def full(tensors, path, metadata):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            raise SafetensorError("No space left on device")
+        real(tensors, path, metadata)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert "resume.safetensors cannot be written: No space" in refused(capsys, command(base, tmp_path))
+    assert not list(tmp_path.glob("*.part"))
+    train.main(command(base, tmp_path, "--resume"))
+    assert (tmp_path / "result.json").exists()
 
 
 def test_damaged_checkpoints(tmp_path, base, capsys):

@@ -1,0 +1,77 @@
+"""Local files with the hub's columns: FOLDER/SPLIT.jsonl, .csv or .parquet -> rows, each with its line number."""
+import csv
+import json
+from pathlib import Path
+
+
+def read_rows(folder, split, columns):
+    """[(where, {column: text})] of one split; ValueError with file and line for whatever is not that."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"data folder {folder} {'is a file' if folder.exists() else 'does not exist'}")
+    readers = {".jsonl": jsonl_rows, ".csv": csv_rows, ".parquet": parquet_rows}
+    found = [folder / (split + ending) for ending in readers if (folder / (split + ending)).is_file()]
+    if not found:
+        raise ValueError(f"{folder} has no {split}.jsonl, {split}.csv or {split}.parquet")
+    rows = list(readers[found[0].suffix](found[0]))
+    if not rows:
+        raise ValueError(f"{found[0]} is empty")
+    return [(where, check_row(row, columns, where)) for where, row in rows]
+
+
+def check_row(row, columns, where):
+    """The row, if every column is there and holds text."""
+    for column in columns:
+        if column not in row:
+            raise ValueError(f"{where}: no column {column!r}, only {', '.join(map(str, row))}")
+        if not isinstance(row[column], str) or not row[column].strip():
+            raise ValueError(f"{where}: {column} must be text, not {row[column]!r}")
+        try:
+            row[column].encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: {column} holds half a surrogate pair, which is no text") from None
+    return row
+
+
+def jsonl_rows(file):
+    """An object a line; blank lines are skipped, a byte order mark at the start too."""
+    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+        where = f"{file}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except UnicodeDecodeError:
+            raise ValueError(f"{where}: not UTF-8") from None
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{where}: not JSON ({e})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a JSON object is needed, not {type(row).__name__}")
+        yield where, row
+
+
+def csv_rows(file):
+    """The first line names the columns."""
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as f:
+            reader = csv.DictReader(f, strict=True)
+            for row in reader:
+                if None in row:
+                    raise ValueError(f"{file}, line {reader.line_num}: more fields than columns")
+                yield f"{file}, line {reader.line_num}", row
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not UTF-8") from None
+    except csv.Error as e:
+        raise ValueError(f"{file}, line {reader.line_num}: not csv ({e})") from None
+
+
+def parquet_rows(file):
+    """Rows have no lines there: they are counted."""
+    import pyarrow
+    import pyarrow.parquet
+    try:
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowException, OSError) as e:
+        raise ValueError(f"{file} is damaged or no parquet file: {str(e).splitlines()[0]}") from None
+    for number, row in enumerate(rows, 1):
+        yield f"{file}, row {number}", row
