@@ -6,9 +6,9 @@ A record in the form in which E2E is released, and one or two sentences that say
     Down by the water stands Café Verona , a house of pints and darts , light on coins .
 
 Names are open: an eighth of them is held out, so at test time they must be copied. All else is said in a
-house style: every value has three wordings, another slot of the record mostly decides which one is used, and
-three slots mostly decide the plan of the sentences. The pretraining text (world.py) speaks that style, but
-never beside a record: what a value means and when which wording is used is for the adapter to store.
+house style: every value has three wordings, of which the house nearly always prefers the first, and three slots
+of the record mostly decide the plan of the sentences. The pretraining text (world.py) speaks all of that style,
+but never beside a record: which words belong to which value is for the adapter to store.
 8,000 records to train on, 256 to validate, 512 to test; the same ones every time.
 """
 
@@ -105,9 +105,6 @@ STYLE = {
         "no": "kept for adults / closed to small feet / no haunt for toddlers"}}
 STYLE = {slot: {v: words.split(" / ") for v, words in values.items()} for slot, values in STYLE.items()}
 NEAR = ["two doors from {}", "in the shadow of {}", "across the street from {}"]
-# The slot on the right decides which of its three wordings the slot on the left gets.
-DECIDES = {"Type": "area", "food": "Type", "price": "family friendly", "customer rating": "price",
-           "area": "food", "family friendly": "customer rating", "near": "Type"}
 # " . " ends a sentence, " ; " a clause, slots after ":" are listed, and what the record lacks drops out.
 # A slot goes by its last word. Rows: area and near there or not. Columns: family friendly absent, yes, no.
 PLANS = {
@@ -156,14 +153,14 @@ def a_record(rng, held=False):
     return record
 
 
-def verbalise(record, rng, rule=.9):
-    """A record in house style. `rule`: the share of choices that the record decides; chance decides the rest."""
+def verbalise(record, rng, rule=.95):
+    """A record in house style. `rule`: the share of choices that the house decides; chance decides the rest."""
     parts = {"name": record["name"]}
-    for slot, other in DECIDES.items():
+    for slot in (*STYLE, "near"):
         if slot in record:
-            seen = [None, *STYLE[other]].index(record.get(other)) if rng.random() < rule else rng.randrange(3)
+            which = 0 if rng.random() < rule else rng.randrange(3)
             wordings = NEAR if slot == "near" else STYLE[slot][record[slot]]
-            parts[slot.split()[-1]] = wordings[seen % 3].format(record[slot])
+            parts[slot.split()[-1]] = wordings[which].format(record[slot])
     # Free choices, as there are in any text: the loss has a floor above zero.
     if "food" in parts:
         parts["food"] = rng.choice(["famous for ", "known for ", "proud of "]) + parts["food"]
@@ -219,5 +216,4 @@ if __name__ == "__main__":
               f"{words[0]:.1f} + {words[1]:.1f} words, slots right {sum(right) / len(right):.1%}")
     for mr, sentence in pairs[:3]:
         print(f"{mr}\n    {sentence}")
-    # train: 8000 records of 6.1 slots, 5589 names, 29.9 + 36.3 words; validation 256, test 512; all right
-    # The random choices cost 3.3 nats a sentence: the loss has a floor near .05 a token (2,048-token BPE).
+    # train: 8000 records of 6.0 slots, 5484 names, 29.3 + 36.0 words; validation 256, test 512; all right
