@@ -33,8 +33,8 @@ MODELS = {"tiny-gpt": ROOT / "data/tiny-gpt", **{f"gpt2{s}": f"openai-community/
 # What fits half a minute on two CPU cores with the embedded model: steps, examples per step, learning rate. Full
 # fine-tuning wants a smaller rate than an adapter.
 DEFAULTS = {
-    "restaurants": dict(steps=150, batch_size=32, lr=5e-3, full_lr=3e-3),
-    "e2e": dict(steps=150, batch_size=32, lr=5e-3, full_lr=2e-3),
+    "restaurants": dict(steps=150, batch_size=32, lr=1e-2, full_lr=6e-3),
+    "e2e": dict(steps=150, batch_size=32, lr=1e-2, full_lr=3e-3),
     "stdlib": dict(steps=100, batch_size=16, lr=5e-3, full_lr=2e-3),
     "text": dict(steps=100, batch_size=16, lr=5e-3, full_lr=2e-3),
     "world": dict(steps=100, batch_size=32, lr=5e-3, full_lr=3e-3),
@@ -283,8 +283,8 @@ class Run:
         self.parameters = {"trainable": trainable, "total": total}
         print(f"data     {args.dataset}: {len(self.train)} / {len(self.val)} / {len(self.test)} examples to train, "
               f"validate, test" + f"; {cut} texts cut at {args.context} tokens" * bool(cut))
-        print(f"method   {args.method}" + "".join(f", {k} {v}" for k, v in hparams.items())
-              + f"; {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
+        own = "".join(f", {k} {','.join(v) if isinstance(v, list) else v}" for k, v in hparams.items())
+        print(f"method   {args.method}{own}; {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
         print(f"machine  {args.device}, {args.dtype}; "
               f"{args.steps} steps of {args.batch_size * args.grad_accum} examples, learning rate {args.lr:g}")
 
