@@ -283,8 +283,8 @@ class Run:
         self.parameters = {"trainable": trainable, "total": total}
         print(f"data     {args.dataset}: {len(self.train)} / {len(self.val)} / {len(self.test)} examples to train, "
               f"validate, test" + f"; {cut} texts cut at {args.context} tokens" * bool(cut))
-        own = "".join(f", {k} {','.join(v) if isinstance(v, list) else v}" for k, v in hparams.items())
-        print(f"method   {args.method}{own}; {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
+        chosen = "".join(f", {k} {','.join(v) if isinstance(v, list) else v}" for k, v in hparams.items())
+        print(f"method   {args.method}{chosen}; {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
         print(f"machine  {args.device}, {args.dtype}; "
               f"{args.steps} steps of {args.batch_size * args.grad_accum} examples, learning rate {args.lr:g}")
 
