@@ -33,7 +33,7 @@ MODELS = {"tiny-gpt": ROOT / "data/tiny-gpt", **{f"gpt2{s}": f"openai-community/
 # What fits half a minute on two CPU cores with the embedded model: steps, examples per step, learning rate. Full
 # fine-tuning wants a smaller rate than an adapter.
 DEFAULTS = {
-    "restaurants": dict(steps=150, batch_size=32, lr=1e-2, full_lr=6e-3),
+    "restaurants": dict(steps=180, batch_size=32, lr=1e-2, full_lr=6e-3),
     "e2e": dict(steps=150, batch_size=32, lr=1e-2, full_lr=3e-3),
     "stdlib": dict(steps=100, batch_size=16, lr=5e-3, full_lr=2e-3),
     "text": dict(steps=100, batch_size=16, lr=5e-3, full_lr=2e-3),

@@ -10,6 +10,8 @@ import torch.nn as nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+torch.set_num_threads(1)  # for tensors this small threads cost more than they bring
+
 import lora  # noqa: E402
 from data import bpe, restaurants  # noqa: E402
 from methods import METHODS  # noqa: E402

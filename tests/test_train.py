@@ -1,6 +1,7 @@
 """The command line, end to end, and every bad input with the line it must give."""
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -180,7 +181,7 @@ def test_kill_9_in_the_middle_and_resume(tmp_path, base):
     def start(out, *flags):
         flags = [*command(base, out), "--steps", "60", "--eval-every", "5", *flags]
         return subprocess.Popen([sys.executable, ROOT / "train.py", *flags], cwd=tmp_path, stdout=subprocess.DEVNULL,
-                                stderr=subprocess.PIPE, text=True)
+                                stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     process = start(tmp_path / "b")
     while not (tmp_path / "b/resume.safetensors").exists():
         assert process.poll() is None, process.stderr.read()
