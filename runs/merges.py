@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 DATASETS = "restaurants", "e2e"
-LOW, RATES = 1e-3, (6e-3, 1.2e-2, 2.4e-2, 4.8e-2)
+LOW, RATES = 1e-3, (1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2)
 STRUCTURES = ("input", 1), ("input", 3), ("middle", 1), ("middle", 3)
 MERGES = "none", "input", "weight", "regression"
 RANK = 16
@@ -52,7 +52,8 @@ def cell(dataset, lr, seed, structure, data_dir, steps):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--e2e", help="folder of the real E2E data; without it only restaurants")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="at the best rate")
+    parser.add_argument("--low-seeds", type=int, default=1, help="at the low rate")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--steps", type=int, help="instead of train.py's default")
     args = parser.parse_args()
@@ -66,8 +67,9 @@ def main():
         best = {name: min(RATES, key=lambda lr: tried[name, lr, 0, None]["validation"]) for name in datasets}
         for (name, lr, *_), losses in tried.items():
             print(f"LoRA on {name} at {lr:g}: validation {losses['validation']:.4f}" + " <- best" * (lr == best[name]))
-        results = losses_of([(name, lr, seed, structure) for seed in range(args.seeds) for name in datasets
-                             for lr in (LOW, best[name]) for structure in (None, *STRUCTURES)])
+        results = losses_of([(name, rate[name], seed, structure) for rate, seeds in
+                             ((best, args.seeds), (dict.fromkeys(datasets, LOW), args.low_seeds))
+                             for seed in range(seeds) for name in datasets for structure in (None, *STRUCTURES)])
     rows = []
     for (name, lr, seed, structure), losses in results.items():
         if structure:
@@ -98,9 +100,9 @@ def groups(rows):
 
 def print_table(rows):
     """Markdown: mean losses over the seeds, and how much of the gain over the base and over LoRA merging keeps."""
-    print("\n| dataset | rate | structure | base | LoRA | unmerged | none | input | weight | **regression** "
+    print("\n| dataset | rate | structure | seeds | base | LoRA | unmerged | none | input | weight | **regression** "
           "| kept of base - unmerged | (LoRA - merged) / (LoRA - unmerged) |")
-    print("|---" * 12 + "|")
+    print("|---" * 13 + "|")
     for (name, lr, shortcut, m), same in groups(rows).items():
         def column(key, same=same):
             values = [float(row[key]) for row in same if row[key] != ""]
@@ -108,7 +110,7 @@ def print_table(rows):
         kept = [(r["base"] - r["regression"]) / (r["base"] - r["unmerged"]) for r in same]
         over = [r["lora"] - r["regression"] for r in same], [r["lora"] - r["unmerged"] for r in same]
         ratio = f"{mean(over[0]) / mean(over[1]):.2f}" if mean(over[1]) > 0 else "unmerged is not below LoRA"
-        print(f"| {name} | {lr:g} | {shortcut}, m {m} | "
+        print(f"| {name} | {lr:g} | {shortcut}, m {m} | {len(same)} | "
               + " | ".join(map(column, ("base", "lora", "unmerged", *MERGES))) + f" | {mean(kept):.1%} | {ratio} |")
 
 
