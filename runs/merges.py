@@ -3,8 +3,8 @@
     python runs/merges.py --e2e FOLDER [--seeds 3] [--jobs 2]      writes results/merges.csv and results/merges.png
 
 Learning rates: a low one, as the papers use, the one of RATES at which plain LoRA has the lowest validation loss (seed
-0), and half of that. Every row of the csv is one ResLoRA run; `lora` is the LoRA run of the same dataset, learning rate and
-seed, and so of the same data order. A loss is nats per target token on the test split.
+0), and half of that. Every row of the csv is one ResLoRA run; `lora` is the LoRA run of the same dataset, learning rate
+and seed, and so of the same data order. A loss is nats per target token on the test split.
 """
 import argparse
 import csv
