@@ -85,7 +85,7 @@ def main():
         table.writeheader()
         table.writerows(rows)
     print_table(rows)
-    draw(rows)
+    draw(rows, best)
 
 
 def mean(values):
@@ -116,31 +116,27 @@ def print_table(rows):
               + " | ".join(map(column, ("base", "lora", "unmerged", *MERGES))) + f" | {mean(kept):.1%} | {ratio} |")
 
 
-def draw(rows):
-    """A row a structure: where each merge lands between the base and the unmerged model."""
+def draw(rows, best):
+    """What each merge adds to the loss of the unmerged model, at LoRA's best rate; a mark a seed."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    styles = {"regression": ("C2", "o", "regression (ours)"), "input": ("C1", "s", "input (paper)"),
-              "weight": ("C3", "D", "weight (paper)"), "none": ("0.5", "x", "shortcut dropped")}
-    panels = {}
-    for (name, lr, *structure), same in groups(rows).items():
-        panels.setdefault((name, lr), []).append((structure, same))
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 2.9), layout="constrained", sharey=True)
-    for axis, ((name, lr), entries) in zip(axes, panels.items(), strict=True):
-        for y, (_, same) in enumerate(entries):
+    styles = {"regression": ("C2", "o", "regression (ours)"), "weight": ("C3", "D", "weight (paper)"),
+              "input": ("C1", "s", "input (paper)"), "none": ("0.45", "x", "shortcut dropped")}
+    figure, axes = plt.subplots(1, len(best), figsize=(8, 3), layout="constrained", sharey=True, squeeze=False)
+    for axis, (name, lr) in zip(axes[0], best.items(), strict=True):
+        for y, structure in enumerate(STRUCTURES):
+            same = [r for r in rows if (r["dataset"], r["lr"], r["shortcut"], r["pre_num"]) == (name, lr, *structure)]
             for how, (colour, marker, label) in styles.items():
-                kept = [100 * (r["base"] - r[how]) / (r["base"] - r["unmerged"]) for r in same if r[how] != ""]
-                shown = [max(k, 0) for k in kept]  # at the left edge: as bad as the base, or worse
-                axis.plot(shown, [y] * len(shown), marker, color=colour, ms=6, ls="", alpha=0.8, clip_on=False,
+                cost = [r[how] - r["unmerged"] for r in same if r[how] != ""]
+                axis.plot(cost, [y] * len(cost), marker, color=colour, ms=7, ls="", alpha=0.8,
                           label=label if y == 0 else None)
-        axis.axvline(100, color="k", lw=1)
-        axis.set(title=f"{name}, rate {lr:g}", xlim=(0, 104), ylim=(len(entries) - 0.5, -0.5))
-        axis.set_yticks(range(len(entries)), [f"{s}, m = {m}" for (s, m), _ in entries])
-        axis.grid(axis="x", alpha=0.3)
-    handles, labels = axes[0].get_legend_handles_labels()
+        axis.set(xscale="log", title=f"{name}, learning rate {lr:g}", ylim=(len(STRUCTURES) - 0.5, -0.5))
+        axis.set_yticks(range(len(STRUCTURES)), [f"{shortcut}, m = {m}" for shortcut, m in STRUCTURES])
+        axis.grid(axis="x", which="both", alpha=0.25)
+    handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.supxlabel("kept of the unmerged ResLoRA's gain over the base, % (a mark a seed)", fontsize=10)
+    figure.supxlabel("loss added by merging ResLoRA (nats per token, log scale)", fontsize=10)
     figure.savefig(ROOT / "results/merges.png", dpi=160)
 
 
