@@ -52,8 +52,8 @@ def cell(dataset, lr, seed, structure, data_dir, steps):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--e2e", help="folder of the real E2E data; without it only restaurants")
-    parser.add_argument("--seeds", type=int, default=3, help="at the best rate and half of it")
-    parser.add_argument("--low-seeds", type=int, default=1, help="at the low rate")
+    parser.add_argument("--seeds", type=int, default=3, help="at the best rate")
+    parser.add_argument("--other-seeds", type=int, default=1, help="at the low rate and at half of the best")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--steps", type=int, help="instead of train.py's default")
     args = parser.parse_args()
@@ -70,7 +70,7 @@ def main():
         half = {name: best[name] / 2 for name in datasets}  # a shortcut doubles the branch: its own best may be lower
         low = dict.fromkeys(datasets, LOW)
         results = losses_of([(name, rate[name], seed, structure) for rate, seeds in
-                             ((best, args.seeds), (low, args.low_seeds), (half, args.seeds))
+                             ((best, args.seeds), (low, args.other_seeds), (half, args.other_seeds))
                              for seed in range(seeds) for name in datasets for structure in (None, *STRUCTURES)])
     rows = []
     for (name, lr, seed, structure), losses in results.items():
