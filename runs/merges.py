@@ -123,7 +123,7 @@ def draw(rows, best):
     import matplotlib.pyplot as plt
     styles = {"regression": ("C2", "o", "regression (ours)"), "weight": ("C3", "D", "weight (paper)"),
               "input": ("C1", "s", "input (paper)"), "none": ("0.45", "x", "shortcut dropped")}
-    figure, axes = plt.subplots(1, len(best), figsize=(8, 3), layout="constrained", sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(best), figsize=(8, 3.3), layout="constrained", sharey=True, squeeze=False)
     for axis, (name, lr) in zip(axes[0], best.items(), strict=True):
         for y, structure in enumerate(STRUCTURES):
             same = [r for r in rows if (r["dataset"], r["lr"], r["shortcut"], r["pre_num"]) == (name, lr, *structure)]
@@ -135,7 +135,7 @@ def draw(rows, best):
         axis.set_yticks(range(len(STRUCTURES)), [f"{shortcut}, m = {m}" for shortcut, m in STRUCTURES])
         axis.grid(axis="x", which="both", alpha=0.25)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
     figure.supxlabel("loss added by merging ResLoRA (nats per token, log scale)", fontsize=10)
     figure.savefig(ROOT / "results/merges.png", dpi=160)
 
