@@ -184,7 +184,8 @@ def read_state(path, settings):
             raise ValueError(f"its step is {step}, the last row of its log another")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
         raise ValueError(f"{path} is damaged: {e!r}") from None
-    for key in different:
+    if different:
+        key = different[0]
         raise ValueError(f"cannot resume {path.parent} with {key} {settings.get(key)}: "
                          f"it began with {before.get(key)}")
     return tensors, step, rows

@@ -67,6 +67,7 @@ class DeltaLoRALinear(LoRALinear):
             if step > layer.delta_start:
                 B = torch.cat([layer.lora_B - layer.B_prev, layer.B_prev], 1)  # (d_out, 2r)
                 A = torch.cat([layer.lora_A, layer.lora_A - layer.A_prev])  # (2r, d_in)
+                # W_t = W_{t-1} + lambda s [B_t - B_{t-1} | B_{t-1}] [A_t ; A_t - A_{t-1}]
                 layer.weight.addmm_(B, A, alpha=layer.delta_lambda * layer.scaling)
             elif step == layer.delta_start:
                 layer.A_S.copy_(layer.lora_A)

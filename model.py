@@ -286,7 +286,8 @@ def locate(source):
     from huggingface_hub import snapshot_download  # not needed, and slow to import, for a local folder
     from huggingface_hub.errors import HFValidationError
     try:
-        return Path(snapshot_download(source, allow_patterns=["config.json", "model.safetensors"], etag_timeout=5))
+        return Path(snapshot_download(source, allow_patterns=["config.json", "model.safetensors", "*.tiktoken"],
+                                      etag_timeout=5))
     except (OSError, HFValidationError) as e:
         raise ValueError(f"model {source!r} is neither a folder nor to be had from the hub ({type(e).__name__}): "
                          "give --model a folder with config.json and model.safetensors") from None

@@ -32,6 +32,8 @@ of the mean diagonal, is added to E[x x^T] so that it can be solved. All layers 
 the unmerged model; what merging the layers below changes is not seen. Fitting layer after layer on the model merged so
 far does see it, costs a pass per layer, and where we tried it gave the same loss.
 """
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
@@ -79,7 +81,7 @@ class ResLoRALinear(LoRALinear):
                                      f"{tuple(layer.weight.shape)}, {target}[0] is {tuple(chain[0].weight.shape)}")
                 m = n if layer.pre_num == -1 else min(layer.pre_num, n)
                 layer.earlier = chain[n - m:n][::-1]
-            for layer, after in zip(chain, chain[1:], strict=False):
+            for layer, after in pairwise(chain):
                 layer.outbox, layer.sends = after.inbox, len(after.earlier)
 
     def exchange(self, own):
@@ -194,7 +196,8 @@ def regression(layers, run, eps=1e-3):
     for layer in layers:
         C = xx[layer].cpu().double()
         C.diagonal().add_(eps * C.diagonal().mean() + torch.finfo(C.dtype).tiny)  # x = 0 has a solution too
-        P = torch.linalg.solve(C, zx[layer].cpu().double().T).T  # C is symmetric
+        # P_n C = E[z x^T], and A*_n = A_n + P_n
+        P = torch.linalg.solve(C, zx[layer].cpu().double().T).T  # (r, d_in); C is symmetric
         layer.A_star = layer.lora_A + P.to(layer.lora_A)
 
 

@@ -109,12 +109,13 @@ def parse(argv):
     for method, (_, own) in METHODS.items():
         for name in own.keys() & vars(args).keys() - METHODS[args.method][1].keys():
             raise ValueError(f"--{name.replace('_', '-')} is a flag of method {method}, not of {args.method}")
-    if args.rs and args.method in ("rslora", "full"):
-        raise ValueError(f"--rs is not for {args.method}: it makes rslora of lora, and goes with the other adapters")
+    Adapter = METHODS[args.method][0]
+    if args.rs and (Adapter is None or Adapter.scale is not lora.LoRALinear.scale):
+        raise ValueError(f"--rs is not for {args.method}: it gives the square root to adapters that scale by alpha / r")
     if args.steps is not None and args.epochs is not None:
         raise ValueError("--steps and --epochs say the same thing: give one")
     for name, value in ADAPTER.items():
-        if METHODS[args.method][0] is None:
+        if Adapter is None:
             if getattr(args, name) is not None:
                 print(f"note     --{name} says nothing to method {args.method}, which has no adapter")
             setattr(args, name, None)
@@ -123,7 +124,7 @@ def parse(argv):
     defaults = DEFAULTS[args.dataset]
     args.batch_size = defaults["batch_size"] if args.batch_size is None else args.batch_size
     if args.lr is None:
-        args.lr = defaults["full_lr" if args.method == "full" else "lr"]
+        args.lr = defaults["lr" if Adapter else "full_lr"]
     positive = "steps", "epochs", "batch_size", "grad_accum", "lr", "alpha", "context", "eval_every"
     for name in positive:
         value = getattr(args, name)

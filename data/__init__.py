@@ -20,7 +20,7 @@ def load(name, data_dir=None):
     """The splits of a dataset; ValueError for what is missing, empty or malformed, naming file and line."""
     if data_dir and name in EMBEDDED:
         raise ValueError(f"dataset {name} is generated here: --data-dir {data_dir} is not for it")
-    splits = module(name).load(*[data_dir] * (name not in EMBEDDED))
+    splits = module(name).load() if name in EMBEDDED else module(name).load(data_dir)
     for split, pairs in splits.items():
         if not pairs:
             raise ValueError(f"dataset {name}: the {split} split is empty")

@@ -7,6 +7,7 @@ its bytes, a space, its rank. tiktoken does the encoding; the training is below,
 import base64
 import os
 from collections import Counter, defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import regex
@@ -25,7 +26,7 @@ def train(texts, size):
     pairs, where = Counter(), defaultdict(set)  # pair -> how often, pair -> indices of the words that may hold it
 
     def count(i, sign):
-        for pair in zip(words[i], words[i][1:], strict=False):
+        for pair in pairwise(words[i]):
             pairs[pair] += sign * counts[i]
             where[pair].add(i)
 
