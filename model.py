@@ -1,16 +1,20 @@
-"""GPT-2, small enough to read in one sitting. It knows nothing of adapters.
+"""GPT-2 and RoBERTa, small enough to read in one sitting. They know nothing of adapters.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": a pre-LayerNorm transformer with learned
-positions and the output projection tied to the token embedding. Three things differ from the usual code: q, k and v
-are separate linears (GPT-2 stores them fused as `c_attn`; they are split on loading), so that an adapter on "q" and "v"
-is an adapter on q and v; the vocabulary is projected onto only at positions that have a target; and the base has no
-dropout of its own, which GPT-2's config sets to 0.1.
+GPT      Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": reads from left to right, LayerNorm
+         before each part of a block, output projection tied to the token embedding.
+RoBERTa  Liu et al. 2019, arXiv:1907.11692: reads in both directions, LayerNorm after each part; a head that predicts
+         masked tokens, or one that classifies the whole text.
 
-Shapes: B batch, T time, C channels (n_embd), nh heads, hs = C / nh, V vocabulary, S length of the cache.
+Three things differ from the usual code: q, k and v are separate linears in both (GPT-2 stores them fused as `c_attn`;
+they are split on loading), so that an adapter on "q" and "v" is an adapter on q and v; the vocabulary is projected onto
+only at positions that have a target; and the base has no dropout of its own, which the published configs set to 0.1.
+
+Shapes: B batch, T time, C channels, nh heads, hs = C / nh, V vocabulary, L labels, S length of the cache.
 """
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -20,6 +24,58 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import hub
+
+
+class Attention(nn.Module):
+    """(B, T, C) -> (B, T, C). mask (B, 1, 1 or T, S): True where a position may be looked at; None: causal."""
+
+    def __init__(self, C, n_head):
+        super().__init__()
+        if C % n_head:
+            raise ValueError(f"{C} channels are no multiple of {n_head} heads")
+        self.n_head = n_head
+        self.q, self.k, self.v, self.o = (nn.Linear(C, C) for _ in range(4))
+
+    def forward(self, x, mask=None, cache=None, pos=None):
+        B, T, C = x.shape
+        q, k, v = (f(x).view(B, T, self.n_head, -1) for f in (self.q, self.k, self.v))  # (B, T, nh, hs) each
+        if cache is not None:  # (2, B, S, nh, hs): write k, v at their positions, then read everything up to them
+            rows = torch.arange(B, device=x.device)[:, None]
+            cache[0, rows, pos], cache[1, rows, pos] = k.to(cache.dtype), v.to(cache.dtype)
+            k, v = cache  # (B, S, nh, hs)
+            mask = (torch.arange(k.size(1), device=x.device) <= pos[..., None])[:, None]  # (B, 1, T, S)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T or S, hs)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.o(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """(B, T, C) -> (B, T, C). approximate: "tanh" is GPT-2's GELU, "none" is the exact one, RoBERTa's."""
+
+    def __init__(self, C, inner, approximate):
+        super().__init__()
+        self.up = nn.Linear(C, inner)
+        self.down = nn.Linear(inner, C)
+        self.approximate = approximate
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))
+
+
+def picked(x, targets):
+    """x (B, T, C), targets (B, T) -> the N rows of x that have a target (N, C), and these targets (N,).
+
+    Targets may stay on the CPU: then picking the positions makes a GPU wait for nothing.
+    """
+    targets = targets.flatten()
+    where = (targets != -100).nonzero().flatten()  # (N,)
+    x = x.flatten(0, 1).index_select(0, where.to(x.device, non_blocking=True))
+    return x, targets[where].to(x.device, non_blocking=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPT-2
 
 @dataclass
 class GPTConfig:  # names as in GPT-2's config.json
@@ -32,60 +88,28 @@ class GPTConfig:  # names as in GPT-2's config.json
     layer_norm_epsilon: float = 1e-5
 
 
-class Attention(nn.Module):
+class GPTBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        self.n_head = config.n_head
-        self.q, self.k, self.v, self.o = (nn.Linear(C, C) for _ in range(4))
+        self.ln_1 = nn.LayerNorm(C, eps=config.layer_norm_epsilon)
+        self.attn = Attention(C, config.n_head)
+        self.ln_2 = nn.LayerNorm(C, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(C, config.n_inner or 4 * C, "tanh")  # "gelu_new" in GPT-2's config
 
     def forward(self, x, cache=None, pos=None):
-        B, T, C = x.shape
-        q, k, v = (f(x).view(B, T, self.n_head, -1) for f in (self.q, self.k, self.v))  # (B, T, nh, hs) each
-        mask = None
-        if cache is not None:  # (2, B, S, nh, hs): write k, v at their positions, then read everything up to them
-            rows = torch.arange(B, device=x.device)[:, None]
-            cache[0, rows, pos], cache[1, rows, pos] = k.to(cache.dtype), v.to(cache.dtype)
-            k, v = cache  # (B, S, nh, hs)
-            mask = (torch.arange(k.size(1), device=x.device) <= pos[..., None])[:, None]  # (B, 1, T, S)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T or S, hs)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.o(y.transpose(1, 2).reshape(B, T, C))
-
-
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        inner = config.n_inner or 4 * config.n_embd
-        self.up = nn.Linear(config.n_embd, inner)
-        self.down = nn.Linear(inner, config.n_embd)
-
-    def forward(self, x):
-        return self.down(F.gelu(self.up(x), approximate="tanh"))  # "gelu_new" in GPT-2's config
-
-
-class Block(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(config)
-
-    def forward(self, x, cache=None, pos=None):
-        x = x + self.attn(self.ln_1(x), cache, pos)
+        x = x + self.attn(self.ln_1(x), cache=cache, pos=pos)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f"n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
         self.config = config
+        self.context = config.n_positions  # the longest sequence, in tokens
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(GPTBlock(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         for name, p in self.named_parameters():
             if p.dim() == 2:  # GPT-2's init; what writes into the residual stream shrinks with its number of writers
@@ -96,8 +120,8 @@ class GPT(nn.Module):
 
     def hidden(self, idx, cache=None, pos=None):
         """(B, T) token ids -> (B, T, C), before the last LayerNorm. With a cache, `pos` (B, T) says where each is."""
-        if idx.size(1) > self.config.n_positions:
-            raise ValueError(f"{idx.size(1)} tokens do not fit the model's context of {self.config.n_positions}")
+        if idx.size(1) > self.context:
+            raise ValueError(f"{idx.size(1)} tokens do not fit the model's context of {self.context}")
         positions = self.wpe.weight[: idx.size(1)] if pos is None else self.wpe(pos)
         x = self.wte(idx) + positions
         for i, block in enumerate(self.h):
@@ -111,17 +135,12 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, label_smoothing=0.0):
         """Logits of every position (B, T, V) and None, or with targets (B, T) the logits of the N positions that have
         one (N, V) and their mean cross entropy in nats; -100 marks a position without a target.
-
-        Targets may stay on the CPU: then picking the positions makes a GPU wait for nothing.
         """
         x = self.hidden(idx)
         if targets is None:
             return self.head(x), None
-        targets = targets.flatten()
-        where = (targets != -100).nonzero().flatten()  # (N,)
-        x = x.flatten(0, 1).index_select(0, where.to(x.device, non_blocking=True))  # (N, C)
+        x, targets = picked(x, targets)
         logits = self.head(x)
-        targets = targets[where].to(x.device, non_blocking=True)
         return logits, F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
     @torch.no_grad()
@@ -136,9 +155,9 @@ class GPT(nn.Module):
         device = self.wte.weight.device
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         T = max(map(len, prompts))
-        max_new = min(max_new, self.config.n_positions - T)
+        max_new = min(max_new, self.context - T)
         if max_new < 1:
-            raise ValueError(f"a prompt of {T} tokens leaves no room in a context of {self.config.n_positions}")
+            raise ValueError(f"a prompt of {T} tokens leaves no room in a context of {self.context}")
         idx = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=device)
         B, nh = len(prompts), self.config.n_head
         cache = self.wte.weight.new_zeros(len(self.h), 2, B, T + max_new, nh, self.config.n_embd // nh)
@@ -159,15 +178,136 @@ class GPT(nn.Module):
         """Write config.json and model.safetensors as `transformers` reads and writes them for GPT-2."""
         config = {**asdict(self.config), "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"],
                   "activation_function": "gelu_new", "tie_word_embeddings": True}
-        state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in to_gpt2(self.state_dict()).items()}
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write(folder / "model.safetensors", lambda part: save_file(state, part, {"format": "pt"}))
-        write(folder / "config.json", lambda part: part.write_text(json.dumps(config, indent=2) + "\n"))
+        save(folder, config, to_gpt2(self.state_dict()), dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints. GPT-2 keeps its linears as Conv1D, weight (d_in, d_out): the transpose of nn.Linear.
+# RoBERTa
+
+@dataclass
+class RobertaConfig:  # names as in RoBERTa's config.json; the numbers are roberta-base's
+    vocab_size: int = 50265
+    max_position_embeddings: int = 514  # the first pad_token_id + 1 of them are never a token's
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    layer_norm_eps: float = 1e-5
+    pad_token_id: int = 1
+
+
+class RobertaBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C = config.hidden_size
+        self.attn = Attention(C, config.num_attention_heads)
+        self.ln_1 = nn.LayerNorm(C, eps=config.layer_norm_eps)
+        self.mlp = MLP(C, config.intermediate_size, "none")
+        self.ln_2 = nn.LayerNorm(C, eps=config.layer_norm_eps)
+
+    def forward(self, x, mask):
+        x = self.ln_1(x + self.attn(x, mask))
+        return self.ln_2(x + self.mlp(x))
+
+
+class LMHead(nn.Module):
+    """(..., C) -> (..., V): which token was masked. The output matrix is the token embedding `wte`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, x, wte):
+        return F.linear(self.layer_norm(F.gelu(self.dense(x))), wte.weight, self.bias)
+
+
+class Classifier(nn.Module):
+    """(B, T, C) -> (B, L), from the first token, <s>."""
+
+    def __init__(self, config, num_labels):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, num_labels)
+        for linear in (self.dense, self.out_proj):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x):
+        return self.out_proj(torch.tanh(self.dense(x[:, 0])))
+
+
+class RoBERTa(nn.Module):
+    """num_labels 0: a masked language model; 1: regression; more: a classifier. The other head is None."""
+
+    def __init__(self, config, num_labels=0):
+        super().__init__()
+        C = config.hidden_size
+        self.config, self.num_labels = config, num_labels
+        self.context = config.max_position_embeddings - config.pad_token_id - 1  # the longest sequence, in tokens
+        self.wte = nn.Embedding(config.vocab_size, C)
+        self.wpe = nn.Embedding(config.max_position_embeddings, C)
+        self.wtt = nn.Embedding(1, C)  # token types: a leftover of BERT, with a single row
+        self.ln = nn.LayerNorm(C, eps=config.layer_norm_eps)
+        self.h = nn.ModuleList(RobertaBlock(config) for _ in range(config.num_hidden_layers))
+        self.lm_head = None if num_labels else LMHead(config)
+        for name, p in self.named_parameters():  # BERT's init
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        self.classifier = Classifier(config, num_labels) if num_labels else None
+
+    def hidden(self, idx):
+        """(B, T) token ids, padded anywhere with the padding id -> (B, T, C)."""
+        if idx.size(1) > self.context:
+            raise ValueError(f"{idx.size(1)} tokens do not fit the model's context of {self.context}")
+        real = idx != self.config.pad_token_id  # (B, T)
+        # positions count the real tokens, from pad_token_id + 1; padding stands at pad_token_id
+        pos = real.cumsum(1) * real + self.config.pad_token_id
+        x = self.ln(self.wte(idx) + self.wpe(pos) + self.wtt.weight[0])
+        for block in self.h:
+            x = block(x, real[:, None, None])  # nobody looks at padding
+        return x
+
+    def forward(self, idx, labels=None, label_smoothing=0.0):
+        """(logits, loss); without labels the loss is None.
+
+        Classifier: logits (B, L), labels (B,) whole numbers, the mean cross entropy in nats. Regression: logits (B, 1),
+        labels (B,) real numbers, the mean squared error. Masked LM: as GPT, logits (B, T, V), or with labels (B, T),
+        -100 where nothing is asked, (N, V).
+        """
+        x = self.hidden(idx)
+        if self.classifier:
+            logits = self.classifier(x)
+            if labels is None:
+                return logits, None
+            labels = labels.to(x.device, non_blocking=True)
+            if self.num_labels == 1:
+                return logits, F.mse_loss(logits.squeeze(1).float(), labels)
+        else:
+            if labels is None:
+                return self.lm_head(x, self.wte), None
+            x, labels = picked(x, labels)
+            logits = self.lm_head(x, self.wte)
+        return logits, F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+
+    def save_pretrained(self, folder, dtype=None):
+        """Write config.json and model.safetensors as `transformers` reads and writes them for RoBERTa."""
+        kind = "ForSequenceClassification" if self.num_labels else "ForMaskedLM"
+        config = {**asdict(self.config), "model_type": "roberta", "architectures": [f"Roberta{kind}"],
+                  "hidden_act": "gelu", "type_vocab_size": 1, "tie_word_embeddings": True, "bos_token_id": 0,
+                  "eos_token_id": 2}
+        if self.num_labels:  # `transformers` counts the labels by their names
+            config["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}
+            config["problem_type"] = "regression" if self.num_labels == 1 else "single_label_classification"
+        save(folder, config, {roberta_name(key): t for key, t in self.state_dict().items()}, dtype)
+
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: the files
 
 def write(path, write_to):
     """Let `write_to(temporary path)` write a file, then put it in its place at once: it is whole or not there."""
@@ -182,6 +322,137 @@ def write(path, write_to):
         if part.is_file():
             part.unlink()
 
+
+def save(folder, config, state, dtype):
+    """Write a checkpoint folder."""
+    state = {key: t.detach().to("cpu", dtype).contiguous() for key, t in state.items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "model.safetensors", lambda part: save_file(state, part, {"format": "pt"}))
+    write(folder / "config.json", lambda part: part.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+# model_type -> (our config, what we compute: other values of these keys would be another model)
+CONFIGS = {
+    "gpt2": (GPTConfig, {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "tie_word_embeddings": (True,),
+                         "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
+                         "add_cross_attention": (False,), "reorder_and_upcast_attn": (False,)}),
+    "roberta": (RobertaConfig, {"hidden_act": ("gelu",), "position_embedding_type": ("absolute",),
+                                "type_vocab_size": (1,), "tie_word_embeddings": (True,), "is_decoder": (False,),
+                                "add_cross_attention": (False,)}),
+}
+
+
+def read_config(folder):
+    """GPTConfig or RobertaConfig of a checkpoint folder; ValueError for anything this file does not compute exactly."""
+    path = Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no checkpoint folder: it holds no config.json") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIGS:
+        raise ValueError(f"{path}: model_type {kind!r} is not supported, only 'gpt2' or 'roberta'")
+    Config, expected = CONFIGS[kind]
+    for key, good in expected.items():
+        if raw.get(key, good[0]) not in good:
+            raise ValueError(f"{path}: {key} {raw[key]!r} is not supported, only {' or '.join(map(repr, good))}")
+    config = Config(**{f.name: raw[f.name] for f in fields(Config) if f.name in raw})
+    for name, value in asdict(config).items():
+        if name.startswith("layer_norm"):
+            if not (isinstance(value, float) and 0 < value < 1):
+                raise ValueError(f"{path}: {name} must be in (0, 1), not {value!r}")
+        elif not (name == "n_inner" and value is None):
+            least = 0 if name == "pad_token_id" else 1
+            most = 1000 if name in ("n_layer", "num_hidden_layers") else 2**20  # nobody's model, but a damaged file's
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"{path}: {name} must be a whole number in {least}..{most}, not {value!r}")
+    if kind == "roberta" and config.pad_token_id + 2 > min(config.max_position_embeddings, config.vocab_size):
+        raise ValueError(f"{path}: pad_token_id {config.pad_token_id} leaves no positions or no tokens")
+    return config
+
+
+def read_safetensors(path):
+    """{name: tensor} of one file; ValueError when it is missing, cut short or no safetensors at all."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} is damaged or no safetensors file: {e}") from None
+
+
+def check_keys(found, wanted, where):
+    """Refuse a state dict with missing, unexpected or mis-shaped entries, naming the first of them."""
+    for what, keys in (("lacks", wanted.keys() - found.keys()), ("holds unexpected", found.keys() - wanted.keys())):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ValueError(f"{where} {what} {min(keys)}{more}")
+    for key, t in wanted.items():
+        if found[key].shape != t.shape:
+            raise ValueError(f"{where}: {key} has shape {tuple(found[key].shape)}, not {tuple(t.shape)}")
+
+
+def locate(source):
+    """A local checkpoint folder for a folder or a Hugging Face hub id."""
+    if Path(source).is_dir():
+        return Path(source)
+    if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+        raise ValueError(f"model folder {source} does not exist")
+    try:
+        return hub.fetch(source, ["config.json", "model.safetensors", "vocab.json", "*.tiktoken"])
+    except (OSError, ValueError) as e:
+        raise ValueError(f"model {source!r} is neither a folder nor to be had from the hub ({type(e).__name__}): "
+                         "give --model a folder with config.json and model.safetensors") from None
+
+
+def from_pretrained(source, num_labels=None):
+    """Folder or hub id -> GPT or RoBERTa, by the model_type in config.json, in fp32 on the CPU.
+
+    num_labels, RoBERTa only: 0 for the masked-LM head, 1 for regression, more for a classifier; None takes the head
+    that the checkpoint has. A head that it does not have is a fresh one, and a line says so. ValueError for a
+    checkpoint that is incomplete or of another kind.
+    """
+    folder = locate(source)
+    config, path = read_config(folder), folder / "model.safetensors"
+    state = {key: t.float() for key, t in read_safetensors(path).items()}
+    with torch.device("meta"):  # no memory, no initial values: the file brings both
+        if isinstance(config, GPTConfig):
+            if num_labels:
+                raise ValueError(f"{source} is a GPT-2, which has no classification head here: choose a RoBERTa")
+            model, state = GPT(config), from_gpt2(state, path)
+        else:
+            own = state.get("classifier.out_proj.weight", torch.empty(0))
+            model = RoBERTa(config, len(own) if num_labels is None else num_labels)
+            state = from_roberta(state, path)
+    if isinstance(model, RoBERTa):
+        state = fit_head(state, model, source)
+    check_keys(state, model.state_dict(), path)
+    model.load_state_dict({key: t.contiguous() for key, t in state.items()}, assign=True)
+    return model
+
+
+def fit_head(state, model, source):
+    """The state with the head that the model asks for: the checkpoint's, or a fresh one."""
+    name, other = ("classifier", "lm_head") if model.classifier else ("lm_head", "classifier")
+    state = {key: t for key, t in state.items() if not key.startswith(other + ".")}
+    found = state.get("classifier.out_proj.weight")
+    if found is not None and len(found) != model.num_labels:  # pretrained on another task
+        state = {key: t for key, t in state.items() if not key.startswith("classifier.")}
+    if not any(key.startswith(name + ".") for key in state):
+        fresh = Classifier(model.config, model.num_labels) if model.classifier else LMHead(model.config)
+        state.update({f"{name}.{key}": t for key, t in fresh.state_dict().items()})
+        what = f"{model.num_labels} label{'s' * (model.num_labels > 1)}" if model.classifier else "masked tokens"
+        print(f"head     {source} has no head for {what}: a fresh one is trained from scratch")
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: the names. GPT-2 keeps its linears as Conv1D, weight (d_in, d_out): the transpose of nn.Linear.
 
 GPT2_NAMES = {"attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
 
@@ -226,80 +497,40 @@ def from_gpt2(state, where="checkpoint"):
     return out
 
 
-def read_config(folder):
-    """GPTConfig of a checkpoint folder; ValueError for anything this file does not compute exactly."""
-    path = Path(folder) / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is no checkpoint folder: it holds no config.json") from None
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not valid JSON: {e}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    expected = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-                "tie_word_embeddings": (True,), "scale_attn_weights": (True,),
-                "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
-                "reorder_and_upcast_attn": (False,)}
-    for key, good in expected.items():
-        if raw.get(key, good[0]) not in good:
-            raise ValueError(f"{path}: {key} {raw[key]!r} is not supported, only {' or '.join(map(repr, good))}")
-    config = GPTConfig(**{f.name: raw[f.name] for f in fields(GPTConfig) if f.name in raw})
-    for name, value in asdict(config).items():
-        if name == "layer_norm_epsilon":
-            if not (isinstance(value, float) and 0 < value < 1):
-                raise ValueError(f"{path}: {name} must be in (0, 1), not {value!r}")
-        elif not (name == "n_inner" and value is None):
-            most = 1000 if name == "n_layer" else 2**20  # nobody's model, but somebody's damaged file
-            if type(value) is not int or not 1 <= value <= most:
-                raise ValueError(f"{path}: {name} must be a whole number in 1..{most}, not {value!r}")
-    return config
+ROBERTA_NAMES = {
+    "wte": "embeddings.word_embeddings", "wpe": "embeddings.position_embeddings",
+    "wtt": "embeddings.token_type_embeddings", "ln": "embeddings.LayerNorm",
+    "attn.q": "attention.self.query", "attn.k": "attention.self.key", "attn.v": "attention.self.value",
+    "attn.o": "attention.output.dense", "ln_1": "attention.output.LayerNorm",
+    "mlp.up": "intermediate.dense", "mlp.down": "output.dense", "ln_2": "output.LayerNorm",
+}
 
 
-def read_safetensors(path):
-    """{name: tensor} of one file; ValueError when it is missing, cut short or no safetensors at all."""
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path} is damaged or no safetensors file: {e}") from None
+def roberta_name(key):
+    """Our "h.0.attn.q.weight" -> "roberta.encoder.layer.0.attention.self.query.weight"; the heads' names are equal."""
+    module, _, kind = key.rpartition(".")
+    if module.startswith(("classifier", "lm_head")):
+        return key
+    block, leaf = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)", module).groups()
+    return f"roberta.{f'encoder.layer.{block}.' if block else ''}{ROBERTA_NAMES[leaf]}.{kind}"
 
 
-def check_keys(found, wanted, where):
-    """Refuse a state dict with missing, unexpected or mis-shaped entries, naming the first of them."""
-    for what, keys in (("lacks", wanted.keys() - found.keys()), ("holds unexpected", found.keys() - wanted.keys())):
-        if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise ValueError(f"{where} {what} {min(keys)}{more}")
-    for key, t in wanted.items():
-        if found[key].shape != t.shape:
-            raise ValueError(f"{where}: {key} has shape {tuple(found[key].shape)}, not {tuple(t.shape)}")
-
-
-def locate(source):
-    """A local checkpoint folder for a folder or a Hugging Face hub id."""
-    if Path(source).is_dir():
-        return Path(source)
-    if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
-        raise ValueError(f"model folder {source} does not exist")
-    from huggingface_hub import snapshot_download  # not needed, and slow to import, for a local folder
-    from huggingface_hub.errors import HFValidationError
-    try:
-        return Path(snapshot_download(source, allow_patterns=["config.json", "model.safetensors", "*.tiktoken"],
-                                      etag_timeout=5))
-    except (OSError, HFValidationError) as e:
-        raise ValueError(f"model {source!r} is neither a folder nor to be had from the hub ({type(e).__name__}): "
-                         "give --model a folder with config.json and model.safetensors") from None
-
-
-def from_pretrained(source):
-    """folder or hub id -> GPT in fp32 on the CPU. ValueError for a checkpoint that is incomplete or of another kind."""
-    folder = locate(source)
-    with torch.device("meta"):  # no memory, no initial values: the file brings both
-        model = GPT(read_config(folder))
-    path = folder / "model.safetensors"
-    state = {k: v.float().contiguous() for k, v in from_gpt2(read_safetensors(path), path).items()}
-    check_keys(state, model.state_dict(), path)
-    model.load_state_dict(state, assign=True)
-    return model
+def from_roberta(state, where="checkpoint"):
+    """The reverse, with or without the `roberta.` prefix, and without what neither head reads."""
+    out, ours = {}, {theirs: name for name, theirs in ROBERTA_NAMES.items()}
+    tied = {"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+            "lm_head.decoder.bias": "lm_head.bias"}
+    for key, t in state.items():
+        if key in tied:
+            if tied[key] not in state or not torch.equal(t, state[tied[key]]):
+                raise ValueError(f"{where}: {key} differs from {tied[key]}, only tied heads are supported")
+            continue
+        key = key.removeprefix("roberta.")
+        if key.startswith("pooler.") or key == "embeddings.position_ids":
+            continue  # BERT's pooler serves a loss that RoBERTa has not
+        module, _, kind = key.rpartition(".")
+        block, leaf = re.fullmatch(r"(?:encoder\.layer\.(\d+)\.)?(.*)", module).groups()
+        if leaf in ours:
+            key = f"{f'h.{block}.' if block else ''}{ours[leaf]}.{kind}"
+        out[key] = t  # an unknown key ends as an unexpected one
+    return out

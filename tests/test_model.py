@@ -140,10 +140,10 @@ def truncate(folder):
 
 
 @pytest.mark.parametrize("change, message", [
-    (edit_config(model_type="llama"), "model_type 'llama' is not supported, only 'gpt2'"),
+    (edit_config(model_type="llama"), "model_type 'llama' is not supported, only 'gpt2' or 'roberta'"),
     (edit_config(activation_function="relu"), "activation_function 'relu'"),
     (edit_config(tie_word_embeddings=False), "tie_word_embeddings False"),
-    (edit_config(n_head=5), "n_embd 24 is no multiple of n_head 5"),
+    (edit_config(n_head=5), "24 channels are no multiple of 5 heads"),
     (edit_config(n_layer=4), "lacks h.3.attn.k.bias and 15 more"),
     (edit_config(n_layer=2), "holds unexpected h.2.attn.k.bias and 15 more"),
     (edit_config(n_positions=16), r"wpe.weight has shape (32, 24), not (16, 24)"),

@@ -1,0 +1,32 @@
+"""Files from the Hugging Face hub, or from its cache on this machine when the hub cannot be reached."""
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+
+def fetch(repo, patterns, repo_type="model", revision=None):
+    """Local folder with those files of a repository that match `patterns`. OSError or ValueError when they are neither
+    to be had nor in the cache; that takes at most 8 seconds without a network, not the client's many retries."""
+    from huggingface_hub import constants, snapshot_download  # slow to import, and a local folder needs neither
+    offline = constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT)
+    return Path(snapshot_download(repo, repo_type=repo_type, revision=revision, allow_patterns=patterns,
+                                  local_files_only=offline))
+
+
+def reachable(url, seconds=8):
+    """Whether a server answers at all. In a thread, because looking up a name knows no time limit."""
+    answers = []
+
+    def ask():
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds):
+                answers.append(True)
+        except urllib.error.HTTPError:  # it answers, if only to say no
+            answers.append(True)
+        except OSError:
+            pass  # no route, no name, no answer in time: the list stays empty
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answers)
