@@ -7,6 +7,8 @@
 import csv
 import hashlib
 import json
+import math
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -16,8 +18,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data import bpe
-from lora import LoRALinear
-from model import GPT2_NAMES, check_keys, write
+from lora import LoRALinear, replace
+from model import (
+    GPT,
+    GPT2_NAMES,
+    RoBERTa,
+    check_keys,
+    read_json,
+    read_safetensors,
+    roberta_name,
+    write,
+)
+
+TOKENIZERS = bpe.FILE, "vocab.json"
+PREFIX = "base_model.model."  # PEFT's, before every key
 
 
 def prepare(folder):
@@ -32,7 +46,7 @@ def prepare(folder):
 
 def clear(folder):
     """Remove what an earlier run left in a run folder."""
-    merged = f"merged/{bpe.FILE}", "merged/config.json", "merged/model.safetensors"
+    merged = *(f"merged/{name}" for name in TOKENIZERS), "merged/config.json", "merged/model.safetensors"
     for name in ("adapter_config.json", "adapter_model.safetensors", "resume.safetensors", "result.json", "log.csv",
                  "curve.png", *merged):
         (folder / name).unlink(missing_ok=True)
@@ -62,20 +76,24 @@ def write_log(path, rows):
     write(path, write_to)
 
 
-def draw_curve(path, rows, title):
-    """Training and validation loss against steps, as a picture."""
+def draw_curve(path, rows, title, metric="loss"):
+    """Training and validation loss against steps, and the task's metric if it has another, as a picture."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for column, style in (("train_loss", dict(color="0.6", label="training")),
-                          ("val_loss", dict(color="C0", marker="o", ms=3, label="validation"))):
-        points = [(row["step"], row[column]) for row in rows if row[column] is not None]
-        axes.plot(*zip(*points, strict=True), **style)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    panels = ["loss"] if metric == "loss" else ["loss", metric]
+    figure, axes = plt.subplots(1, len(panels), figsize=(2 + 4 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], panels, strict=True):
+        for column, style in ((f"train_{name}", dict(color="0.6", label="training")),
+                              (f"val_{name}", dict(color="C0", marker="o", ms=3, label="validation"))):
+            points = [(row["step"], row[column]) for row in rows if row.get(column) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), **style)
+        axis.set(xlabel="step", ylabel="loss (nats)" if name == "loss" else name)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.suptitle(title)
     write(path, lambda part: figure.savefig(part, dpi=150, format="png"))
     plt.close(figure)
 
@@ -83,16 +101,18 @@ def draw_curve(path, rows, title):
 # ---------------------------------------------------------------------------------------------------------------------
 # The adapter, as PEFT reads it
 
-def peft_module(name):
-    """Our "h.0.attn.q" -> GPT-2's "h.0.attn.c_attn", and which third of its output that is (None: all of it)."""
+def peft_module(model, name):
+    """Our "h.0.attn.q" -> its module in `transformers`, and which third of its output that is (None: all of it)."""
+    if isinstance(model, RoBERTa):
+        return roberta_name(f"{name}.weight").removesuffix(".weight"), None
     block, leaf = name.rsplit(".", 2)[0], ".".join(name.split(".")[-2:])
     if leaf in ("attn.q", "attn.k", "attn.v"):
-        return f"{block}.attn.c_attn", "qkv".index(leaf[-1])
-    return f"{block}.{GPT2_NAMES[leaf]}", None
+        return f"transformer.{block}.attn.c_attn", "qkv".index(leaf[-1])
+    return f"transformer.{block}.{GPT2_NAMES[leaf]}", None
 
 
 def peft_tensors(model):
-    """({GPT-2 module: (A', B')}, scaling). q, k and v become one c_attn: their A stacked, their B in blocks,
+    """({module: (A', B')}, scaling). GPT-2's q, k and v become one c_attn: their A stacked, their B in blocks,
 
         c_attn:  B' A' = [B_q 0 ; 0 0 ; 0 B_v] [A_q ; A_v]        for q and v, of rank 2 r
     """
@@ -105,7 +125,7 @@ def peft_tensors(model):
             if not (A.isfinite().all() and B.isfinite().all()):
                 raise ValueError(f"the adapter of {name} holds NaN or inf: it is not written")
             scaling = layer.scaling  # one r and alpha for all layers of a run
-            module, third = peft_module(name)
+            module, third = peft_module(model, name)
             if third is not None:
                 rows = B.new_zeros(3 * len(B), B.shape[1])
                 rows[third * len(B):(third + 1) * len(B)] = B
@@ -116,35 +136,113 @@ def peft_tensors(model):
     return modules, scaling
 
 
+def targets_of(model, modules):
+    """PEFT's target_modules: the ends of the names ("attn.c_attn"), or the whole names where ends mean other modules
+    too ("output.dense" is also the end of "attention.output.dense")."""
+    ends = sorted({re.sub(r"^.*?\.\d+\.", "", module) for module in modules})
+    known = {peft_module(model, name)[0] for name, m in model.named_modules()
+             if isinstance(m, (LoRALinear, torch.nn.Linear)) and name.startswith("h.")}
+    meant = {module for module in known if any(module.endswith("." + end) for end in ends)}
+    return ends if meant == set(modules) else sorted(modules)
+
+
 def save_adapter(folder, model, base, dropout=0.0):
     """Write adapter_config.json and adapter_model.safetensors. Call it after `calibrate` and before `merge`.
 
     PEFT's scale is lora_alpha / rank, per module, so lora_alpha = scaling * rank says any scale exactly; use_rslora
-    stays false, and loaders that do not know that flag read the adapter right.
+    stays false, and loaders that do not know that flag read the adapter right. A classifier's head goes along.
     """
     modules, scaling = peft_tensors(model)
+    head = getattr(model, "classifier", None)
+    task = "SEQ_CLS" if head else "CAUSAL_LM" if isinstance(model, GPT) else None
     r = Counter(len(A) for A, _ in modules.values()).most_common(1)[0][0]
     others = {module: len(A) for module, (A, _) in modules.items() if len(A) != r}
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
+        "peft_type": "LORA", "task_type": task, "base_model_name_or_path": str(base),
         "r": r, "lora_alpha": scaling * r, "use_rslora": False, "lora_dropout": dropout,
         "rank_pattern": others, "alpha_pattern": {module: scaling * rank for module, rank in others.items()},
-        "target_modules": sorted({module.split(".", 2)[2] for module in modules}),
-        "fan_in_fan_out": True, "bias": "none", "modules_to_save": None, "inference_mode": True,
+        "target_modules": targets_of(model, modules), "fan_in_fan_out": isinstance(model, GPT), "bias": "none",
+        "modules_to_save": ["classifier", "score"] if head else None, "inference_mode": True,
     }
     tensors = {}
     for module, (A, B) in modules.items():
-        tensors[f"base_model.model.transformer.{module}.lora_A.weight"] = A.cpu().contiguous()
-        tensors[f"base_model.model.transformer.{module}.lora_B.weight"] = B.cpu().contiguous()
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = A.cpu().contiguous()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = B.cpu().contiguous()
+    if head:
+        tensors.update({f"{PREFIX}classifier.{key}": t.detach().cpu() for key, t in head.state_dict().items()})
     write(folder / "adapter_model.safetensors", lambda part: save_file(tensors, part, {"format": "pt"}))
     write_json(folder / "adapter_config.json", config)
+
+
+def load_adapter(model, folder):
+    """Put an adapter folder, ours or PEFT's, into a model that has none: plain LoRA layers, and a head if there is one.
+
+    Returns the layers. A c_attn of GPT-2 becomes an adapter on each of q, k and v, with the same A and a third of B.
+    Raises ValueError, and leaves the model as it was, for what is missing, unexpected, mis-shaped or no plain LoRA.
+    """
+    folder = Path(folder)
+    config, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    for key, good in {"peft_type": "LORA", "bias": "none", "use_dora": False}.items():
+        if config.get(key, good) != good:
+            raise ValueError(f"{folder}: {key} {config[key]!r} is not supported, only {good!r}")
+    tensors = read_safetensors(path)
+    if not all(key.startswith(PREFIX) for key in tensors):
+        raise ValueError(f"{path}: {min(tensors)} does not begin with {PREFIX}")
+    tensors = {key.removeprefix(PREFIX): t.float() for key, t in tensors.items()}
+    head = {key.removeprefix("classifier."): tensors.pop(key) for key in list(tensors) if key.startswith("classifier.")}
+    if head or getattr(model, "classifier", None):
+        check_keys(head, model.classifier.state_dict() if getattr(model, "classifier", None) else {}, f"{path}, head,")
+
+    linears = {name: m for name, m in model.named_modules() if type(m) is torch.nn.Linear and name.startswith("h.")}
+    places, wanted = {}, {}
+    for name, linear in linears.items():
+        module, third = peft_module(model, name)
+        if f"{module}.lora_A.weight" in tensors:
+            places[name] = module, third
+            rank = len(tensors[f"{module}.lora_A.weight"])
+            wanted[f"{module}.lora_A.weight"] = torch.empty(rank, linear.in_features, device="meta")
+            d_out = linear.out_features * (1 if third is None else 3)
+            wanted[f"{module}.lora_B.weight"] = torch.empty(d_out, rank, device="meta")
+    check_keys(tensors, wanted, path)
+    layers = {}
+    for name, (module, third) in places.items():
+        linear, A, B = linears[name], tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"]
+        scaling = peft_scaling(config, module, len(A), folder)
+        if third is not None:
+            B = B.chunk(3)[third]
+        if len(A) > min(linear.weight.shape):  # a product of such factors has a smaller one
+            A, B = (torch.eye(A.shape[1]), B @ A) if A.shape[1] <= len(B) else (B @ A, torch.eye(len(B)))
+        layers[name] = LoRALinear(linear, len(A), scaling * len(A)).train(linear.training)
+        with torch.no_grad():
+            layers[name].lora_A.copy_(A)
+            layers[name].lora_B.copy_(B)
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        replace(model, name, layer)
+    if head:
+        model.classifier.load_state_dict(head)
+        model.classifier.requires_grad_(True)
+    return list(layers.values())
+
+
+def peft_scaling(config, module, rank, where):
+    """PEFT's lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora; a pattern is the end of a module's name."""
+    def of(name, default):
+        found = [value for key, value in (config.get(f"{name}_pattern") or {}).items()
+                 if re.fullmatch(rf"(.*\.)?({key})", module)]
+        return found[0] if found else config.get({"rank": "r", "alpha": "lora_alpha"}[name], default)
+    r, alpha = of("rank", 8), of("alpha", 8)
+    if r != rank or not isinstance(alpha, (int, float)):
+        raise ValueError(f"{where}: {module} has rank {rank}, its config says r {r!r} and lora_alpha {alpha!r}")
+    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
 def save_merged(folder, model, source):
     """The merged model as a checkpoint folder of its own, with the tokenizer of the folder it came from."""
     model.save_pretrained(folder)
-    if (Path(source) / bpe.FILE).exists():
-        write(folder / bpe.FILE, lambda part: shutil.copyfile(Path(source) / bpe.FILE, part))
+    for name in TOKENIZERS:
+        if (Path(source) / name).exists():
+            write(folder / name, lambda part, name=name: shutil.copyfile(Path(source) / name, part))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,9 +255,19 @@ def changing(model):
             if t.requires_grad or name in moved or not isinstance(t, torch.nn.Parameter)}
 
 
-def save_state(path, model, optimizer, step, settings, rows):
-    """Weights, optimizer, random state, and as metadata the step, the settings and the rows of log.csv."""
+def best_step(rows):
+    """The step with the best validation: of the metric, if there is one beside the loss; of equals the lowest loss."""
+    metric = next((name for name in rows[0] if name.startswith("val_") and name != "val_loss"), None)
+    validated = [row for row in rows if row["val_loss"] is not None]
+    return max(validated, key=lambda row: (row[metric] if metric else 0, -row["val_loss"]))["step"]
+
+
+def save_state(path, model, optimizer, step, settings, rows, best=None):
+    """Weights, optimizer, random state, the weights `best` of an earlier step if they were better, and as metadata the
+    step, the settings and the rows of log.csv."""
     tensors = {f"model.{name}": t for name, t in changing(model).items()}
+    if best_step(rows) != step:
+        tensors.update({f"best.{name}": t for name, t in best.items()})
     for i, state in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{i}.{key}": t for key, t in state.items() if t is not None})
     tensors["rng.cpu"] = torch.get_rng_state()
@@ -182,6 +290,7 @@ def read_state(path, settings):
         different = [key for key in sorted(settings.keys() | before.keys()) if settings.get(key) != before.get(key)]
         if not (isinstance(step, int) and rows[-1]["step"] == step):
             raise ValueError(f"its step is {step}, the last row of its log another")
+        best_step(rows)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
         raise ValueError(f"{path} is damaged: {e!r}") from None
     if different:
@@ -192,11 +301,18 @@ def read_state(path, settings):
 
 
 def load_state(path, model, optimizer, settings):
-    """Put a saved state back into a model and an optimizer made with the same settings; returns its step and rows."""
+    """Put a saved state back into a model and an optimizer made with the same settings.
+
+    Returns its step, its rows, and the weights of the best step so far.
+    """
     tensors, step, rows = read_state(path, settings)
-    found = {key.removeprefix("model."): t for key, t in tensors.items() if key.startswith("model.")}
     wanted = changing(model)
-    check_keys(found, wanted, path)
+    found, best = ({key.removeprefix(kind): t for key, t in tensors.items() if key.startswith(kind)}
+                   for kind in ("model.", "best."))
+    if best_step(rows) == step:
+        best = found
+    for weights in (found, best):
+        check_keys(weights, wanted, path)
     state = {}
     for key, t in tensors.items():
         if key.startswith("optimizer."):
@@ -217,4 +333,4 @@ def load_state(path, model, optimizer, settings):
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return step, rows
+    return step, rows, best

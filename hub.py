@@ -5,13 +5,13 @@ import urllib.request
 from pathlib import Path
 
 
-def fetch(repo, patterns, repo_type="model", revision=None):
+def fetch(repo, patterns, repo_type="model", revision=None, cache_dir=None):
     """Local folder with those files of a repository that match `patterns`. OSError or ValueError when they are neither
     to be had nor in the cache; that takes at most 8 seconds without a network, not the client's many retries."""
     from huggingface_hub import constants, snapshot_download  # slow to import, and a local folder needs neither
     offline = constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT)
     return Path(snapshot_download(repo, repo_type=repo_type, revision=revision, allow_patterns=patterns,
-                                  local_files_only=offline))
+                                  cache_dir=cache_dir, local_files_only=offline))
 
 
 def reachable(url, seconds=8):

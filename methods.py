@@ -21,5 +21,7 @@ METHODS = {
         "delta_start": dict(type=int, default=lambda steps: min(500, steps // 10),
                             help="K, steps before W moves (a tenth of the run, at most 500)"),
     }),
-    "full": (None, {}),  # every parameter trains: the reference line
+    # Without adapters, the reference lines: every parameter trains, or nothing but the head of a classifier.
+    "full": (None, {}),
+    "head": (None, {}),
 }

@@ -346,14 +346,9 @@ CONFIGS = {
 def read_config(folder):
     """GPTConfig or RobertaConfig of a checkpoint folder; ValueError for anything this file does not compute exactly."""
     path = Path(folder) / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is no checkpoint folder: it holds no config.json") from None
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not valid JSON: {e}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} is not a JSON object")
+    if not path.exists():
+        raise ValueError(f"{folder} is no checkpoint folder: it holds no config.json")
+    raw = read_json(path)
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIGS:
         raise ValueError(f"{path}: model_type {kind!r} is not supported, only 'gpt2' or 'roberta'")
@@ -374,6 +369,19 @@ def read_config(folder):
     if kind == "roberta" and config.pad_token_id + 2 > min(config.max_position_embeddings, config.vocab_size):
         raise ValueError(f"{path}: pad_token_id {config.pad_token_id} leaves no positions or no tokens")
     return config
+
+
+def read_json(path):
+    """The JSON object in a file; ValueError if it holds none."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return found
 
 
 def read_safetensors(path):

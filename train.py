@@ -1,7 +1,9 @@
-"""Adapt a GPT with one method of the LoRA family, compare base, unmerged and merged, and keep what was learned.
+"""Adapt a GPT or a RoBERTa with one method of the LoRA family: base, unmerged and merged compared, the result kept.
 
     python train.py --method reslora --rank 64                                   needs nothing: half a minute on a CPU
+    python train.py --method reslora --rank 16 --dataset reviews                 the same for classification
     python train.py --method deltalora --dataset e2e --model gpt2 --epochs 5     from the hub, better on a GPU
+    python train.py @runs/glue_sst2_roberta_base_lora.args                       a paper's recipe
 
 The page reads top to bottom: settings, data, model and method, the loop, merging, the report.
 """
@@ -23,14 +25,15 @@ from tqdm import tqdm
 import checkpoint
 import data
 import lora
-from data import bpe
 from methods import METHODS
+from metrics import METRICS
 from model import from_pretrained, locate
 
 ROOT = Path(__file__).resolve().parent
-MODELS = {"tiny-gpt": ROOT / "data/tiny-gpt", **{f"gpt2{s}": f"openai-community/gpt2{s}"
-                                                 for s in ("", "-medium", "-large", "-xl")}}
-# What fits half a minute on two CPU cores with the embedded model: steps, examples per step, learning rate. Full
+MODELS = {"tiny-gpt": ROOT / "data/tiny-gpt", "tiny-roberta": ROOT / "data/tiny-roberta",
+          **{f"gpt2{s}": f"openai-community/gpt2{s}" for s in ("", "-medium", "-large", "-xl")},
+          **{f"roberta-{s}": f"FacebookAI/roberta-{s}" for s in ("base", "large")}}
+# What fits half a minute on two CPU cores with the embedded models: steps, examples per step, learning rate. Full
 # fine-tuning wants a smaller rate than an adapter.
 DEFAULTS = {
     "restaurants": dict(steps=180, batch_size=32, lr=1e-2, full_lr=6e-3),
@@ -38,11 +41,17 @@ DEFAULTS = {
     "stdlib": dict(steps=100, batch_size=16, lr=5e-3, full_lr=2e-3),
     "text": dict(steps=100, batch_size=16, lr=5e-3, full_lr=2e-3),
     "world": dict(steps=100, batch_size=32, lr=5e-3, full_lr=3e-3),
+    "opinions": dict(steps=100, batch_size=32, lr=5e-3, full_lr=3e-3),
+    "reviews": dict(steps=400, batch_size=64, lr=1e-2, full_lr=2e-3),
+    # For real models, not for half a minute: LoRA's choices, those of Liu et al. 2019 for full fine-tuning.
+    "gsm8k": dict(epochs=3, batch_size=16, lr=5e-4, full_lr=5e-5),
+    "glue": dict(epochs=3, batch_size=32, lr=4e-4, full_lr=2e-5),
 }
 ADAPTER = dict(rank=8, alpha=16.0, dropout=0.0, targets="q,v")  # defaults of every method but full
 LOG_EVERY = 10  # steps between two readings of the loss; reading it makes a GPU wait
-EVAL_EXAMPLES = 128  # validation examples per point of the curve; the final report uses all of the test split
-SCORED = 64  # test records decoded where the dataset can score a text
+EVAL_EXAMPLES = 128  # validation texts per point of the curve; the final report uses all of the test split
+EVAL_LABELLED = 1000  # the same where texts are classified: an accuracy needs more of them
+SCORED = 64  # records decoded where the dataset can score a text
 CALIBRATION = 16  # training batches for merging
 
 
@@ -71,8 +80,8 @@ def parse(argv):
         for name, spec in own.items():  # SUPPRESS: a flag that was not given leaves no trace
             add("--" + name.replace("_", "-"), **{**spec, "default": argparse.SUPPRESS})
     add = parser.add_argument_group("model and data").add_argument
-    add("--model", default="tiny-gpt", help=f"{', '.join(MODELS)}, a checkpoint folder or a hub id (tiny-gpt)")
-    add("--dataset", default="restaurants", help=", ".join(data.DATASETS))
+    add("--model", help=f"{', '.join(MODELS)}, a checkpoint folder or a hub id (the tiny one that fits the dataset)")
+    add("--dataset", help=", ".join(data.DATASETS) + " (restaurants; with a RoBERTa by name, reviews)")
     add("--data-dir", help="read the dataset from this folder (text: or file) instead of the hub")
     add("--context", type=int, help="longest sequence in tokens (the model's, at most 256)")
     add = parser.add_argument_group("optimisation").add_argument
@@ -104,8 +113,12 @@ def parse(argv):
 
     if args.method not in METHODS:
         raise ValueError(f"unknown method {args.method!r}: choose from {', '.join(METHODS)}")
+    if args.dataset is None:
+        args.dataset = "reviews" if "roberta" in Path(args.model or "").name else "restaurants"
     if args.dataset not in data.DATASETS:
         raise ValueError(f"unknown dataset {args.dataset!r}: choose from {', '.join(data.DATASETS)}")
+    reads = data.labels(args.dataset) or args.dataset == "opinions"
+    args.model = args.model or ("tiny-roberta" if reads else "tiny-gpt")
     for method, (_, own) in METHODS.items():
         for name in own.keys() & vars(args).keys() - METHODS[args.method][1].keys():
             raise ValueError(f"--{name.replace('_', '-')} is a flag of method {method}, not of {args.method}")
@@ -121,10 +134,12 @@ def parse(argv):
             setattr(args, name, None)
         elif getattr(args, name) is None:
             setattr(args, name, value)
-    defaults = DEFAULTS[args.dataset]
+    defaults = DEFAULTS[args.dataset.split("/")[0]]
     args.batch_size = defaults["batch_size"] if args.batch_size is None else args.batch_size
     if args.lr is None:
-        args.lr = defaults["lr" if Adapter else "full_lr"]
+        args.lr = defaults.get(f"{args.method}_lr", defaults["lr"])
+    if args.steps is None and args.epochs is None:
+        args.steps, args.epochs = defaults.get("steps"), defaults.get("epochs")
     positive = "steps", "epochs", "batch_size", "grad_accum", "lr", "alpha", "context", "eval_every"
     for name in positive:
         value = getattr(args, name)
@@ -137,7 +152,7 @@ def parse(argv):
     if (args.steps or 0) > 10**8 or not 0 <= args.seed < 2**63:
         raise ValueError(f"--steps {args.steps} must be at most 10^8, --seed {args.seed} in 0..2^63 - 1")
     rank = "" if args.rank is None else f"-r{args.rank}"
-    args.out = args.out or Path(f"out/{args.dataset}-{args.method}{rank}-s{args.seed}")
+    args.out = args.out or Path(f"out/{args.dataset.replace('/', '-')}-{args.method}{rank}-s{args.seed}")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file, not a folder")
     args.device, args.dtype, args.amp = pick_device(args.device, args.dtype)
@@ -180,41 +195,44 @@ def make_optimizer(params, args):
     return optimizer([g for g in groups if g["params"]], args.lr, fused=args.device.type in ("cpu", "cuda"))
 
 
-def batches(examples, args, skip=0):
+def batches(examples, task, args, skip=0):
     """Endless (idx, targets, number of targets), epoch after epoch, from the batch number `skip` on."""
     epoch = 0
     while True:
         order = data.epoch_batches(examples, args.batch_size, f"{args.seed}/{epoch}")
-        for indices in order[skip:]:
-            idx, targets = data.collate([examples[i] for i in indices])
+        for number, indices in list(enumerate(order))[skip:]:
+            idx, targets, _ = task.collate([examples[i] for i in indices], f"{args.seed}/{epoch}/{number}")
             yield idx, targets, int((targets != -100).sum())
         skip, epoch = max(0, skip - len(order)), epoch + 1
 
 
 def to_device(idx, device):
-    """Asynchronous where the device allows it. Targets stay on the CPU, see GPT.forward."""
+    """Asynchronous where the device allows it. Targets stay on the CPU, see model.picked."""
     return idx.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else idx.to(device)
 
 
 @torch.no_grad()
-def mean_loss(model, examples, args):
-    """Nats per target token over all examples, neighbours in length together."""
+def evaluate(model, examples, task, args):
+    """(mean loss per target, logits (N, L) in the order of the examples if the task is to label them, else None)"""
     model.eval()
-    total, count = 0, 0
-    near = sorted(examples, key=lambda e: len(e[0]))
+    total, count, found = 0, 0, []
+    near = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))  # neighbours in length: little padding
     for i in range(0, len(near), args.batch_size):
-        idx, targets = data.collate(near[i:i + args.batch_size])
+        idx, targets, _ = task.collate([examples[j] for j in near[i:i + args.batch_size]], f"evaluation/{i}")
         n = int((targets != -100).sum())
         with args.amp:
-            total, count = total + n * model(to_device(idx, args.device), targets)[1], count + n
+            logits, mean = model(to_device(idx, args.device), targets)
+        total, count = total + n * mean, count + n
+        if isinstance(task, data.Label):
+            found.append(logits.float())
     model.train()
-    return float(total) / count
+    return float(total) / count, torch.cat(found).cpu()[torch.tensor(near).argsort()] if found else None
 
 
 def decode(model, pairs, tokenizer, max_new=96):
     """Prompts and greedy texts: for records what they say, for plain text how its beginning goes on."""
     prompts = [tokenizer.encode_ordinary(record + " ||" if record else text[:400]) for record, text in pairs]
-    some = min(32, model.config.n_positions // 2 - 1)
+    some = min(32, model.context // 2 - 1)
     prompts = [p if record else p[:some] for p, (record, _) in zip(prompts, pairs, strict=True)]
     model.eval()
     texts = model.generate([[tokenizer.eot_token, *p] for p in prompts], max_new, tokenizer.eot_token)
@@ -222,16 +240,14 @@ def decode(model, pairs, tokenizer, max_new=96):
     return [tokenizer.decode(p).strip() for p in prompts], [tokenizer.decode(t).strip() for t in texts]
 
 
-def calibration(model, examples, args):
+def calibration(model, examples, task, args):
     """Send the first training batches through a model; yield after each where it is no padding (B, T)."""
     model.eval()
-    for indices in data.epoch_batches(examples, args.batch_size, f"{args.seed}/0")[:CALIBRATION]:
-        chosen = [examples[i] for i in indices]
-        idx, targets = data.collate(chosen)
+    for number, indices in enumerate(data.epoch_batches(examples, args.batch_size, f"{args.seed}/0")[:CALIBRATION]):
+        idx, targets, real = task.collate([examples[i] for i in indices], f"{args.seed}/0/{number}")
         with args.amp:
             model(to_device(idx, args.device), targets)
-        lengths = torch.tensor([len(ids) - 1 for ids, _ in chosen])
-        yield (torch.arange(idx.size(1)) < lengths[:, None]).to(args.device)
+        yield real.to(args.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,21 +263,28 @@ class Run:
         if self.source.resolve() in (args.out.resolve(), (args.out / "merged").resolve()):
             raise ValueError(f"--model {args.model} lies in the run folder {args.out}, which this run replaces: "
                              "choose another --out")
-        self.model = from_pretrained(self.source)
-        self.tokenizer = bpe.load(self.source, self.model.config.vocab_size)
-        limit = self.model.config.n_positions
+        self.labels = data.labels(args.dataset)  # names; one for a regression, none where texts are predicted
+        self.model = from_pretrained(self.source, len(self.labels))
+        limit = self.model.context
         args.context = args.context or min(limit, 256)
-        if not 2 <= args.context <= limit:
-            raise ValueError(f"--context {args.context} is not in 2..{limit}, the model's")
+        if not 4 <= args.context <= limit:
+            raise ValueError(f"--context {args.context} is not in 4..{limit}, the model's")
+        if len(self.labels) == 1 and args.label_smoothing:
+            raise ValueError(f"--label-smoothing {args.label_smoothing:g} is for classes, not for numbers as in "
+                             f"{args.dataset}")
+        self.tokenizer, self.task = data.task(args.dataset, self.source, self.model, args.context)
+        # the task's own metric selects the checkpoint that is kept; losses are better low, all others high
+        self.metrics = data.metrics(args.dataset)
+        self.metric = self.metrics[0] if self.metrics else "loss"
 
         self.pairs = data.load(args.dataset, args.data_dir)
-        encoded = [data.encode(self.pairs[s], self.tokenizer, args.context) for s in ("train", "validation", "test")]
-        (self.train, _), (self.val, _), (self.test, _) = encoded
-        cut = sum(n for _, n in encoded)
+        encoded = {split: self.task.encode(pairs) for split, pairs in self.pairs.items()}
+        self.examples = {split: examples for split, (examples, _) in encoded.items()}
+        self.train, self.val = self.examples["train"], self.examples["validation"]
+        cut = sum(n for _, n in encoded.values())
         if args.epochs:
             per_epoch = math.ceil(len(self.train) / args.batch_size)
             args.steps = math.ceil(min(args.epochs * per_epoch / args.grad_accum, 10**8))
-        args.steps = args.steps or DEFAULTS[args.dataset]["steps"]
         args.eval_every = min(args.eval_every or math.ceil(args.steps / 10), args.steps)
 
         self.Adapter, own = METHODS[args.method]
@@ -274,6 +297,10 @@ class Run:
             self.layers = lora.apply(self.model, self.Adapter, args.targets.split(","), r=args.rank, alpha=alpha,
                                      dropout=args.dropout, **hparams)
             self.Adapter.begin(self.layers, args.steps)
+        elif args.method == "head":
+            self.model.requires_grad_(False)
+        if self.labels:  # the head is new: it is trained, and saved, with the adapter
+            self.model.classifier.requires_grad_(True)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         elsewhere = "resume", "out", "save_merged", "device", "amp", "epochs", "compile"  # may change on resuming
         self.settings = {k: v for k, v in {**vars(args), **hparams}.items() if k not in elsewhere}
@@ -282,35 +309,52 @@ class Run:
 
         trainable, total = (sum(p.numel() for p in ps) for ps in (self.params, self.model.parameters()))
         self.parameters = {"trainable": trainable, "total": total}
-        print(f"data     {args.dataset}: {len(self.train)} / {len(self.val)} / {len(self.test)} examples to train, "
-              f"validate, test" + f"; {cut} texts cut at {args.context} tokens" * bool(cut))
+        sizes = ", ".join(f"{len(examples)} {split}" for split, examples in self.examples.items())
+        print(f"data     {args.dataset}: {sizes} examples" + f"; {cut} texts cut at {args.context} tokens" * bool(cut))
         chosen = "".join(f", {k} {','.join(v) if isinstance(v, list) else v}" for k, v in hparams.items())
         print(f"method   {args.method}{chosen}; {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
         print(f"machine  {args.device}, {args.dtype}; "
               f"{args.steps} steps of {args.batch_size * args.grad_accum} examples, learning rate {args.lr:g}")
 
+    def measure(self, model, split, some=None, score=True):
+        """{metric: value} on a split, or on `some` examples of it; `score`: also of decoded texts."""
+        examples, pairs = self.examples[split][:some], self.pairs[split]
+        loss, logits = evaluate(model, examples, self.task, self.args)
+        if self.labels:
+            found = logits.squeeze(1) if len(self.labels) == 1 else logits.argmax(1)
+            truth = torch.tensor([label for _, label in examples], dtype=found.dtype)
+            return {"loss": loss, **{name: METRICS[name](found.numpy(), truth.numpy()) for name in self.metrics}}
+        values = {"loss": loss, "perplexity": METRICS["perplexity"](loss)}
+        scorer = getattr(data.module(self.args.dataset), "score", None)
+        if scorer and score:
+            max_new = getattr(data.module(self.args.dataset), "MAX_NEW", 96)
+            values.update(scorer(pairs[:SCORED], decode(model, pairs[:SCORED], self.tokenizer, max_new)[1]))
+        return values
+
+    def validate(self):
+        """{metric: value} of a point of the curve"""
+        some = EVAL_LABELLED if self.labels else EVAL_EXAMPLES
+        return self.measure(self.model, "validation", some, score=self.metric == "exact_match")
+
     def report(self, model):
-        """{metric: value} on the test split."""
-        loss = mean_loss(model, self.test, self.args)
-        values = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
-        score = getattr(data.module(self.args.dataset), "score", None)
-        if score:
-            some = self.pairs["test"][:SCORED]
-            values.update(score([record for record, _ in some], decode(model, some, self.tokenizer)[1]))
+        """{metric: value} on the test split, and on a second one if there is one."""
+        values = self.measure(model, "test")
+        for split in self.examples.keys() - {"train", "validation", "test"}:
+            values.update({f"{name} ({split})": value for name, value in self.measure(model, split).items()})
         return values
 
 
 def fit(run):
-    """The loop. Returns the rows of log.csv."""
+    """The loop. Leaves the model as it was at its best validation and returns the rows of log.csv."""
     args, model, Adapter = run.args, run.model, run.Adapter
     state_file, log_file = args.out / "resume.safetensors", args.out / "log.csv"
     optimizer = make_optimizer(run.params, args)
-    rows, done = [], 0
+    rows, done, best = [], 0, {}
     if args.resume:
-        done, rows = checkpoint.load_state(state_file, model, optimizer, run.settings)
+        done, rows, best = checkpoint.load_state(state_file, model, optimizer, run.settings)
         print(f"resume   {args.out} after step {done}")
     forward = torch.compile(model) if args.compile else model
-    stream = batches(run.train, args, skip=done * args.grad_accum)
+    stream = batches(run.train, run.task, args, skip=done * args.grad_accum)
     seconds, saved = rows[-1]["seconds"] if rows else 0.0, done
     pending, tokens, clock = [], 0, time.time()
     bar = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, disable=None, unit="step")
@@ -340,7 +384,8 @@ def fit(run):
             readings = torch.stack(pending).tolist()  # the one place where the device is waited for
             speed = tokens / (time.time() - clock)
             seconds += time.time() - clock
-            val_loss = mean_loss(model, run.val[:EVAL_EXAMPLES], args) if evaluate else None
+            valued = run.validate() if evaluate else {}
+            val_loss = valued.get("loss")
             for number, values in enumerate([*readings, [val_loss or 0.0]], step - len(readings) + 1):
                 if not all(map(math.isfinite, values)):
                     raise ValueError(f"loss or gradient is not finite at step {min(number, step)}: stopped; "
@@ -349,13 +394,18 @@ def fit(run):
             train_loss, grad_norm = (sum(column) / len(readings) for column in zip(*readings, strict=True))
             rows.append(dict(step=step, lr=optimizer.param_groups[0]["lr"], train_loss=train_loss,
                              grad_norm=grad_norm, val_loss=val_loss, seconds=round(seconds, 3)))
+            if run.metric != "loss":
+                rows[-1][f"val_{run.metric}"] = valued.get(run.metric)
             bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s")
             if evaluate:
-                bar.write(f"step {step:5}  training loss {train_loss:.4f}  validation loss {val_loss:.4f}  "
+                also = f"  {run.metric} {valued[run.metric]:.4f}" * (run.metric != "loss")
+                bar.write(f"step {step:5}  training loss {train_loss:.4f}  validation loss {val_loss:.4f}{also}  "
                           f"{speed:7,.0f} tokens/s", file=sys.stdout)
+                if checkpoint.best_step(rows) == step:
+                    best = {name: t.detach().to("cpu", copy=True) for name, t in checkpoint.changing(model).items()}
                 if not saved:
                     checkpoint.clear(args.out)  # of an earlier run, now that this one has something to show
-                checkpoint.save_state(state_file, model, optimizer, step, run.settings, rows)
+                checkpoint.save_state(state_file, model, optimizer, step, run.settings, rows, best)
                 checkpoint.write_log(log_file, rows)
                 saved = step
             pending, tokens, clock = [], 0, time.time()
@@ -363,6 +413,9 @@ def fit(run):
         where = f"step {saved} is in {args.out}, --resume goes on from there" if saved else "nothing was saved"
         print(f"\ninterrupted; {where}", file=sys.stderr)
         raise SystemExit(130) from None
+    with torch.no_grad():
+        for name, t in checkpoint.changing(model).items():
+            t.copy_(best[name])
     return rows
 
 
@@ -373,11 +426,26 @@ def merge(run, metrics):
     for how in others:
         trial = copy.deepcopy(model)
         layers = [m for m in trial.modules() if isinstance(m, Adapter)]
-        Adapter.calibrate(layers, lambda trial=trial: calibration(trial, run.train, args), how)
+        Adapter.calibrate(layers, lambda trial=trial: calibration(trial, run.train, run.task, args), how)
         metrics[f"merged by {how}"] = run.report(lora.merge(trial))
-    Adapter.calibrate(run.layers, lambda: calibration(model, run.train, args), kept)
+    Adapter.calibrate(run.layers, lambda: calibration(model, run.train, run.task, args), kept)
     checkpoint.save_adapter(args.out, model, run.source, args.dropout)
     metrics["merged"] = run.report(lora.merge(model))
+
+
+def show(run):
+    """Print what the trained model makes of three examples of the test split."""
+    some = run.pairs["test"][:: max(1, len(run.pairs["test"]) // 3)][:3]
+    if run.labels:
+        _, logits = evaluate(run.model, run.task.encode(some)[0], run.task, run.args)
+        print()
+        for (texts, truth), row in zip(some, logits, strict=True):
+            said, true = ((f"{row.item():.2f}", f"{truth:.2f}") if len(run.labels) == 1 else
+                          (run.labels[row.argmax()], run.labels[truth]))
+            print(f"{' / '.join(texts)}\n  -> {said} ({true})")
+    elif isinstance(run.task, data.Write):
+        for prompt, text, (record, reference) in zip(*decode(run.model, some, run.tokenizer), some, strict=True):
+            print(f"\n{prompt}\n  -> {text}" + f"\n  ref {reference}" * bool(record))
 
 
 def train(args):
@@ -398,14 +466,13 @@ def train(args):
         checkpoint.save_merged(args.out / "merged", run.model, run.source)
 
     result = {"settings": {**run.settings, "device": str(args.device)}, "metrics": metrics,
-              "parameters": run.parameters, "splits": {"trained": "train", "curve": "validation", "metrics": "test"},
+              "parameters": run.parameters, "splits": data.splits(args.dataset),
+              "selected": {"step": checkpoint.best_step(rows), "by": f"validation {run.metric}"},
               "versions": {"python": platform.python_version(), "torch": torch.__version__},
               "seconds": {"training": rows[-1]["seconds"], "all": round(time.time() - started, 1)}}
     checkpoint.write_json(args.out / "result.json", result)
-    checkpoint.draw_curve(args.out / "curve.png", rows, f"{args.method} on {args.dataset}")
-    some = run.pairs["test"][:: max(1, len(run.pairs["test"]) // 3)][:3]
-    for prompt, text, (record, reference) in zip(*decode(run.model, some, run.tokenizer), some, strict=True):
-        print(f"\n{prompt}\n  -> {text}" + f"\n  ref {reference}" * bool(record))
+    checkpoint.draw_curve(args.out / "curve.png", rows, f"{args.method} on {args.dataset}", run.metric)
+    show(run)
     print(f"\n{args.dataset + ' (test)':28}" + "".join(f"{name:>12}" for name in metrics["base"]))
     for stage, values in metrics.items():
         print(f"{stage:28}" + "".join(f"{value:12.4f}" for value in values.values()))

@@ -1,52 +1,65 @@
 """Datasets: one file each, with `load(data_dir) -> {"train": [(prompt, target), …], "validation": …, "test": …}`.
 
-A prompt of "" means plain text to be modelled as it is. Here: the registry, the encoding and the batches.
+A prompt of "" means plain text to be modelled as it is. Where texts are labelled a row is ((text,) or (a, b), label).
+A file may also say: LABELS, the names of its classes, a single one for a regression; METRICS, how it is judged, the
+first selects (without: the loss); SPLITS, where its splits come from; score(pairs, texts) -> {metric: value} of decoded
+texts, and MAX_NEW, the tokens that they may have. Here: the registry, and the order of the batches.
 """
 import importlib
 import random
 
-import torch
+from data import bpe, glue
+from data.tasks import Label, Mask, Write
 
-DATASETS = "restaurants", "e2e", "text", "stdlib", "world"
-EMBEDDED = "restaurants", "world", "stdlib"  # need no files
+GENERATED = "restaurants", "reviews", "world", "opinions", "stdlib"  # need no files
+DATASETS = *GENERATED, "e2e", "gsm8k", "text", *(f"glue/{name}" for name in glue.TASKS)
 
 
 def module(name):
-    """The file of a dataset; imported when asked for, most runs need one."""
-    return importlib.import_module(f"data.{name}")
+    """The file of a dataset, imported when asked for; of a GLUE task what says the same."""
+    family, _, task = name.partition("/")
+    return glue.TASKS[task] if task else importlib.import_module(f"data.{family}")
+
+
+def labels(name):
+    """Names of the classes, a single name for a regression, none where text is predicted."""
+    return getattr(module(name), "LABELS", ())
+
+
+def metrics(name):
+    """Metrics beside the loss."""
+    return getattr(module(name), "METRICS", ())
+
+
+def splits(name):
+    """Where the three splits come from."""
+    return getattr(module(name), "SPLITS", {"train": "train", "validation": "validation", "test": "test"})
 
 
 def load(name, data_dir=None):
     """The splits of a dataset; ValueError for what is missing, empty or malformed, naming file and line."""
-    if data_dir and name in EMBEDDED:
+    if data_dir and name in GENERATED:
         raise ValueError(f"dataset {name} is generated here: --data-dir {data_dir} is not for it")
-    splits = module(name).load() if name in EMBEDDED else module(name).load(data_dir)
-    for split, pairs in splits.items():
+    found = module(name).load() if name in GENERATED else module(name).load(data_dir)
+    for split, pairs in found.items():
         if not pairs:
             raise ValueError(f"dataset {name}: the {split} split is empty")
-    return splits
+    return found
 
 
-def encode(pairs, tokenizer, context):
-    """[(ids, start)] and how many targets had to be cut: ids[start:] carry the loss, ids[0] is <|endoftext|>.
-
-    A record becomes <|endoftext|> prompt || target <|endoftext|>, its target cut at the context. Plain text is cut into
-    consecutive pieces, each overlapping the last by one token so that every token but the first is predicted once.
-    """
-    eot, examples, cut = tokenizer.eot_token, [], 0
-    prompts = tokenizer.encode_ordinary_batch([p + " ||" if p else "" for p, _ in pairs])
-    targets = tokenizer.encode_ordinary_batch([" " + t if p else t for p, t in pairs])
-    for prompt, target in zip(prompts, targets, strict=True):
-        ids, start = [eot, *prompt, *target, eot], 1 + len(prompt)
-        if not prompt:
-            examples += [(ids[i:i + context + 1], 1) for i in range(0, len(ids) - 1, context)]
-            continue
-        if start >= context:
-            raise ValueError(f"a record of {start} tokens leaves no room for its text in a context of {context}: "
-                             f"{tokenizer.decode(prompt)[:60]!r}…")
-        cut += len(ids) > context + 1
-        examples.append((ids[:context + 1], start))
-    return examples, cut
+def task(name, folder, model, context):
+    """(tokenizer, task) of a dataset for a GPT or a RoBERTa whose checkpoint lies in `folder`."""
+    size = model.config.vocab_size
+    if not hasattr(model, "classifier"):
+        tokenizer = bpe.load(folder, size)
+        return tokenizer, Write(tokenizer, context)
+    tokenizer = bpe.RobertaTokenizer(folder, size)
+    if labels(name):
+        return tokenizer, Label(tokenizer, context, len(labels(name)))
+    if name not in ("text", "stdlib", "world", "opinions"):
+        raise ValueError(f"dataset {name} wants text written, which a RoBERTa cannot: choose a GPT for it, or labelled "
+                         "or plain texts for this model")
+    return tokenizer, Mask(tokenizer, context)
 
 
 def epoch_batches(examples, batch_size, seed):
@@ -62,15 +75,3 @@ def epoch_batches(examples, batch_size, seed):
         batches += [near[k:k + batch_size] for k in range(0, len(near), batch_size)]
     rng.shuffle(batches)
     return batches
-
-
-def collate(examples):
-    """[(ids, start)] -> idx (B, T) padded with 0 and targets (B, T), -100 where nothing is asked."""
-    T = max(len(ids) for ids, _ in examples) - 1
-    idx = torch.zeros(len(examples), T, dtype=torch.long)
-    targets = torch.full_like(idx, -100)
-    for i, (ids, start) in enumerate(examples):
-        ids = torch.tensor(ids)
-        idx[i, :len(ids) - 1] = ids[:-1]
-        targets[i, start - 1:len(ids) - 1] = ids[start:]
-    return idx, targets

@@ -1,11 +1,13 @@
-"""Local files with the hub's columns: FOLDER/SPLIT.jsonl, .csv or .parquet -> rows, each with its line number."""
+"""Rows of a dataset, with line numbers: from FOLDER/SPLIT.jsonl, .csv or .parquet, or from parquet files on the hub."""
 import csv
 import json
 from pathlib import Path
 
+import hub
 
-def read_rows(folder, split, columns):
-    """[(where, {column: text})] of one split; ValueError with file and line for whatever is not that."""
+
+def read_rows(folder, split):
+    """[(where, row)] of one split; ValueError with file and line for what cannot be read."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"data folder {folder} {'is a file' if folder.exists() else 'does not exist'}")
@@ -16,15 +18,29 @@ def read_rows(folder, split, columns):
     rows = list(readers[found[0].suffix](found[0]))
     if not rows:
         raise ValueError(f"{found[0]} is empty")
-    return [(where, check_row(row, columns, where)) for where, row in rows]
+    return rows
 
 
-def check_row(row, columns, where):
-    """The row, if every column is there and holds text."""
+def hub_rows(repo, patterns, revision=None):
+    """{split: [(where, row)]} from the parquet files, {split: pattern}, of a dataset on the Hugging Face hub."""
+    try:
+        folder = hub.fetch(repo, list(patterns.values()), "dataset", revision)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"dataset {repo} is not to be had from the hub ({type(e).__name__}): give --data-dir a folder "
+                         f"with {', '.join(f'{split}.jsonl' for split in patterns)}") from None
+    found = {split: sorted(folder.glob(pattern)) for split, pattern in patterns.items()}
+    for split, parts in found.items():
+        if not parts:
+            raise ValueError(f"dataset {repo} of the hub has no {patterns[split]}, where its {split} split should be")
+    return {split: [row for part in parts for row in parquet_rows(part)] for split, parts in found.items()}
+
+
+def check_row(row, columns, where, empty=False):
+    """The row, if every column is there and holds text; `empty`: or no text."""
     for column in columns:
         if column not in row:
             raise ValueError(f"{where}: no column {column!r}, only {', '.join(map(str, row))}")
-        if not isinstance(row[column], str) or not row[column].strip():
+        if not isinstance(row[column], str) or not (row[column].strip() or empty):
             raise ValueError(f"{where}: {column} must be text, not {row[column]!r}")
         try:
             row[column].encode()

@@ -200,9 +200,9 @@ def slots(mr, sentence):
     return right
 
 
-def score(records, texts):
+def score(pairs, texts):
     """{"slots": share of all slots said right, "names": share of the names copied} of generated texts."""
-    right = [slots(record, text) for record, text in zip(records, texts, strict=True)]
+    right = [slots(record, text) for (record, _), text in zip(pairs, texts, strict=True)]
     values = [ok for said in right for ok in said.values()]
     return {"slots": sum(values) / len(values), "names": sum(said["name"] for said in right) / len(right)}
 

@@ -13,9 +13,9 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # for tensors this small threads cost more than they bring
 
 import lora  # noqa: E402
-from data import bpe, restaurants  # noqa: E402
+from data import bpe, restaurants, reviews  # noqa: E402
 from methods import METHODS  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+from model import GPT, GPTConfig, RoBERTa, RobertaConfig  # noqa: E402
 
 
 def variants():
@@ -49,13 +49,33 @@ def tiny_gpt(dtype=torch.float64, n_layer=4):
     return model
 
 
+def tiny_roberta(dtype=torch.float64, n_layer=4):
+    """The same for a RoBERTa that tells three classes apart."""
+    model = RoBERTa(RobertaConfig(vocab_size=61, max_position_embeddings=18, hidden_size=16, num_hidden_layers=n_layer,
+                                  num_attention_heads=2, intermediate_size=64), num_labels=3).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+both = pytest.mark.parametrize("tiny", [tiny_gpt, tiny_roberta], ids=["gpt", "roberta"])
+
+
 def adapt(model, method, hparams, targets=("q", "v"), r=3, alpha=5, dropout=0.0, random=True):
     """Apply a method; with `random` B is not zero, so that the adapter does something."""
     layers = lora.apply(model, METHODS[method][0], targets, r=r, alpha=alpha, dropout=dropout, **hparams)
     if random:
         for layer in layers:
             nn.init.normal_(layer.lora_B, std=0.3)
+    if isinstance(model, RoBERTa):
+        model.classifier.requires_grad_(True)
     return layers
+
+
+def head_of(model):
+    """Parameters of the head that is trained with the adapter."""
+    return list(model.classifier.parameters()) if isinstance(model, RoBERTa) else []
 
 
 def tokens(B=3, T=10, V=61):
@@ -66,13 +86,24 @@ def tokens(B=3, T=10, V=61):
     return idx, targets
 
 
-def train_steps(model, layers, steps, lr=1e-2, batch=None):
+def batch(model, B=3, T=10):
+    """(idx, targets) as a model wants them: `tokens` for a GPT, framed and padded texts with labels for a RoBERTa."""
+    if isinstance(model, GPT):
+        return tokens(B, T)
+    idx = torch.randint(3, 61, (B, T))
+    idx[:, 0] = 0
+    for i in range(B):
+        idx[i, T - i % 3:] = 1
+    return idx, torch.randint(0, 3, (B,))
+
+
+def train_steps(model, layers, steps, lr=1e-2):
     """A few real optimizer steps with the contract's calls; returns the losses."""
-    batch = batch or tokens()
+    some = batch(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr)
     losses = []
     for step in range(1, steps + 1):
-        loss = model(*batch)[1]
+        loss = model(*some)[1]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -82,19 +113,31 @@ def train_steps(model, layers, steps, lr=1e-2, batch=None):
 
 
 def run_over(model, *batches):
-    """The `run` of `calibrate`: sends each batch through the model; all positions count."""
+    """The `run` of `calibrate`: sends each batch through the model; all positions count but a RoBERTa's padding."""
     def run():
         for idx in batches:
             with torch.no_grad():
                 model(idx)
-            yield torch.ones(idx.shape, dtype=torch.bool)
+            yield idx != getattr(model.config, "pad_token_id", -1)
     return run
 
 
 def calibrated(model, layers, how=None):
     """Calibrate on random tokens and return the layers."""
-    layers[0].calibrate(layers, run_over(model, tokens(16)[0], tokens(16)[0]), how)
+    layers[0].calibrate(layers, run_over(model, batch(model, 16)[0], batch(model, 16)[0]), how)
     return layers
+
+
+@pytest.fixture(scope="session")
+def small_roberta(tmp_path_factory):
+    """A checkpoint folder as data/tiny-roberta is one: 2 layers, 16 channels, 320 ranks and 5 special tokens."""
+    folder = tmp_path_factory.mktemp("roberta")
+    torch.manual_seed(0)
+    model = RoBERTa(RobertaConfig(vocab_size=325, max_position_embeddings=66, hidden_size=16, num_hidden_layers=2,
+                                  num_attention_heads=2, intermediate_size=32))
+    model.save_pretrained(folder)
+    bpe.save(bpe.train([text for (text,), _ in reviews.load()["validation"]], 320), folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

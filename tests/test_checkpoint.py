@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import adapt, calibrated, every_variant, tiny_gpt, tokens, train_steps
+from conftest import adapt, batch, both, calibrated, every_variant, head_of, tiny_gpt, tiny_roberta, tokens, train_steps
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -18,23 +18,26 @@ def peft_logits(folder, adapter, idx):
     """Logits of transformers + peft for a base folder and an adapter folder; and the model."""
     transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
     peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
-    base = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    kind = json.loads((folder / "config.json").read_text())["architectures"][0]
+    base = getattr(transformers, kind).from_pretrained(folder).eval()
     model = peft.PeftModel.from_pretrained(base, adapter).eval()
     with torch.no_grad():
-        return model(idx).logits, model
+        return model(idx, attention_mask=idx != (1 if "Roberta" in kind else -1)).logits, model
 
 
 def relative(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
+@both
 @every_variant
-@pytest.mark.parametrize("targets", [("q", "v"), ("k",), ALL], ids="+".join)
-def test_peft_loads_the_adapter_and_gives_the_merged_models_logits(tmp_path, method, hparams, targets):
-    """base + adapter folder in PEFT = our merged model (1e-5 relative); exact methods = our unmerged model too."""
-    model = tiny_gpt(torch.float32)
+@pytest.mark.parametrize("targets", [("q", "v"), ("k",), ("down",), ALL], ids="+".join)
+def test_peft_loads_the_adapter_and_gives_the_merged_models_logits(tmp_path, method, hparams, targets, tiny):
+    """base + adapter folder in PEFT = our merged model (1e-5 relative) = the folder loaded here again; exact methods =
+    our unmerged model too. A classifier's head, changed by the training, travels along."""
+    model = tiny(torch.float32)
     model.save_pretrained(tmp_path / "base")
-    idx = tokens()[0]
+    idx = batch(model)[0]
     base_logits = model(idx)[0]
     layers = adapt(model, method, hparams, targets=targets)
     train_steps(model, layers, 4)
@@ -49,6 +52,9 @@ def test_peft_loads_the_adapter_and_gives_the_merged_models_logits(tmp_path, met
     assert relative(found, merged) < 1e-5
     if exact:
         assert relative(found, unmerged) < 1e-5
+    again = from_pretrained(tmp_path / "base")
+    checkpoint.load_adapter(again, tmp_path / "run")
+    assert relative(again(idx)[0], merged) < 1e-5
 
 
 def test_the_adapter_folder_is_small_and_named_as_peft_names_it(tmp_path):
@@ -63,6 +69,86 @@ def test_the_adapter_folder_is_small_and_named_as_peft_names_it(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "some/base" and config["target_modules"] == ["attn.c_attn"]
     assert config["lora_alpha"] / config["r"] == layers[0].scaling == 3.0
+
+
+def test_the_head_of_a_classifier_is_in_the_adapter_folder(tmp_path):
+    """RoBERTa: SEQ_CLS, q and v by their names in `transformers`, nn.Linear orientation, the head beside them."""
+    model = tiny_roberta(torch.float32)
+    adapt(model, "lora", {}, r=4)
+    checkpoint.save_adapter(tmp_path, model, "some/base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["classifier", "score"]
+    assert config["target_modules"] == ["attention.self.query", "attention.self.value"] and not config["fan_in_fan_out"]
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    prefix = "base_model.model.roberta.encoder.layer.2.attention.self.query.lora_"
+    assert tensors[prefix + "A.weight"].shape == (4, 16) and tensors[prefix + "B.weight"].shape == (16, 4)
+    assert torch.equal(tensors["base_model.model.classifier.out_proj.weight"], model.classifier.out_proj.weight)
+    assert len(tensors) == 2 * 2 * 4 + 4
+
+
+@pytest.mark.parametrize("targets, config", [
+    (["c_attn"], {}), (["c_attn", "mlp.c_proj"], dict(use_rslora=True)), (["attn.c_proj"], dict(lora_alpha=3)),
+    (["c_attn"], dict(r=2, rank_pattern={"h.1.attn.c_attn": 5}, alpha_pattern={"h.2.attn.c_attn": 7})),
+    (["c_attn"], dict(r=20)), (["query", "value"], {}), (["dense"], dict(use_rslora=True)), (["query"], dict(r=20))])
+def test_an_adapter_made_by_peft_loads_here(tmp_path, targets, config):
+    """PEFT's adapter on GPT-2 or RoBERTa: alpha / r, use_rslora, patterns, ranks beyond the width: same logits."""
+    peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
+    import transformers
+    gpt = targets[0].startswith(("c_", "attn"))
+    model = (tiny_gpt if gpt else tiny_roberta)(torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    kind = transformers.GPT2LMHeadModel if gpt else transformers.RobertaForSequenceClassification
+    config = peft.LoraConfig(**{**dict(r=3, lora_alpha=6, target_modules=targets, fan_in_fan_out=gpt,
+                                       task_type="CAUSAL_LM" if gpt else "SEQ_CLS"), **config})
+    if targets == ["dense"]:
+        config.exclude_modules = "classifier.dense"
+    theirs = peft.get_peft_model(kind.from_pretrained(tmp_path / "base"), config)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.3)
+    theirs.save_pretrained(tmp_path / "adapter")
+    idx = batch(model)[0]
+    base = model(idx)[0]
+    layers = checkpoint.load_adapter(model, tmp_path / "adapter")
+    expected = theirs.eval()(idx, attention_mask=idx != (-1 if gpt else 1)).logits
+    assert relative(base, expected) > 1e-3 and relative(model(idx)[0], expected) < 1e-5
+    assert {p for layer in layers for p in (layer.lora_A, layer.lora_B)} | set(head_of(model)) == {
+        p for p in model.parameters() if p.requires_grad}
+
+
+def test_a_bad_adapter_folder_is_refused(tmp_path):
+    """Missing, unexpected, mis-shaped, another kind, a config that lies about ranks: the model stays as it was."""
+    model = tiny_roberta(torch.float32)
+    adapt(model, "lora", {}, r=4)
+    checkpoint.save_adapter(tmp_path, model, "some/base")
+    config, tensors = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    whole, good = load_file(tensors), json.loads(config.read_text())
+    query = "base_model.model.roberta.encoder.layer.2.attention.self.query.lora_"
+
+    def refused(message, settings=(), change=()):
+        config.write_text(json.dumps({**good, **dict(settings)}))
+        save_file({k: v for k, v in {**whole, **dict(change)}.items() if v is not None}, tensors)
+        fresh = tiny_roberta(torch.float32)
+        modules, before = list(fresh.modules()), {k: v.clone() for k, v in fresh.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            checkpoint.load_adapter(fresh, tmp_path)
+        assert list(fresh.modules()) == modules
+        assert all(torch.equal(v, before[k]) for k, v in fresh.state_dict().items())
+    refused("peft_type 'LOHA' is not supported", {"peft_type": "LOHA"})
+    refused("use_dora True", {"use_dora": True})
+    refused("bias 'all'", {"bias": "all"})
+    refused("its config says r 3", {"r": 3})
+    refused("lora_alpha '8'", {"lora_alpha": "8"})
+    refused("lacks .*query.lora_B.weight", change={query + "B.weight": None})
+    refused("unexpected .*query.lora_B.weight", change={query + "A.weight": None})
+    refused("unexpected roberta.encoder.layer.9", change={query.replace("2", "9") + "A.weight": torch.ones(4, 16)})
+    refused(r"shape \(4, 15\), not \(4, 16\)", change={query + "A.weight": torch.ones(4, 15)})
+    refused("head, lacks dense.bias", change={"base_model.model.classifier.dense.bias": None})
+    refused("does not begin with base_model.model.", change={"more": torch.ones(1)})
+    tensors.unlink()
+    with pytest.raises(ValueError, match="adapter_model.safetensors does not exist"):
+        checkpoint.load_adapter(tiny_roberta(), tmp_path)
 
 
 def test_the_merged_checkpoint_loads_in_transformers(tmp_path, base):
@@ -83,17 +169,18 @@ def optimizer_of(model):
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
 
 
+@both
 @every_variant
-def test_resuming_restores_everything_that_training_changes(tmp_path, method, hparams):
-    """Adapters, buffers, a moved W, Adam's moments and the random state come back bit for bit."""
+def test_resuming_restores_everything_that_training_changes(tmp_path, method, hparams, tiny):
+    """Adapters, a head, buffers, a moved W, Adam's moments and the random state come back bit for bit."""
     def start():
         torch.manual_seed(0)
-        model = tiny_gpt()
+        model = tiny()
         return model, adapt(model, method, hparams, random=False)
 
     def steps(model, layers, optimizer, numbers):
         for step in numbers:
-            model(*tokens())[1].backward()  # random tokens: the random state matters
+            model(*batch(model))[1].backward()  # random tokens: the random state matters
             optimizer.step()
             optimizer.zero_grad()
             layers[0].after_step(layers, step)
@@ -101,14 +188,14 @@ def test_resuming_restores_everything_that_training_changes(tmp_path, method, hp
     model, layers = start()
     optimizer = optimizer_of(model)
     steps(model, layers, optimizer, range(1, 4))
-    rows = [dict(step=3, train_loss=1.5, val_loss=None)]
+    rows = [dict(step=3, train_loss=1.5, val_loss=1.0)]
     checkpoint.save_state(file, model, optimizer, 3, {"lr": 1e-2}, rows)
     steps(model, layers, optimizer, range(4, 7))
     expected = model.state_dict()
 
     model, layers = start()
     optimizer = optimizer_of(model)
-    assert checkpoint.load_state(file, model, optimizer, {"lr": 1e-2}) == (3, rows)
+    assert checkpoint.load_state(file, model, optimizer, {"lr": 1e-2})[:2] == (3, rows)
     steps(model, layers, optimizer, range(4, 7))
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
@@ -153,14 +240,14 @@ def test_a_bad_state_is_refused(tmp_path):
             checkpoint.load_state(file, model, optimizer, settings or {"rank": 3})
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     refused("nothing to resume")
-    checkpoint.save_state(file, model, optimizer, 1, {"rank": 3}, [dict(step=1)])
+    checkpoint.save_state(file, model, optimizer, 1, {"rank": 3}, [dict(step=1, val_loss=1.0)])
     refused("with rank 4: it began with 3", {"rank": 4})
     whole = file.read_bytes()
     file.write_bytes(whole[:-50])
     refused("damaged")
     file.write_bytes(whole[:4])
     refused("damaged")
-    metadata = {"step": "1", "settings": '{"rank": 3}', "rows": '[{"step": 1}]'}
+    metadata = {"step": "1", "settings": '{"rank": 3}', "rows": '[{"step": 1, "val_loss": 1.0}]'}
     file.write_bytes(whole)
     tensors = load_file(file)
     key = "model.h.0.attn.q.lora_A"
@@ -178,5 +265,5 @@ def test_a_bad_state_is_refused(tmp_path):
 
 def test_every_method_of_the_registry_has_a_class_that_is_a_lora():
     """methods.py: adapters share the surgery of lora.py; `full` is the entry without a class."""
-    assert METHODS["full"] == (None, {})
+    assert METHODS["full"] == METHODS["head"] == (None, {})
     assert all(issubclass(adapter, lora.LoRALinear) for adapter, _ in METHODS.values() if adapter)

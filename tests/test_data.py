@@ -2,13 +2,25 @@
 import json
 import os
 import random
+import shutil
+import socket
+import time
+from pathlib import Path
 
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 import tiktoken
+import tiktoken.load
+import torch
 from conftest import ROOT
 
 import data
-from data import bpe, e2e, restaurants, text, world
+import hub
+from data import bpe, e2e, glue, gsm8k, opinions, restaurants, reviews, text, world
+from data.tasks import Label, Mask, Write
+from model import from_pretrained
 
 UNICODE = "Café £ 20 - 25 — naïve 日本語 🙂\n\n  two  spaces\ttab\r\n'quoted' it's 007 "
 
@@ -63,6 +75,66 @@ def test_gpt2_checkpoints_get_gpt2s_tokenizer(tmp_path):
     assert tokenizer.encode_ordinary("Hello world") == [15496, 995] and tokenizer.eot_token == 50256
 
 
+REAL = os.environ.get("REAL_DATA")  # a folder with sst2/ and roberta-base-vocab/vocab.json
+needs_real = pytest.mark.skipif(not (REAL and os.environ.get("TIKTOKEN_CACHE_DIR")), reason="RoBERTa's vocabulary: set "
+                                "REAL_DATA and TIKTOKEN_CACHE_DIR to folders that hold it")
+
+
+@needs_real
+def test_robertas_ids_are_those_of_transformers(tmp_path):
+    """GPT-2's BPE and the checkpoint's vocab.json, on every line of SST-2 and on odd texts, single and in pairs."""
+    transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
+    ours = bpe.RobertaTokenizer(Path(REAL) / "roberta-base-vocab", 50265)
+    assert ours.build(ours.encode_ordinary("Hello world")) == [0, 31414, 232, 2]
+    # transformers wants GPT-2's merges, which follow from the ranks: a token was merged from its two best-ranked parts
+    letters, ranks = bpe.byte_letters(), tiktoken.get_encoding("gpt2")._mergeable_ranks
+    lines = [" ".join("".join(letters[b] for b in part) for part in parts_of(token, rank, ranks))
+             for token, rank in sorted(ranks.items(), key=lambda item: item[1]) if len(token) > 1]
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n")
+    shutil.copyfile(Path(REAL) / "roberta-base-vocab/vocab.json", tmp_path / "vocab.json")
+    theirs = transformers.RobertaTokenizer.from_pretrained(tmp_path)
+    texts = [json.loads(line)["sentence"] for split in ("train", "validation")
+             for line in (Path(REAL) / f"sst2/{split}.jsonl").read_text().splitlines()]
+    texts += [UNICODE, "", " ", "  two leading spaces", "👩‍👩‍👧‍👦 family", "\ufeffmark", "a\u00a0b", "x" * 300]
+    for line in texts:
+        assert ours.build(ours.encode_ordinary(line)) == theirs(line)["input_ids"], line
+    for a, b in zip(texts[:200], texts[200:400], strict=True):
+        assert ours.build(ours.encode_ordinary(a), ours.encode_ordinary(b)) == theirs(a, b)["input_ids"]
+
+
+def parts_of(token, rank, ranks):
+    """The two parts of which BPE with only the merges before `rank` makes a token."""
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
+        parts[best:best + 2] = [parts[best] + parts[best + 1]]
+    return parts
+
+
+def test_the_small_roberta_numbers_its_tokens_as_robertas_do(small_roberta):
+    """<s> 0, <pad> 1, </s> 2, <unk> 3, then the ranks, <mask> last; texts and pairs are framed as in the paper."""
+    tok = bpe.RobertaTokenizer(small_roberta, 325)
+    ids = tok.encode_ordinary("the soup")
+    assert min(ids) >= 4 and tok.mask == 324 and tok.encoding.decode([i - 4 for i in ids]) == "the soup"
+    assert tok.build(ids) == [0, *ids, 2] and tok.build(ids, [9]) == [0, *ids, 2, 2, 9, 2]
+    assert tok.encode_ordinary_batch(["the soup", ""]) == [ids, []]
+
+
+def test_a_bad_roberta_vocabulary_is_refused(tmp_path, small_roberta):
+    """Neither file, too few ranks, a vocab.json that is damaged or numbers other tokens than there are embeddings."""
+    with pytest.raises(ValueError, match="has neither tokenizer.tiktoken nor vocab.json"):
+        bpe.RobertaTokenizer(tmp_path, 325)
+    with pytest.raises(ValueError, match="320 ranks, the model's 400 embeddings need 395"):
+        bpe.RobertaTokenizer(small_roberta, 400)
+    good = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 4, "<mask>": 5}
+    for content, message in (("{", "damaged"), ("[1]", "damaged"), (json.dumps({**good, "b": "x"}), "damaged"),
+                             (json.dumps({**good, "b": 6}), r"0..5: <s> 0"), (json.dumps({**good, "a": 9}), "0..5"),
+                             (json.dumps({**good, "<s>": 1, "<pad>": 0}), "<mask> 5")):
+        (tmp_path / "vocab.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            bpe.RobertaTokenizer(tmp_path, 6)
+
+
 def test_a_bad_tokenizer_is_refused(tmp_path, base):
     """Ranks that do not fit the embeddings, damaged ranks, or none for a vocabulary that is not GPT-2's."""
     with pytest.raises(ValueError, match="319 ranks, the model's 400 embeddings need 399"):
@@ -82,7 +154,7 @@ def test_a_bad_tokenizer_is_refused(tmp_path, base):
 def test_every_reference_says_all_of_its_record():
     """slots() finds every slot in every reference, and misses one that is changed or dropped."""
     for split, pairs in restaurants.load().items():
-        score = restaurants.score(*zip(*pairs, strict=True))
+        score = restaurants.score(pairs, [sentence for _, sentence in pairs])
         assert score == {"slots": 1.0, "names": 1.0}, split
     record, sentence = next(p for p in pairs if "food : Thai" in p[0])
     assert not restaurants.slots(record.replace("Thai", "Greek"), sentence)["food"]
@@ -128,15 +200,15 @@ def write_e2e(folder, rows=(ROW, ROW), splits=e2e.SPLITS):
 
 def test_e2e_from_jsonl_csv_and_parquet(tmp_path):
     """The three formats of --data-dir give the same pairs."""
-    from datasets import Dataset
     write_e2e(tmp_path)
     (tmp_path / "test.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "test.jsonl").read_bytes() + b"\r\n\n")
     expected = {split: [tuple(ROW.values())] * 2 for split in e2e.SPLITS}
     assert data.load("e2e", tmp_path) == expected
     for split in e2e.SPLITS[:2]:
         (tmp_path / f"{split}.jsonl").unlink()
-    Dataset.from_list([ROW, ROW]).to_csv(tmp_path / "train.csv", index=False)
-    Dataset.from_list([ROW, ROW]).to_parquet(tmp_path / "validation.parquet")
+    table = pyarrow.Table.from_pylist([ROW, ROW])
+    pyarrow.csv.write_csv(table, tmp_path / "train.csv")
+    pyarrow.parquet.write_table(table, tmp_path / "validation.parquet")
     assert data.load("e2e", tmp_path) == expected
 
 
@@ -180,6 +252,179 @@ def test_missing_data_is_refused(tmp_path):
         data.load("restaurants", tmp_path)
 
 
+def test_reviews_are_balanced_and_no_word_says_the_verdict():
+    """The same every time, no text twice; each class half; no opinion or denial alone tells the class."""
+    splits = reviews.load()
+    assert splits == reviews.load()
+    texts = [text for rows in splits.values() for (text,), _ in rows]
+    assert len(set(texts)) == len(texts) == 13500
+    rows = splits["train"]
+    assert abs(sum(label for _, label in rows) / len(rows) - 0.5) < 0.02
+    for word in (*reviews.GOOD, *reviews.BAD, "cold", "not", "never", "nobody", "soup"):
+        said = [label for (text,), label in rows if word in text.split()]
+        assert len(said) > 50 and abs(sum(said) / len(said) - 0.5) < 0.15, word
+
+
+def test_a_denial_turns_the_verdict_and_a_second_one_turns_it_back():
+    """By hand from the table: soup is good hot and bad cold; the verdict follows from the form of the clause."""
+    facts = {thing: (good, bad) for thing, good, bad in reviews.FACTS}
+    for (clause,), label in reviews.load()["test"]:
+        words = clause.split()
+        thing = next(w for w in words if w in facts)
+        good = [*reviews.GOOD, *facts[thing][0]]
+        bad = [*reviews.BAD, *facts[thing][1]]
+        opinion = [w for w in words if w in good or w in bad and w != thing]
+        denials = sum(clause.count(w) for w in (
+            " not ", "never ", "hardly", "far from", "anything but", "by no means", "no longer", "nobody called",
+            "neither")) - clause.count("not only") - clause.count("never less than")
+        assert ((opinion[0] in good) != (denials % 2 == 1)) == label, clause
+
+
+def test_the_pretraining_opinions_never_judge_what_depends_on_its_object():
+    """A verdict stands beside words that praise or blame anywhere, never beside a fact of the table."""
+    documents = opinions.documents(2000, 1)
+    assert documents == opinions.documents(2000, 1)
+    lines = [line for page in documents for line in page.split("\n")]
+    verdicts = [v.split(" ", 1)[1] for v in (*opinions.PLEASED, *opinions.ANNOYED)]
+    judged = [line for line in lines if any(v in line for v in verdicts) and "||" not in line]
+    assert len(judged) > 1000
+    assert all(any(w in reviews.GOOD or w in reviews.BAD for w in line.split()) for line in judged)
+
+
+SST2 = [{"sentence": f"film {i} is good", "label": 1} for i in range(30)] + [{"sentence": "it is bad", "label": 0}] * 10
+
+
+def write_rows(folder, **splits):
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_glue_holds_out_a_tenth_of_train_and_reports_validation(tmp_path):
+    """SST-2 from files: train and held-out rows are the train split, each once; test is the validation split."""
+    write_rows(tmp_path, train=SST2, validation=SST2[:3])
+    found = data.load("glue/sst2", tmp_path)
+    assert [len(found[s]) for s in ("train", "validation", "test")] == [36, 4, 3]
+    both = [(texts[0], label) for split in ("train", "validation") for texts, label in found[split]]
+    assert sorted(both) == sorted((row["sentence"], row["label"]) for row in SST2)
+    assert found["test"] == [((row["sentence"],), row["label"]) for row in SST2[:3]]
+    said = data.splits("glue/sst2")
+    assert said["test"] == "validation" and "tenth of train" in said["validation"]
+    pyarrow.csv.write_csv(pyarrow.Table.from_pylist(SST2), tmp_path / "train.csv")
+    (tmp_path / "train.jsonl").unlink()
+    assert data.load("glue/sst2", tmp_path) == found
+
+
+@pytest.mark.parametrize("name", glue.TASKS)
+def test_every_glue_task_reads_its_columns(tmp_path, name):
+    """Texts, labels and metrics of all eight tasks; STS-B's labels are numbers, MNLI has two test splits."""
+    task = glue.TASKS[name]
+    row = {**{column: f"a {column}" for column in task.COLUMNS}, "label": 3.8 if name == "stsb" else 1, "idx": 0}
+    tests = dict.fromkeys(task.TESTS.values(), [row])
+    write_rows(tmp_path, train=[row] * 10, **tests)
+    found = data.load(f"glue/{name}", tmp_path)
+    assert found["test"] == [(tuple(f"a {column}" for column in task.COLUMNS), row["label"])]
+    assert ("mismatched" in found) == (name == "mnli")
+    assert len(data.labels(f"glue/{name}")) == {"stsb": 1, "mnli": 3}.get(name, 2)
+    assert data.metrics(f"glue/{name}")[0] == {"cola": "matthews", "stsb": "pearson", "mrpc": "f1", "qqp": "f1"}.get(
+        name, "accuracy")
+
+
+@pytest.mark.parametrize("name, row, message", [
+    ("sst2", {"sentence": "a"}, "line 1: no column 'label', only sentence"),
+    ("sst2", {"sentence": "a", "label": 2}, "label must be one of 0 negative, 1 positive; not 2"),
+    ("sst2", {"sentence": "a", "label": -1}, "not -1"), ("sst2", {"sentence": "a", "label": 0.5}, "not 0.5"),
+    ("sst2", {"sentence": "a", "label": "good"}, "label must be a number, not 'good'"),
+    ("sst2", {"sentence": "a", "label": float("nan")}, "not nan"),
+    ("stsb", {"sentence1": "a", "sentence2": "b", "label": 7}, "label must be in 0..5, not 7"),
+    ("rte", {"sentence1": "a", "label": 1}, "no column 'sentence2'")])
+def test_a_malformed_label_is_refused_with_its_line(tmp_path, name, row, message):
+    """File, line, what was found and what would be right."""
+    write_rows(tmp_path, train=[row], validation=[row])
+    with pytest.raises(ValueError) as e:
+        data.load(f"glue/{name}", tmp_path)
+    assert message in str(e.value)
+
+
+def test_gsm8k_is_judged_by_its_final_number(tmp_path):
+    """The number after ####, however written; a file without one is refused with its line."""
+    for answer, number in (("so 3 + 4 = 7\n#### 7", 7), ("#### $1,200.50 ", 1200.5), ("#### -3", -3), ("it is 7", None),
+                           ("#### 1\n#### 2", 2)):
+        assert gsm8k.final_number(answer) == number
+    rows = [{"question": f"What is {i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(20)]
+    write_rows(tmp_path, train=rows, test=rows[:2])
+    found = data.load("gsm8k", tmp_path)
+    assert [len(found[s]) for s in ("train", "validation", "test")] == [18, 2, 2]
+    assert not set(found["train"]) & set(found["validation"])
+    answers = [answer for _, answer in found["test"]]
+    assert gsm8k.score(found["test"], answers) == {"exact_match": 1.0}
+    assert gsm8k.score(found["test"], ["#### 1", "no idea"]) == {"exact_match": 0.5}
+    write_rows(tmp_path, train=[{"question": "a", "answer": "b"}])
+    with pytest.raises(ValueError, match="line 1: answer must end with ####"):
+        data.load("gsm8k", tmp_path)
+
+
+# The hub
+
+def hub_cache(cache, repo, files, revision="main", kind="datasets"):
+    """Lay files out as the Hugging Face client keeps them; `files`: {path: bytes}."""
+    folder = cache / f"{kind}--{repo.replace('/', '--')}"
+    (folder / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / revision).write_text("c0ffee")
+    for path, content in files.items():
+        file = folder / "snapshots/c0ffee" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+
+
+def parquet(rows):
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.fixture
+def no_network(tmp_path, monkeypatch):
+    """A machine whose hub does not answer, with a cache of its own."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "fetch", lambda *args, real=hub.fetch: real(*args, cache_dir=tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_datasets_of_the_hub_are_read_from_its_cache(no_network, tmp_path):
+    """e2e, GLUE and gsm8k, laid out as on the hub, parquet in one part or several, give what --data-dir gives."""
+    write_e2e(tmp_path)
+    hub_cache(no_network, e2e.HUB, {f"default/{s}/0000.parquet": parquet([ROW, ROW]) for s in e2e.SPLITS}, e2e.REVISION)
+    assert data.load("e2e") == data.load("e2e", tmp_path)
+    write_rows(tmp_path, train=SST2, validation=SST2[:3])
+    hub_cache(no_network, glue.HUB, {"sst2/train-00000-of-00002.parquet": parquet(SST2[:25]),
+                                     "sst2/train-00001-of-00002.parquet": parquet(SST2[25:]),
+                                     "sst2/validation-00000-of-00001.parquet": parquet(SST2[:3])})
+    assert data.load("glue/sst2") == data.load("glue/sst2", tmp_path)
+    rows = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(20)]
+    write_rows(tmp_path, train=rows, test=rows)
+    hub_cache(no_network, "openai/gsm8k", {f"main/{split}-00000-of-00001.parquet": parquet(rows)
+                                           for split in ("train", "test")})
+    assert data.load("gsm8k") == data.load("gsm8k", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["e2e", "gsm8k", "glue/mnli"])
+def test_a_dataset_that_is_not_to_be_had_says_what_to_do(no_network, name):
+    """Within seconds, in one line that names --data-dir and its files."""
+    start = time.time()
+    with pytest.raises(ValueError, match=r"is not to be had from the hub .*give --data-dir a folder with train.jsonl"):
+        data.load(name)
+    assert time.time() - start < 10
+
+
+def test_a_server_that_never_answers_is_given_up():
+    """A host that takes the connection and stays silent counts as unreachable after the time limit."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        start = time.time()
+        assert not hub.reachable(f"http://127.0.0.1:{server.getsockname()[1]}", seconds=0.5)
+        assert 0.4 < time.time() - start < 3
+
+
 def test_text_is_split_in_order_or_by_file(tmp_path):
     """A file: 80, 10 and 10 %; a folder: three files; not UTF-8: the line."""
     file = tmp_path / "book.txt"
@@ -206,8 +451,9 @@ def test_records_carry_loss_on_their_text_only(base):
     """targets are the sentence and <|endoftext|>, shifted by one; the record and the padding are -100."""
     tokenizer = bpe.load(base, 320)
     pairs = [("name : A", "A is a pub ."), ("name : The Swan | food : Thai", "The Swan is Thai .")]
-    examples, cut = data.encode(pairs, tokenizer, 100)
-    idx, targets = data.collate(examples)
+    task = Write(tokenizer, 100)
+    examples, cut = task.encode(pairs)
+    idx, targets, real = task.collate(examples)
     assert cut == 0
     for i, (record, sentence) in enumerate(pairs):
         prompt, target = tokenizer.encode_ordinary(record + " ||"), tokenizer.encode_ordinary(" " + sentence)
@@ -215,23 +461,24 @@ def test_records_carry_loss_on_their_text_only(base):
         assert idx[i].tolist() == ids[:-1] + [0] * (idx.shape[1] - len(ids) + 1)
         assert targets[i][targets[i] != -100].tolist() == [*target, 319]
         first = (targets[i] != -100).nonzero()[0].item()
-        assert first == len(prompt)
+        assert first == len(prompt) and real[i].sum() == len(ids) - 1
 
 
 def test_texts_longer_than_the_context_are_cut_and_counted(base):
     """A record's sentence is cut at the context and counted; a record that fills it alone is refused."""
     tokenizer = bpe.load(base, 320)
-    examples, cut = data.encode([("name : A", "A is a pub . " * 50), ("name : A", "A .")], tokenizer, 30)
+    task = Write(tokenizer, 30)
+    examples, cut = task.encode([("name : A", "A is a pub . " * 50), ("name : A", "A .")])
     assert cut == 1 and [len(ids) for ids, _ in examples][0] == 31
     with pytest.raises(ValueError, match="leaves no room"):
-        data.encode([("name : A " * 30, "A .")], tokenizer, 30)
+        task.encode([("name : A " * 30, "A .")])
 
 
 def test_plain_text_predicts_every_token_once(base):
     """Pieces overlap by one token: the targets of all pieces, in order, are the text and <|endoftext|>."""
     tokenizer = bpe.load(base, 320)
     sample = restaurants.load()["test"][0][1] * 3
-    examples, _ = data.encode([("", sample)], tokenizer, 16)
+    examples, _ = Write(tokenizer, 16).encode([("", sample)])
     assert max(len(ids) for ids, _ in examples) == 17
     targets = [t for ids, start in examples for t in ids[start:]]
     assert targets == [*tokenizer.encode_ordinary(sample), 319]
@@ -247,6 +494,53 @@ def test_batches_hold_every_example_once_and_neighbours_in_length():
     lengths = [[len(examples[i][0]) for i in b] for b in batches]
     padding = sum(max(b) * len(b) - sum(b) for b in lengths) / sum(map(sum, lengths))
     assert padding < 0.1
+
+
+def test_labelled_texts_and_pairs_are_framed_padded_and_cut(small_roberta):
+    """<s> a </s></s> b </s>, padded with 1; too long a pair loses tokens of its longer text, counted."""
+    tok = bpe.RobertaTokenizer(small_roberta, 325)
+    task = Label(tok, 20, 2)
+    a, b = tok.encode_ordinary("the soup was cold"), tok.encode_ordinary("no")
+    examples, cut = task.encode([(("the soup was cold", "no"), 1), (("no", "no"), 0)])
+    assert cut == 0 and examples[0] == ([0, *a, 2, 2, *b, 2], 1)
+    idx, labels, real = task.collate(examples)
+    assert labels.tolist() == [1, 0] and labels.dtype == torch.long
+    assert idx[1].tolist() == [0, *b, 2, 2, *b, 2] + [1] * (len(a) - len(b)) and torch.equal(real, idx != 1)
+    long = tok.encode_ordinary("the soup was cold and " * 9)
+    (ids, _), = task.encode([(("the soup was cold and " * 9, "no"), 1)])[0]
+    assert ids == tok.build(long[:16 - len(b)], b) and len(ids) == 20
+    (ids, _), = task.encode([(("the soup was cold and " * 9,) * 2, 1)])[0]
+    assert ids == tok.build(long[:8], long[:8])
+    examples, cut = task.encode([(("the soup was cold and " * 9,), 1)])
+    assert cut == 1 and examples[0][0] == tok.build(long[:18])
+    assert Label(tok, 20, 1).collate([([0, 2], 3.5)])[1].dtype == torch.float
+
+
+def test_masking_asks_for_what_it_hides(small_roberta):
+    """Targets are the original tokens; 30 % are asked, 8 in 10 hidden behind <mask>; never the frame or the padding;
+    the same seed masks the same, another one other tokens."""
+    tok = bpe.RobertaTokenizer(small_roberta, 325)
+    task = Mask(tok, 64)
+    examples, _ = task.encode([("", page) for page in opinions.documents(200, 1)])
+    assert max(len(ids) for ids, _ in examples) == 64
+    original, _, _ = Label(tok, 64, 2).collate([(ids, 0) for ids, _ in examples])
+    idx, targets, real = task.collate(examples, "a")
+    asked = targets != -100
+    assert torch.equal(targets[asked], original[asked]) and torch.equal(idx[~asked], original[~asked])
+    assert not (asked & ((original == 0) | (original == 1) | (original == 2))).any() and asked.any(1).all()
+    inner = (real & (original > 2)).sum()
+    assert abs(asked.sum() / inner - 0.3) < 0.02
+    assert abs((idx[asked] == tok.mask).float().mean() - 0.8) < 0.03
+    assert abs((idx[asked] == original[asked]).float().mean() - 0.1) < 0.03
+    assert torch.equal(task.collate(examples, "a")[0], idx) and not torch.equal(task.collate(examples, "b")[0], idx)
+
+
+def test_a_roberta_is_not_asked_to_write(small_roberta):
+    """restaurants, e2e and gsm8k are for a GPT; plain text becomes masked words."""
+    model = from_pretrained(small_roberta)
+    with pytest.raises(ValueError, match="wants text written, which a RoBERTa cannot"):
+        data.task("restaurants", small_roberta, model, 64)
+    assert isinstance(data.task("stdlib", small_roberta, model, 64)[1], Mask)
 
 
 def test_the_shipped_tokenizer_and_model_belong_together():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn as nn
-from conftest import adapt, every_variant, tiny_gpt, tokens, train_steps
+from conftest import adapt, batch, both, every_variant, head_of, tiny_gpt, tokens, train_steps
 from test_equations import ALPHA, Chain, R, chain, equal
 
 import lora
@@ -13,14 +13,16 @@ from reslora import ResLoRALinear
 from rslora import RsLoRALinear
 
 
+@both
 @every_variant
-def test_only_the_adapters_get_gradient_and_at_B_0_only_B(method, hparams):
-    """Every base parameter's gradient is None; at B = 0 dL/dA = 0 and dL/dB != 0; with B random both are not 0."""
+def test_only_the_adapters_get_gradient_and_at_B_0_only_B(method, hparams, tiny):
+    """Every base parameter's gradient is None; at B = 0 dL/dA = 0 and dL/dB != 0; with B random both are not 0.
+    The head of a classifier gets gradient too."""
     for random in (False, True):
-        model = tiny_gpt()
+        model = tiny()
         layers = adapt(model, method, hparams, random=random)
-        model(*tokens())[1].backward()
-        adapters = {id(p) for layer in layers for p in (layer.lora_A, layer.lora_B)}
+        model(*batch(model))[1].backward()
+        adapters = {id(p) for layer in layers for p in (layer.lora_A, layer.lora_B)} | set(map(id, head_of(model)))
         for p in model.parameters():
             assert p.requires_grad == (id(p) in adapters)
             assert (p.grad is not None) == (id(p) in adapters)
@@ -29,23 +31,27 @@ def test_only_the_adapters_get_gradient_and_at_B_0_only_B(method, hparams):
             assert (layer.lora_A.grad.abs().max() > 0) == random
 
 
+@both
 @every_variant
-def test_training_changes_the_adapters_and_nothing_else(method, hparams):
-    """After three steps A and B have changed and the base is as it was, but for a W that the method moves."""
-    model = tiny_gpt()
+def test_training_changes_the_adapters_and_nothing_else(method, hparams, tiny):
+    """After some steps A, B and a head have changed and the base is as it was, but for a W that the method moves."""
+    model = tiny()
     layers = adapt(model, method, hparams, random=False)
     before = {name: p.clone() for name, p in model.named_parameters()}
     losses = train_steps(model, layers, 12)
     assert losses[-1] < losses[0]
     moving = {f"{name}.weight" for name, m in model.named_modules() if getattr(m, "moves_weight", False)}
     for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]) == ("lora_" not in name and name not in moving), name
+        assert torch.equal(p, before[name]) == (not name.startswith("classifier") and "lora_" not in name
+                                                and name not in moving), name
 
 
+@both
 @every_variant
-def test_gradcheck(method, hparams):
-    """The gradient of the loss by autograd is that by finite differences, through the whole GPT."""
-    model, (idx, targets) = tiny_gpt(n_layer=2), tokens(1, 4)
+def test_gradcheck(method, hparams, tiny):
+    """The gradient of the loss by autograd is that by finite differences, through the whole model."""
+    model = tiny(n_layer=2)
+    idx, targets = batch(model, 1, 4)
     layers = adapt(model, method, hparams, r=1)
     inputs = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
     torch.autograd.gradcheck(lambda *_: model(idx, targets)[1], inputs, fast_mode=True)
@@ -243,7 +249,7 @@ def test_delta_lora_is_lora_with_a_weight_that_follows_by_hand():
 
 def test_delta_lora_under_adam_from_the_start_is_lora_with_1_plus_lambda_alpha():
     """Adam ignores a gradient's scale: with K = 0 and eps -> 0, alpha and lambda give LoRA with (1 + lambda) alpha."""
-    batch, logits = tokens(), []
+    some, logits = tokens(), []
     for method, alpha, own in (("deltalora", 5.0, dict(delta_lambda=2.0, delta_start=0)), ("lora", 15.0, {})):
         torch.manual_seed(0)
         model = tiny_gpt()
@@ -251,10 +257,10 @@ def test_delta_lora_under_adam_from_the_start_is_lora_with_1_plus_lambda_alpha()
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2, eps=1e-30)
         for step in range(1, 9):
             optimizer.zero_grad()
-            model(*batch)[1].backward()
+            model(*some)[1].backward()
             optimizer.step()
             layers[0].after_step(layers, step)
-        logits.append(model(batch[0])[0])
+        logits.append(model(some[0])[0])
     assert equal(*logits, 1e-9)
 
 

@@ -4,17 +4,19 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from conftest import adapt, calibrated, every_variant, run_over, tiny_gpt, tokens, train_steps
+from conftest import adapt, batch, both, calibrated, every_variant, run_over, tiny_gpt, tokens, train_steps
 
 import lora
 from lora import LoRALinear
 from reslora import MERGES, ResLoRALinear, regression
 
 
+@both
 @every_variant
-def test_merged_is_unmerged(method, hparams):
+def test_merged_is_unmerged(method, hparams, tiny):
     """After training steps the adapter changes the logits and an exact merge does not; approximate ones say so."""
-    model, (idx, _) = tiny_gpt(), tokens()
+    model = tiny()
+    idx = batch(model)[0]
     base = model(idx)[0]
     layers = adapt(model, method, hparams)
     train_steps(model, layers, 4)
@@ -27,11 +29,12 @@ def test_merged_is_unmerged(method, hparams):
     assert (error < 1e-12) == exact
 
 
+@both
 @every_variant
-def test_merging_restores_the_architecture(method, hparams):
+def test_merging_restores_the_architecture(method, hparams, tiny):
     """The merged model has the base's modules, keys and dtypes; a bf16 W that the method moves has become fp32."""
     for dtype in (torch.float32, torch.bfloat16):
-        model = tiny_gpt(dtype)
+        model = tiny(dtype)
         keys = {k: (v.shape, torch.float32 if method == "deltalora" and k.endswith("q.weight") else v.dtype)
                 for k, v in model.state_dict().items()}
         modules = [type(m) for m in model.modules()]

@@ -18,7 +18,6 @@ from test_checkpoint import peft_logits, relative
 import checkpoint
 import data
 import train
-from data import bpe
 from methods import METHODS
 from model import from_pretrained
 
@@ -62,8 +61,9 @@ def test_every_method_trains_merges_and_leaves_a_whole_run_folder(tmp_path, base
     assert "parameters train" in out and "ref " in out and last in out
     # merged/ is the model whose loss was reported
     model, args = from_pretrained(tmp_path / "merged"), train.parse(command(base, tmp_path, "--method", method))
-    test, _ = data.encode(data.load("restaurants")["test"], bpe.load(tmp_path / "merged", 320), 256)
-    assert train.mean_loss(model, test, args) == pytest.approx(metrics[last]["loss"], abs=1e-6)
+    _, task = data.task("restaurants", tmp_path / "merged", model, 256)
+    test, _ = task.encode(data.load("restaurants")["test"])
+    assert train.evaluate(model, test, task, args)[0] == pytest.approx(metrics[last]["loss"], abs=1e-6)
     if adapter:
         idx = tokens(V=320)[0]
         assert relative(peft_logits(base, tmp_path, idx)[0], model(idx)[0]) < 1e-5
@@ -153,14 +153,14 @@ def test_a_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(tmp_path, b
     flags = ["--method", method] + [x for k, v in hparams.items() for x in ("--" + k.replace("_", "-"), v)]
     flags += ["--dropout", "0.1"] if method != "deltalora" else []
     whole = train.main(command(base, tmp_path / "a", *flags))
-    real, calls = train.mean_loss, []
+    real, calls = train.evaluate, []
 
     def die(*args):
         calls.append(args)
         if len(calls) == 4:  # the base, then the validations of steps 2, 4 and, never ending, 6
             raise KeyboardInterrupt
         return real(*args)
-    monkeypatch.setattr(train, "mean_loss", die)
+    monkeypatch.setattr(train, "evaluate", die)
     with pytest.raises(SystemExit) as e:
         train.main(command(base, tmp_path / "b", *flags))
     assert e.value.code == 130
@@ -327,7 +327,7 @@ def test_damaged_checkpoints(tmp_path, base, capsys):
 
 def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path, base, capsys, monkeypatch):
     """NaN after step 4: the message says so, and the state of step 4 is there and loads."""
-    real, calls = train.mean_loss, []
+    real, calls = train.evaluate, []
 
     def poison(model, *args):
         calls.append(1)
@@ -336,7 +336,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path, bas
             next(p for p in model.parameters() if p.requires_grad).data[0] = float("nan")
             return value
         return real(model, *args)
-    monkeypatch.setattr(train, "mean_loss", poison)
+    monkeypatch.setattr(train, "evaluate", poison)
     monkeypatch.setattr(train.checkpoint, "save_state", lambda *a, real=train.checkpoint.save_state: (
         real(*a) if len(calls) < 3 else None))
     message = refused(capsys, command(base, tmp_path))

@@ -1,0 +1,83 @@
+"""glue: eight tasks of the GLUE benchmark (Wang et al. 2018, arXiv:1804.07461), as LoRA, ResLoRA and Delta-LoRA use it.
+
+From the Hugging Face hub (nyu-mll/glue), or with --data-dir from a folder with train and validation as .jsonl, .csv or
+.parquet and the hub's columns. GLUE's test labels are secret. So a tenth of the training split, at most 1,000 rows, is
+held out to select on, and the validation split is what gets reported, as everybody does; MNLI has two of them.
+"""
+import random
+from dataclasses import dataclass
+
+from data import files
+
+HUB = "nyu-mll/glue"
+
+
+@dataclass
+class Task:
+    COLUMNS: tuple  # the hub's names of the texts
+    LABELS: tuple  # names of the classes 0, 1, …; a single name: a number is asked for
+    METRICS: tuple  # the first selects
+    ABOUT: str
+    key: str = ""  # the hub's name of the task
+    TESTS = {"test": "validation"}  # our split -> the hub's
+
+    @property
+    def SPLITS(self):
+        held = "a tenth of train, at most 1,000 rows"
+        return {"train": f"train without {held}", "validation": held, **self.TESTS}
+
+    def load(self, data_dir=None):
+        """{split: [((text,) or (a, b), label)]}"""
+        names = "train", *self.TESTS.values()
+        found = (files.hub_rows(HUB, {name: f"{self.key}/{name}-*.parquet" for name in names}) if data_dir is None else
+                 {name: files.read_rows(data_dir, name) for name in names})
+        rows = {split: [self.row(row, where) for where, row in found[split]] for split in found}
+        train = rows["train"]
+        held = set(random.Random(0).sample(range(len(train)), min(max(1, len(train) // 10), 1000)))
+        return {"train": [row for i, row in enumerate(train) if i not in held],
+                "validation": [train[i] for i in sorted(held)],
+                **{ours: rows[theirs] for ours, theirs in self.TESTS.items()}}
+
+    def row(self, row, where):
+        """(texts, label) of a row; csv has its numbers as text."""
+        files.check_row(row, self.COLUMNS, where, empty=True)  # QQP asks an empty question or two
+        if "label" not in row:
+            raise ValueError(f"{where}: no column 'label', only {', '.join(map(str, row))}")
+        try:
+            label = float(row["label"])
+        except (TypeError, ValueError):
+            raise ValueError(f"{where}: label must be a number, not {row['label']!r}") from None
+        if len(self.LABELS) == 1:
+            if not 0 <= label <= 5:
+                raise ValueError(f"{where}: label must be in 0..5, not {label:g}")
+        elif label not in range(len(self.LABELS)):
+            names = ", ".join(f"{i} {name}" for i, name in enumerate(self.LABELS))
+            raise ValueError(f"{where}: label must be one of {names}; not {label:g}")
+        return tuple(row[c] for c in self.COLUMNS), label if len(self.LABELS) == 1 else int(label)
+
+
+class MNLI(Task):
+    TESTS = {"test": "validation_matched", "mismatched": "validation_mismatched"}
+
+
+PAIR, ENTAILS = ("sentence1", "sentence2"), ("entailment", "not entailment")
+TASKS = {
+    "cola": Task(("sentence",), ("unacceptable", "acceptable"), ("matthews", "accuracy"), "is it grammatical"),
+    "sst2": Task(("sentence",), ("negative", "positive"), ("accuracy",), "what a critic thinks of a film"),
+    "mrpc": Task(PAIR, ("different", "equivalent"), ("f1", "accuracy"), "do two sentences of the news say the same"),
+    "stsb": Task(PAIR, ("similarity",), ("pearson", "spearman"), "how similar are two sentences, 0 to 5"),
+    "qqp": Task(("question1", "question2"), ("different", "duplicate"), ("f1", "accuracy"), "is it the same question"),
+    "mnli": MNLI(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), ("accuracy",), "what follows"),
+    "qnli": Task(("question", "sentence"), ENTAILS, ("accuracy",), "does the sentence answer the question"),
+    "rte": Task(PAIR, ENTAILS, ("accuracy",), "does the second sentence follow"),
+}
+for key, task in TASKS.items():
+    task.key = key
+
+
+if __name__ == "__main__":
+    import sys
+
+    name, *folder = sys.argv[1:] or ["sst2"]
+    for split, rows in TASKS[name].load(*folder).items():
+        print(f"{split:12} {len(rows):7} rows; {rows[0]}")

@@ -1,0 +1,114 @@
+"""From texts to batches, one class per thing that a model can be asked: `Write`, `Label`, `Mask`.
+
+    task.encode(pairs) -> examples, how many of their texts had to be cut
+    task.collate(examples, seed) -> idx (B, T), targets, real (B, T): False where a position is padding
+
+An example is (ids, target). T is that of the longest example of the batch.
+"""
+from zlib import crc32
+
+import torch
+
+
+class Write:
+    """A GPT predicts the next token: of the target after a prompt, of everything in a plain text (prompt "").
+
+    A record becomes <|endoftext|> prompt || target <|endoftext|>, its target cut at the context. Plain text is cut into
+    consecutive pieces, each overlapping the last by one token so that every token but the first is predicted once.
+    """
+
+    def __init__(self, tokenizer, context):
+        self.tokenizer, self.context = tokenizer, context
+
+    def encode(self, pairs):
+        """[(prompt, target)] -> [(ids, start)]: ids[start:] carry the loss."""
+        tokenizer, context, examples, cut = self.tokenizer, self.context, [], 0
+        eot = tokenizer.eot_token
+        prompts = tokenizer.encode_ordinary_batch([p + " ||" if p else "" for p, _ in pairs])
+        targets = tokenizer.encode_ordinary_batch([" " + t if p else t for p, t in pairs])
+        for prompt, target in zip(prompts, targets, strict=True):
+            ids, start = [eot, *prompt, *target, eot], 1 + len(prompt)
+            if not prompt:
+                examples += [(ids[i:i + context + 1], 1) for i in range(0, len(ids) - 1, context)]
+                continue
+            if start >= context:
+                raise ValueError(f"a record of {start} tokens leaves no room for its text in a context of {context}: "
+                                 f"{tokenizer.decode(prompt)[:60]!r}…")
+            cut += len(ids) > context + 1
+            examples.append((ids[:context + 1], start))
+        return examples, cut
+
+    def collate(self, examples, seed=""):
+        """targets (B, T), -100 where nothing is asked; padding is token 0, at the end, where no real token looks."""
+        idx = padded([ids[:-1] for ids, _ in examples], 0)
+        targets = torch.full_like(idx, -100)
+        for i, (ids, start) in enumerate(examples):
+            targets[i, start - 1:len(ids) - 1] = torch.tensor(ids[start:])
+        lengths = torch.tensor([len(ids) - 1 for ids, _ in examples])
+        return idx, targets, torch.arange(idx.size(1)) < lengths[:, None]
+
+
+class Label:
+    """A RoBERTa says what a text, or a pair of texts, is: a class, or for `labels` 1 a number."""
+
+    def __init__(self, tokenizer, context, labels):
+        self.tokenizer, self.context, self.labels = tokenizer, context, labels
+
+    def encode(self, rows):
+        """[((text,) or (a, b), label)] -> [(ids, label)]; what is too long loses the end of its longer text"""
+        columns = zip(*(texts for texts, _ in rows), strict=True)
+        parts = [self.tokenizer.encode_ordinary_batch(texts) for texts in columns]
+        examples, cut = [], 0
+        for *texts, (_, label) in zip(*parts, rows, strict=True):
+            room = self.context - 2 * len(texts)  # <s> a </s>, <s> a </s></s> b </s>
+            cut += sum(map(len, texts)) > room
+            while (over := sum(map(len, texts)) - room) > 0:
+                longer, shorter = sorted(texts, key=len)[::-1] if len(texts) > 1 else (*texts, [])
+                del longer[-min(over, max(1, len(longer) - len(shorter))):]
+            examples.append((self.tokenizer.build(*texts), label))
+        return examples, cut
+
+    def collate(self, examples, seed=""):
+        """targets (B,)"""
+        idx = padded([ids for ids, _ in examples], self.tokenizer.pad)
+        targets = torch.tensor([label for _, label in examples], dtype=torch.float if self.labels == 1 else torch.long)
+        return idx, targets, idx != self.tokenizer.pad
+
+
+class Mask:
+    """A RoBERTa fills in masked words of plain texts (Devlin et al. 2018, arXiv:1810.04805), masked anew every time.
+
+    Of the tokens 30 % are asked for, not 15 (more signal a step; Wettig et al. 2022, arXiv:2202.08005); of these 80 %
+    stand there as <mask>, 10 % as another token, 10 % as themselves.
+    """
+    ASKED = 0.3
+
+    def __init__(self, tokenizer, context):
+        self.tokenizer, self.context = tokenizer, context
+
+    def encode(self, pairs):
+        """[("", text)] -> [(ids, None)], cut into pieces that fit"""
+        room, examples = self.context - 2, []
+        for ids in self.tokenizer.encode_ordinary_batch([text for _, text in pairs]):
+            examples += [(self.tokenizer.build(ids[i:i + room]), None) for i in range(0, len(ids), room)]
+        return examples, 0
+
+    def collate(self, examples, seed=""):
+        """targets (B, T), -100 where nothing is asked. The same seed masks the same tokens."""
+        tok, rng = self.tokenizer, torch.Generator().manual_seed(crc32(seed.encode()))
+        idx = padded([ids for ids, _ in examples], tok.pad)
+        real = idx != tok.pad
+        chance, how = torch.rand(2, *idx.shape, generator=rng)
+        asked = (chance < self.ASKED) & real & (idx != tok.bos) & (idx != tok.eos)
+        asked[:, 1] |= ~asked.any(1)  # at least one a row
+        other = torch.randint(len(tok.SPECIAL), tok.mask, idx.shape, generator=rng)
+        shown = torch.where(how < 0.8, tok.mask, torch.where(how < 0.9, other, idx))
+        return torch.where(asked, shown, idx), torch.where(asked, idx, -100), real
+
+
+def padded(rows, pad):
+    """[[id, …], …] -> (B, T), filled up on the right"""
+    idx = torch.full((len(rows), max(map(len, rows))), pad)
+    for i, ids in enumerate(rows):
+        idx[i, :len(ids)] = torch.tensor(ids)
+    return idx

@@ -1,0 +1,54 @@
+"""What predictions are worth. numpy arrays of equal length in, a float out.
+
+GLUE (Wang et al. 2018, arXiv:1804.07461) reports accuracy, F1 for MRPC and QQP, Matthews' correlation for CoLA,
+Pearson's and Spearman's for STS-B. All are 1 for perfect predictions; a correlation with a constant is undefined and
+counts as 0, which is what guessing is worth.
+"""
+import math
+
+import numpy as np
+
+
+def accuracy(found, truth):
+    """Share of equal labels."""
+    return float(np.mean(found == truth))
+
+
+def f1(found, truth):
+    """Of class 1: 2 TP / (2 TP + FP + FN), the harmonic mean of precision and recall."""
+    hits = np.sum((found == 1) & (truth == 1))
+    asked = np.sum(found == 1) + np.sum(truth == 1)
+    return float(2 * hits / asked) if asked else 0.0
+
+
+def matthews(found, truth):
+    """Matthews' correlation of two classes: Pearson's of the labels, 0 and 1."""
+    return pearson(found, truth)
+
+
+def pearson(found, truth):
+    """cov(x, y) / (std(x) std(y))"""
+    x, y = (v - v.mean() for v in (found.astype(float), truth.astype(float)))
+    scale = math.sqrt((x @ x) * (y @ y))
+    return float(x @ y) / scale if scale else 0.0
+
+
+def spearman(found, truth):
+    """Pearson's correlation of the ranks; equal values share the mean of their ranks."""
+    def ranks(v):
+        _, which, counts = np.unique(v, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[which]
+    return pearson(ranks(found), ranks(truth))
+
+
+def exact_match(found, truth):
+    """Share of equal strings, as in gsm8k, where each is the final number of a solution."""
+    return sum(a == b for a, b in zip(found, truth, strict=True)) / len(truth)
+
+
+def perplexity(loss):
+    """e to the mean loss in nats per token."""
+    return math.exp(min(loss, 700))  # e^709 is the last that a float holds
+
+
+METRICS = {f.__name__: f for f in (accuracy, f1, matthews, pearson, spearman, exact_match, perplexity)}
