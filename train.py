@@ -117,6 +117,8 @@ def parse(argv):
         args.dataset = "reviews" if "roberta" in Path(args.model or "").name else "restaurants"
     if args.dataset not in data.DATASETS:
         raise ValueError(f"unknown dataset {args.dataset!r}: choose from {', '.join(data.DATASETS)}")
+    if args.method == "head" and not data.labels(args.dataset):
+        raise ValueError(f"--method head trains a classifier's head alone, and {args.dataset} has nothing to classify")
     reads = data.labels(args.dataset) or args.dataset == "opinions"
     args.model = args.model or ("tiny-roberta" if reads else "tiny-gpt")
     for method, (_, own) in METHODS.items():
@@ -300,6 +302,8 @@ class Run:
         elif args.method == "head":
             self.model.requires_grad_(False)
         if self.labels:  # the head is new: it is trained, and saved, with the adapter
+            if any(isinstance(m, lora.LoRALinear) for m in self.model.classifier.modules()):
+                raise ValueError(f"--targets {args.targets} names a linear of the head, which is trained whole")
             self.model.classifier.requires_grad_(True)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         elsewhere = "resume", "out", "save_merged", "device", "amp", "epochs", "compile"  # may change on resuming
