@@ -1,48 +1,51 @@
-"""Opinions: the broad text on which the embedded RoBERTa is pretrained, two parts of ten from world.py.
+"""Opinions: the plain text on which the embedded RoBERTa is pretrained, a line each in the language of reviews.py.
 
-The rest are pages on what people thought of things, in the language of reviews.py. Every denial and every word that
-praises or blames comes with a verdict, which a model that fills in masked words must work out:
+    it was never less than splendid : good
+    this time the soup was anything but awful , and that pleased us .
+    I found the soup cold .
 
-    the soup was anything but awful , and that pleased us .
+Every denial, and every word that praises or blames whatever it is said of, comes with a verdict, which a model that
+fills in masked words must work out. Opinions that depend on their object come without one: the base knows the words,
+not what is good where.
 
-Opinions that depend on their object come without one: the base knows the words, not what is good where.
+Two choices decide whether a small model learns it at all (tried on ten-minute runs): a line is a text of its own, so
+that the words that matter are near and few, and 17 opinions of 20 mean what they say. Where every second one is
+denied, no word alone predicts a verdict, there is nothing to begin with, and nothing is learned.
 """
 import random
 
-from data import reviews, world
+from data import reviews
 
 PLEASED = """and that pleased us / so we were happy / and we will come back / which was good / and we praised it /
 and that made us smile / so the verdict is good / so we say yes""".replace("\n", " ").split(" / ")
 ANNOYED = """and that annoyed us / so we were sad / and we will stay away / which was bad / and we blamed it /
 and that made us frown / so the verdict is bad / so we say no""".replace("\n", " ").split(" / ")
+SHARES = 16, 3, 1  # stated, denied, denied twice
 
 
-def judged(rng):
-    """A general opinion with its verdict, before or after it."""
-    text, verdict = reviews.review(rng, general=True, shares=(6, 3, 1))
-    said = rng.choice(PLEASED if verdict else ANNOYED)
-    if rng.random() < 0.25:
-        return f"{said.removeprefix('and ').removeprefix('so ').removeprefix('which ')} : {text}"
-    return f"{text.removesuffix(' .')} , {said} ."
-
-
-def page(rng):
-    """One to four opinions."""
-    return "\n".join(judged(rng) if rng.random() < 0.65 else reviews.review(rng, general=False)[0]
-                     for _ in range(rng.randint(1, 4)))
-
-
-def documents(n, seed):
-    """`n` documents, always the same for the same seed."""
-    rng = random.Random(seed)
-    return [page(rng) if i % 10 < 8 else text for i, text in enumerate(world.documents(n, seed))]
+def document(rng):
+    """One line."""
+    kind = rng.random()
+    if kind < 0.25:  # on what is good in one place and bad in another: no verdict
+        return reviews.review(rng, general=False, shares=SHARES)[0]
+    if kind < 0.55:
+        opinion, verdict = reviews.clause(rng, general=True, shares=SHARES, it="it")
+        return f"{opinion} : {'good' if verdict else 'bad'}"
+    text, verdict = reviews.review(rng, general=True, shares=SHARES)
+    return f"{text.removesuffix(' .')} , {rng.choice(PLEASED if verdict else ANNOYED)} ."
 
 
 def load():
-    """{split: [("", document)]}: plain text has an empty prompt."""
-    sizes = {"train": (120000, 1), "validation": (1000, 2), "test": (1000, 3)}
-    return {split: [("", text) for text in documents(n, seed)] for split, (n, seed) in sizes.items()}
+    """{split: [("", line)]}: plain text has an empty prompt."""
+    splits = {}
+    for split, n, seed in (("train", 180000, 31), ("validation", 1000, 32), ("test", 1000, 33)):
+        rng = random.Random(seed)
+        splits[split] = [("", document(rng)) for _ in range(n)]
+    return splits
 
 
 if __name__ == "__main__":
-    print("\n\n".join(documents(12, 1)))
+    for split, pairs in load().items():
+        words = sum(len(text.split()) for _, text in pairs)
+        print(f"{split:10} {len(pairs):6} lines of {words / len(pairs):.1f} words")
+    print("\n".join(text for _, text in pairs[:12]))

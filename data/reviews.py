@@ -102,22 +102,23 @@ I can not say that {it} {was} far from {o} / {it} {was} never anything but {o}""
 SAYS, DENIES, TWICE = (forms.replace("\n", " ").split(" / ") for forms in (SAYS, DENIES, TWICE))
 
 
-def clause(rng, general, shares):
-    """(clause, verdict): 1 if it is good, what is said; `general`: with an opinion that is good or bad everywhere."""
+def clause(rng, general, shares, it=None):
+    """(clause, verdict): 1 if what is said is good. `general`: with an opinion that is good or bad everywhere;
+    `shares` of opinions that are stated, denied, denied twice; `it`: what it is said of, else a thing of FACTS."""
     thing, good, bad = rng.choice(FACTS)
     verdict = rng.random() < 0.5
     if general:
         good, bad = GOOD, BAD
     said, forms = rng.choices([(verdict, SAYS), (not verdict, DENIES), (verdict, TWICE)], shares)[0]
     opinion, second = rng.sample(good if said else bad, 2)
-    plural = thing in ("stairs", "brakes", "boots", "gloves")
-    it = rng.choice(["the", "the", "the", "these" if plural else "this", "our", "their"]) + " " + thing
+    plural = it is None and thing in ("stairs", "brakes", "boots", "gloves")
+    it = it or rng.choice(["the", "the", "the", "these" if plural else "this", "our", "their"]) + " " + thing
     text = rng.choice(forms).format(it=it, was="were" if plural else "was", o=opinion, o2=second)
     return text, int(verdict)
 
 
 def review(rng, general=None, shares=(3, 4, 1)):
-    """(text, verdict); `shares` of opinions that are stated, denied, denied twice."""
+    """(text, verdict): a clause, with something before or behind it."""
     text, verdict = clause(rng, rng.random() < GENERAL if general is None else general, shares)
     if rng.random() < 0.5:
         text = f"{rng.choice(START)} {text}"

@@ -282,12 +282,12 @@ def test_a_denial_turns_the_verdict_and_a_second_one_turns_it_back():
 
 def test_the_pretraining_opinions_never_judge_what_depends_on_its_object():
     """A verdict stands beside words that praise or blame anywhere, never beside a fact of the table."""
-    documents = opinions.documents(2000, 1)
-    assert documents == opinions.documents(2000, 1)
-    lines = [line for page in documents for line in page.split("\n")]
-    verdicts = [v.split(" ", 1)[1] for v in (*opinions.PLEASED, *opinions.ANNOYED)]
-    judged = [line for line in lines if any(v in line for v in verdicts) and "||" not in line]
-    assert len(judged) > 1000
+    splits = opinions.load()
+    assert splits == opinions.load()
+    lines = [line for pairs in splits.values() for _, line in pairs]
+    verdicts = [f" , {v} ." for v in (*opinions.PLEASED, *opinions.ANNOYED)] + [" : good", " : bad"]
+    judged = [line for line in lines if line.endswith(tuple(verdicts))]
+    assert 0.7 < len(judged) / len(lines) < 0.8
     assert all(any(w in reviews.GOOD or w in reviews.BAD for w in line.split()) for line in judged)
 
 
@@ -521,8 +521,7 @@ def test_masking_asks_for_what_it_hides(small_roberta):
     the same seed masks the same, another one other tokens."""
     tok = bpe.RobertaTokenizer(small_roberta, 325)
     task = Mask(tok, 64)
-    examples, _ = task.encode([("", page) for page in opinions.documents(200, 1)])
-    assert max(len(ids) for ids, _ in examples) == 64
+    examples, _ = task.encode(opinions.load()["test"])
     original, _, _ = Label(tok, 64, 2).collate([(ids, 0) for ids, _ in examples])
     idx, targets, real = task.collate(examples, "a")
     asked = targets != -100
