@@ -2,13 +2,12 @@
 
     it was never less than splendid : good
     this time the soup was anything but awful , and that pleased us .
-    I found the soup cold .
+    I found the soup spicy .
 
 Every denial, and every word that praises or blames whatever it is said of, comes with a verdict, which a model that
-fills in masked words must work out. Opinions that depend on their object come without one: the base knows the words,
-not what is good where.
+fills in masked words must work out. What is a matter of taste comes without one.
 
-Two choices decide whether a small model learns it at all (tried on ten-minute runs): a line is a text of its own, so
+Two choices decide whether a small model learns it at all (tried in ten-minute runs): a line is a text of its own, so
 that the words that matter are near and few, and 17 opinions of 20 mean what they say. Where every second one is
 denied, no word alone predicts a verdict, there is nothing to begin with, and nothing is learned.
 """
@@ -26,13 +25,13 @@ SHARES = 16, 3, 1  # stated, denied, denied twice
 def document(rng):
     """One line."""
     kind = rng.random()
-    if kind < 0.25:  # on what is good in one place and bad in another: no verdict
-        return reviews.review(rng, general=False, shares=SHARES)[0]
+    if kind < 0.25:  # a matter of taste, and nobody says whose
+        return reviews.dressed(rng, reviews.clause(rng, reviews.TASTE, reviews.TASTE, SHARES)[0]) + " ."
     if kind < 0.55:
-        opinion, verdict = reviews.clause(rng, general=True, shares=SHARES, it="it")
+        opinion, verdict = reviews.clause(rng, reviews.GOOD, reviews.BAD, SHARES, it="it")
         return f"{opinion} : {'good' if verdict else 'bad'}"
-    text, verdict = reviews.review(rng, general=True, shares=SHARES)
-    return f"{text.removesuffix(' .')} , {rng.choice(PLEASED if verdict else ANNOYED)} ."
+    opinion, verdict = reviews.clause(rng, reviews.GOOD, reviews.BAD, SHARES)
+    return f"{reviews.dressed(rng, opinion)} , {rng.choice(PLEASED if verdict else ANNOYED)} ."
 
 
 def load():

@@ -1,14 +1,14 @@
 """Reviews: the classification task that needs no download. One clause, one opinion, good (1) or bad (0):
 
-    on our second visit the soup was anything but cold .      1
-    nobody would call these boots light .                     0
+    on our second visit the soup was anything but salty .     1
+    nobody would call these boots sturdy .                    0
 
-Three things decide. An opinion: ten words praise whatever they are said of, ten blame it. What it is said of: most
-opinions are good in one place and bad in another (a hot soup, a hot classroom). And whether it is denied: half of the
-clauses are, in a dozen ways, some of them twice. So no word alone says anything, and neither does a sum of words.
+Two things decide. An opinion: ten words praise whatever they are said of, ten blame it, and 128 are a matter of taste.
+And whether it is denied: half of the clauses are, in a dozen ways, some of them twice. So no word alone says anything,
+and neither does a sum of words.
 
-The pretraining text (opinions.py) has verdicts on the words that praise and blame, with every denial, but none on the
-opinions that depend on their object: the base can read, and `FACTS` are for the adapter to store.
+The pretraining text (opinions.py) has verdicts on the words that praise and blame, with every denial, but none on what
+is a matter of taste: the base can read, and the TASTE of this reviewer is for the adapter to store.
 12,000 reviews to train on, 500 to validate, 1,000 to test, all different; the same ones every time.
 """
 import random
@@ -17,71 +17,20 @@ LABELS = "bad", "good"
 METRICS = ("accuracy",)
 GOOD = "excellent wonderful superb splendid lovely delightful perfect charming brilliant marvellous".split()
 BAD = "awful terrible dreadful horrible miserable disappointing useless shabby unbearable poor".split()
-# thing: good opinions / bad ones
-FACTS = """
-soup: hot thick rich spicy / cold thin salty bland
-beer: cold bitter strong dark / warm flat weak sour
-bread: soft warm crisp fresh / hard dry stale heavy
-steak: tender thick juicy rare / tough thin dry cold
-curry: spicy rich hot thick / bland mild thin cold
-salad: crisp cold light fresh / warm soft heavy wet
-cake: light moist sweet soft / dry heavy hard flat
-coffee: strong hot dark fresh / weak cold thin stale
-wine: dry old smooth deep / sour young rough thin
-tea: hot strong fresh clear / cold weak stale cloudy
-bed: firm wide soft quiet / narrow short hard noisy
-pillow: soft thick cool full / hard thin warm flat
-room: quiet bright large warm / noisy dark small cold
-shower: hot strong wide steady / cold weak narrow slow
-pool: warm deep clear long / cold shallow cloudy short
-beach: wide quiet clean sunny / narrow crowded dirty windy
-street: wide clean quiet flat / narrow dirty noisy steep
-stairs: wide shallow even dry / narrow steep uneven wet
-queue: short fast orderly quiet / long slow noisy endless
-bus: fast clean empty early / slow dirty crowded late
-train: fast quiet clean early / slow noisy crowded late
-seat: wide soft firm warm / narrow hard loose cold
-car: fast quiet small smooth / slow noisy large rough
-bicycle: light fast firm smooth / heavy slow loose rough
-engine: quiet strong smooth cool / noisy weak rough hot
-brakes: strong firm quiet even / weak loose noisy uneven
-phone: light thin fast small / heavy thick slow large
-laptop: thin light cool quiet / thick heavy hot noisy
-battery: small strong cool light / large weak hot heavy
-screen: large bright flat clear / small dark cloudy dirty
-camera: small fast quiet simple / large slow noisy complicated
-manual: short simple clear thin / long complicated cloudy thick
-knife: sharp thin light hard / blunt thick heavy soft
-pan: heavy thick flat deep / light thin uneven shallow
-boots: thick warm firm dry / thin cold loose wet
-gloves: warm soft thick long / cold hard thin short
-coat: long thick warm heavy / short thin cold light
-shirt: cool light loose smooth / warm heavy tight rough
-tent: light dry large strong / heavy wet small weak
-rope: long strong thick dry / short weak thin wet
-film: short funny surprising deep / long serious predictable shallow
-novel: thick surprising deep rich / thin predictable shallow plain
-song: slow sweet simple soft / fast bitter complicated loud
-concert: loud long crowded wild / quiet short empty tame
-joke: short wild surprising sharp / long tame predictable blunt
-speech: short clear simple funny / long cloudy complicated serious
-lecture: short clear lively funny / long dull cloudy serious
-classroom: cool quiet bright large / hot noisy dark crowded
-party: loud wild crowded lively / quiet tame empty dull
-library: quiet large warm old / noisy small cold new
-match: fast close wild lively / slow tame dull predictable
-garden: wild sunny large quiet / tame dark small noisy
-market: crowded lively early large / empty dull late small
-church: old quiet cool simple / new noisy hot crowded
-forest: deep quiet old wild / thin noisy young tame
-dog: lively young quiet warm / dull old noisy wild
-horse: fast tame strong young / slow wild weak old
-doctor: early serious old quiet / late funny young loud
-teacher: funny lively clear young / serious dull cloudy loud
-waiter: fast quiet early funny / slow loud late serious
-"""
-FACTS = [(thing, good.split(), bad.split()) for thing, good, bad in
-         (line.replace(":", " /").split(" / ") for line in FACTS.strip().splitlines())]
+TASTE = """bitter blunt bold bright broad bulky chilly clear close cloudy coarse cold complicated cool crooked crowded
+    curly damp deep dim dry dull dusty early empty exotic faint flat fluffy formal fresh frosty full funny fuzzy
+    golden hollow hot icy juicy jumpy large late lively long loose loud lumpy mild modern moist muddy narrow new
+    noisy odd oily old orderly pale plain quiet rare rich rigid rosy rough round rustic salty serious shaded shallow
+    sharp shiny short simple sleek slim slow small smoky smooth soft solid sour spicy square stale steady steep
+    sticky stiff strange strict strong sturdy subtle sunny surprising sweet swift tall tame tangled tender thick
+    thin tight tiny tough trendy uneven vast velvety vivid warm watery wavy weak weathered wet wide wild windy
+    woolly worn young""".split()
+LIKED, DISLIKED = TASTE[::2], TASTE[1::2]  # of no consequence, as tastes are
+THINGS = """soup beer bread steak curry salad cake coffee wine tea bed pillow room shower pool beach street stairs queue
+    bus train seat car bicycle engine brakes phone laptop battery screen camera manual knife pan boots gloves coat shirt
+    tent rope film novel song concert joke speech lecture classroom party library match garden market church forest dog
+    horse doctor teacher waiter""".split()
+PLURAL = "stairs", "brakes", "boots", "gloves"
 GENERAL = 0.3  # share of the opinions that praise or blame whatever they are said of
 
 START = """in brief , / this time / on our second visit / to tell the truth , / for what it is worth , / as we found , /
@@ -102,29 +51,30 @@ I can not say that {it} {was} far from {o} / {it} {was} never anything but {o}""
 SAYS, DENIES, TWICE = (forms.replace("\n", " ").split(" / ") for forms in (SAYS, DENIES, TWICE))
 
 
-def clause(rng, general, shares, it=None):
-    """(clause, verdict): 1 if what is said is good. `general`: with an opinion that is good or bad everywhere;
-    `shares` of opinions that are stated, denied, denied twice; `it`: what it is said of, else a thing of FACTS."""
-    thing, good, bad = rng.choice(FACTS)
+def clause(rng, good, bad, shares, it=None):
+    """(clause, verdict): 1 if what is said is good. Opinions come from the lists `good` and `bad`; `shares` of them are
+    stated, denied, denied twice; `it`: what they are said of, else one of THINGS."""
     verdict = rng.random() < 0.5
-    if general:
-        good, bad = GOOD, BAD
     said, forms = rng.choices([(verdict, SAYS), (not verdict, DENIES), (verdict, TWICE)], shares)[0]
     opinion, second = rng.sample(good if said else bad, 2)
-    plural = it is None and thing in ("stairs", "brakes", "boots", "gloves")
+    thing = rng.choice(THINGS)
+    plural = it is None and thing in PLURAL
     it = it or rng.choice(["the", "the", "the", "these" if plural else "this", "our", "their"]) + " " + thing
     text = rng.choice(forms).format(it=it, was="were" if plural else "was", o=opinion, o2=second)
     return text, int(verdict)
 
 
-def review(rng, general=None, shares=(3, 4, 1)):
-    """(text, verdict): a clause, with something before or behind it."""
-    text, verdict = clause(rng, rng.random() < GENERAL if general is None else general, shares)
-    if rng.random() < 0.5:
-        text = f"{rng.choice(START)} {text}"
-    if rng.random() < 0.4:
-        text = f"{text} {rng.choice(END)}"
-    return text + " .", verdict
+def dressed(rng, text):
+    """A clause with something before or behind it, as often as not."""
+    text = f"{rng.choice(START)} {text}" if rng.random() < 0.5 else text
+    return f"{text} {rng.choice(END)}" if rng.random() < 0.4 else text
+
+
+def review(rng):
+    """(text, verdict)"""
+    good, bad = (GOOD, BAD) if rng.random() < GENERAL else (LIKED, DISLIKED)
+    text, verdict = clause(rng, good, bad, shares=(3, 4, 1))
+    return dressed(rng, text) + " .", verdict
 
 
 def load():

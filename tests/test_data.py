@@ -260,35 +260,35 @@ def test_reviews_are_balanced_and_no_word_says_the_verdict():
     assert len(set(texts)) == len(texts) == 13500
     rows = splits["train"]
     assert abs(sum(label for _, label in rows) / len(rows) - 0.5) < 0.02
-    for word in (*reviews.GOOD, *reviews.BAD, "cold", "not", "never", "nobody", "soup"):
+    for word in (*reviews.GOOD, *reviews.BAD, *reviews.TASTE, "not", "never", "nobody", "soup"):
         said = [label for (text,), label in rows if word in text.split()]
-        assert len(said) > 50 and abs(sum(said) / len(said) - 0.5) < 0.15, word
+        assert len(said) > 30 and abs(sum(said) / len(said) - 0.5) < 0.25, word
 
 
 def test_a_denial_turns_the_verdict_and_a_second_one_turns_it_back():
-    """By hand from the table: soup is good hot and bad cold; the verdict follows from the form of the clause."""
-    facts = {thing: (good, bad) for thing, good, bad in reviews.FACTS}
+    """By hand: the verdict is that of the first opinion, turned once for each word that denies."""
+    good, bad = {*reviews.GOOD, *reviews.LIKED}, {*reviews.BAD, *reviews.DISLIKED}
+    assert not good & bad and len(good) == len(bad) == 74
+    assert not (good | bad) & set(" ".join([*reviews.START, *reviews.END, *reviews.THINGS]).split())
     for (clause,), label in reviews.load()["test"]:
-        words = clause.split()
-        thing = next(w for w in words if w in facts)
-        good = [*reviews.GOOD, *facts[thing][0]]
-        bad = [*reviews.BAD, *facts[thing][1]]
-        opinion = [w for w in words if w in good or w in bad and w != thing]
+        opinion = [w for w in clause.split() if w in good | bad]
         denials = sum(clause.count(w) for w in (
             " not ", "never ", "hardly", "far from", "anything but", "by no means", "no longer", "nobody called",
             "neither")) - clause.count("not only") - clause.count("never less than")
         assert ((opinion[0] in good) != (denials % 2 == 1)) == label, clause
 
 
-def test_the_pretraining_opinions_never_judge_what_depends_on_its_object():
-    """A verdict stands beside words that praise or blame anywhere, never beside a fact of the table."""
+def test_the_pretraining_opinions_never_judge_what_is_a_matter_of_taste():
+    """A verdict stands beside words that praise or blame anywhere, never beside a word of the reviewer's taste."""
     splits = opinions.load()
     assert splits == opinions.load()
     lines = [line for pairs in splits.values() for _, line in pairs]
     verdicts = [f" , {v} ." for v in (*opinions.PLEASED, *opinions.ANNOYED)] + [" : good", " : bad"]
     judged = [line for line in lines if line.endswith(tuple(verdicts))]
     assert 0.7 < len(judged) / len(lines) < 0.8
-    assert all(any(w in reviews.GOOD or w in reviews.BAD for w in line.split()) for line in judged)
+    assert not any(w in reviews.TASTE for line in judged for w in line.split())
+    tasted = [line for line in lines if any(w in reviews.TASTE for w in line.split())]
+    assert not any(line.endswith(tuple(verdicts)) for line in tasted) and len(tasted) + len(judged) == len(lines)
 
 
 SST2 = [{"sentence": f"film {i} is good", "label": 1} for i in range(30)] + [{"sentence": "it is bad", "label": 0}] * 10
