@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 torch.set_num_threads(1)  # for tensors this small threads cost more than they bring
 
+import hub  # noqa: E402
 import lora  # noqa: E402
 from data import bpe, restaurants, reviews  # noqa: E402
 from methods import METHODS  # noqa: E402
@@ -149,3 +150,25 @@ def base(tmp_path_factory):
     model.save_pretrained(folder)
     bpe.save(bpe.train([text for _, text in restaurants.load()["validation"]], 319), folder)
     return folder
+
+
+# The hub
+
+def hub_cache(cache, repo, files, revision="main", kind="datasets"):
+    """Lay files out as the Hugging Face client keeps them; `files`: {path: bytes}."""
+    folder = cache / f"{kind}--{repo.replace('/', '--')}"
+    (folder / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / revision).write_text("c0ffee")
+    for path, content in files.items():
+        file = folder / "snapshots/c0ffee" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+
+
+@pytest.fixture
+def no_network(tmp_path, monkeypatch):
+    """A machine whose hub does not answer, with a cache of its own."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "fetch", lambda *args, real=hub.fetch: real(*args, cache_dir=tmp_path / "cache"))
+    return tmp_path / "cache"

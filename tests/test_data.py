@@ -14,7 +14,7 @@ import pytest
 import tiktoken
 import tiktoken.load
 import torch
-from conftest import ROOT
+from conftest import ROOT, hub_cache
 
 import data
 import hub
@@ -365,30 +365,10 @@ def test_gsm8k_is_judged_by_its_final_number(tmp_path):
 
 # The hub
 
-def hub_cache(cache, repo, files, revision="main", kind="datasets"):
-    """Lay files out as the Hugging Face client keeps them; `files`: {path: bytes}."""
-    folder = cache / f"{kind}--{repo.replace('/', '--')}"
-    (folder / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
-    (folder / "refs" / revision).write_text("c0ffee")
-    for path, content in files.items():
-        file = folder / "snapshots/c0ffee" / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
-
-
 def parquet(rows):
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
     return sink.getvalue().to_pybytes()
-
-
-@pytest.fixture
-def no_network(tmp_path, monkeypatch):
-    """A machine whose hub does not answer, with a cache of its own."""
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub, "fetch", lambda *args, real=hub.fetch: real(*args, cache_dir=tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 def test_datasets_of_the_hub_are_read_from_its_cache(no_network, tmp_path):

@@ -1,12 +1,14 @@
 """model.py against `transformers`: logits, loss, both directions of the checkpoint, decoding."""
 import json
+import time
 
 import pytest
 import torch
-from conftest import tiny_gpt, tokens
+from conftest import batch, hub_cache, tiny_gpt, tiny_roberta, tokens
 from safetensors.torch import load_file, save_file
 
-from model import GPT, GPTConfig, from_pretrained
+import lora
+from model import GPT, GPTConfig, RoBERTa, RobertaConfig, from_pretrained
 
 transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
 
@@ -110,9 +112,192 @@ def test_a_fresh_model_predicts_nothing_yet():
     assert model(idx, idx.roll(1))[1].item() == pytest.approx(torch.tensor(500.0).log().item(), abs=0.05)
 
 
-def breaking(tmp_path, change):
+# RoBERTa
+
+def their_roberta(folder, kind, **config):
+    """A random tiny RoBERTa, saved by transformers, whose every parameter matters."""
+    shape = dict(vocab_size=97, max_position_embeddings=34, hidden_size=24, num_hidden_layers=3, num_attention_heads=4,
+                 intermediate_size=40, type_vocab_size=1, layer_norm_eps=1e-5, num_labels=3)
+    model = getattr(transformers, kind)(transformers.RobertaConfig(**{**shape, **config})).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+def padded_texts(T=32):
+    """(idx, attention_mask): four texts of different lengths, padding (1) behind them or before, as some do it."""
+    idx = torch.randint(3, 97, (4, T))
+    idx[:, 0] = 0
+    idx[1, 20:], idx[2, 5:] = 1, 1
+    idx[3] = idx[3].roll(4)
+    idx[3, :4] = 1
+    return idx, (idx != 1).long()
+
+
+@pytest.mark.parametrize("kind", ["RobertaForSequenceClassification", "RobertaForMaskedLM", "RobertaModel"])
+@pytest.mark.parametrize("config", [{}, dict(layer_norm_eps=1e-3), dict(num_attention_heads=1)], ids=str)
+def test_roberta_equals_transformers(tmp_path, kind, config):
+    """A checkpoint saved by transformers gives the same logits here within 1e-5, padded or not, and the same loss."""
+    theirs, ours = their_roberta(tmp_path, kind, **config), from_pretrained(tmp_path)
+    idx, mask = padded_texts()
+    with torch.no_grad():
+        if kind == "RobertaModel":  # no head: what the blocks give
+            torch.testing.assert_close(ours.hidden(idx)[mask == 1], theirs(idx, mask).last_hidden_state[mask == 1],
+                                       rtol=0, atol=1e-5)
+            return
+        if kind == "RobertaForMaskedLM":
+            labels = torch.where((torch.rand(idx.shape) < 0.3) & (idx > 2), idx, -100)
+            found, real = ours(idx)[0], mask == 1
+            torch.testing.assert_close(ours(idx, labels)[0], found[labels != -100])
+        else:
+            labels = torch.tensor([0, 2, 1, 1])
+            found, real = ours(idx[:3])[0], slice(0, 3)  # a text padded in front has no <s> at its beginning
+            idx, mask, labels = idx[:3], mask[:3], labels[:3]
+        expected = theirs(idx, mask, labels=labels)
+        torch.testing.assert_close(found[real], expected.logits[real], rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours(idx, labels)[1], expected.loss)
+
+
+def test_a_regression_is_the_mean_squared_error(tmp_path):
+    """One label: transformers' loss for real numbers."""
+    theirs = their_roberta(tmp_path, "RobertaForSequenceClassification", num_labels=1, problem_type="regression")
+    idx, mask = padded_texts()
+    idx, mask, labels = idx[:3], mask[:3], torch.tensor([0.5, 3.0, 4.8])
+    torch.testing.assert_close(from_pretrained(tmp_path)(idx, labels)[1], theirs(idx, mask, labels=labels).loss)
+
+
+def test_padding_changes_no_prediction_of_a_roberta():
+    """However much padding stands behind a text, its logits are the same."""
+    model = tiny_roberta()
+    idx = batch(model, 1, 9)[0]
+    padded = torch.cat([idx, torch.ones(1, 5, dtype=torch.long)], 1)
+    torch.testing.assert_close(model(padded)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize("labels", [0, 1, 3])
+def test_a_saved_roberta_is_read_by_transformers(tmp_path, labels):
+    """save_pretrained -> transformers, no key missing or unexpected, equal logits; and we read our own file exactly."""
+    model = RoBERTa(RobertaConfig(61, 18, 16, 2, 2, 32), labels)
+    model.save_pretrained(tmp_path)
+    kind = transformers.RobertaForSequenceClassification if labels else transformers.RobertaForMaskedLM
+    theirs, info = kind.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    idx = batch(model)[0]
+    real = slice(None) if labels else idx != 1
+    torch.testing.assert_close(theirs.eval()(idx, idx != 1).logits[real], model(idx)[0][real], rtol=0, atol=1e-5)
+    assert torch.equal(from_pretrained(tmp_path)(idx)[0], model(idx)[0])
+
+
+def test_heads_are_kept_where_they_fit_and_fresh_where_not(tmp_path, capsys):
+    """The base is loaded whatever head stands on it; a fresh head is announced, one of the right size is not."""
+    found = {}
+    for kind, labels, fresh in (("RobertaModel", 2, True), ("RobertaModel", None, True),
+                                ("RobertaForMaskedLM", 3, True), ("RobertaForMaskedLM", None, False),
+                                ("RobertaForSequenceClassification", 3, False),
+                                ("RobertaForSequenceClassification", None, False),
+                                ("RobertaForSequenceClassification", 2, True),
+                                ("RobertaForSequenceClassification", 0, True)):
+        torch.manual_seed(0)
+        theirs = their_roberta(tmp_path, kind)
+        ours = from_pretrained(tmp_path, labels)
+        said = capsys.readouterr().out
+        assert ("a fresh one is trained from scratch" in said) == fresh, (kind, labels, said)
+        body = getattr(theirs, "roberta", theirs)
+        assert torch.equal(ours.h[1].attn.q.weight, body.encoder.layer[1].attention.self.query.weight)
+        wanted = labels if labels is not None else {"RobertaForSequenceClassification": 3}.get(kind, 0)
+        assert (ours.classifier is None) == (wanted == 0) and ours.num_labels == wanted
+        found[kind, labels] = ours
+    kept = found["RobertaForSequenceClassification", 3].classifier.out_proj.weight
+    assert torch.equal(kept, found["RobertaForSequenceClassification", None].classifier.out_proj.weight)
+
+
+def test_old_robertas_are_read(tmp_path):
+    """A pooler, stored position ids and stored ties, as roberta-base of the hub has them, change nothing."""
+    their_roberta(tmp_path, "RobertaForMaskedLM")
+    expected, file = from_pretrained(tmp_path).state_dict(), tmp_path / "model.safetensors"
+    state = load_file(file)
+    state["lm_head.decoder.weight"] = state["roberta.embeddings.word_embeddings.weight"].clone()
+    state["lm_head.decoder.bias"] = state["lm_head.bias"].clone()
+    state["roberta.pooler.dense.weight"], state["roberta.pooler.dense.bias"] = torch.ones(24, 24), torch.ones(24)
+    state["roberta.embeddings.position_ids"] = torch.arange(34)[None]
+    save_file(state, file)
+    found = from_pretrained(tmp_path).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[k], v) for k, v in expected.items())
+    state["lm_head.decoder.weight"] += 1
+    save_file(state, file)
+    with pytest.raises(ValueError, match="lm_head.decoder.weight differs from roberta.embeddings.word_embeddings"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("arch", ["gpt", "roberta"])
+def test_the_gradients_of_adapters_are_pefts(tmp_path, arch):
+    """Same weights, same factors, same batch: dL/dA and dL/dB equal transformers + peft's within 1e-4 relative."""
+    peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
+    gpt = arch == "gpt"
+    theirs = their_gpt2(tmp_path) if gpt else their_roberta(tmp_path, "RobertaForSequenceClassification")
+    ours = from_pretrained(tmp_path)
+    targets = ["attn.c_proj", "mlp.c_fc"] if gpt else ["query", "value", "intermediate.dense"]
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, fan_in_fan_out=gpt))
+    lora.apply(ours, lora.LoRALinear, ["o", "up"] if gpt else ["q", "v", "up"], r=3, alpha=6)
+    if gpt:
+        idx, _ = tokens(3, 16, 97)
+        shifted = torch.cat([idx[:, 1:], torch.full((3, 1), -100)], 1)
+        inputs, their_loss = (idx, shifted), lambda: theirs(idx, labels=idx).loss
+        names = {"attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc"}
+        place = "base_model.model.transformer.h.{}.{}"
+    else:
+        idx, mask = (t[:3] for t in padded_texts())
+        labels = torch.tensor([0, 2, 1])
+        inputs, their_loss = (idx, labels), lambda: theirs(input_ids=idx, attention_mask=mask, labels=labels).loss
+        names = {"attn.q": "attention.self.query", "attn.v": "attention.self.value", "mlp.up": "intermediate.dense"}
+        place = "base_model.model.roberta.encoder.layer.{}.{}"
+    pairs = []
+    for i in range(3):
+        for mine, name in names.items():
+            a, b = ours.get_submodule(f"h.{i}.{mine}"), theirs.get_submodule(place.format(i, name))
+            with torch.no_grad():
+                b.lora_B["default"].weight.normal_(std=0.3)
+                a.lora_A.copy_(b.lora_A["default"].weight)
+                a.lora_B.copy_(b.lora_B["default"].weight)
+            pairs += [(a.lora_A, b.lora_A["default"].weight), (a.lora_B, b.lora_B["default"].weight)]
+    loss, expected = ours(*inputs)[1], their_loss()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    for a, b in pairs:
+        assert b.grad.abs().max() > 0 and (a.grad - b.grad).abs().max() < 1e-4 * b.grad.abs().max()
+
+
+# The hub
+
+def test_models_of_the_hub_are_read_from_its_cache(tmp_path, no_network):
+    """A hub id laid out in the client's cache loads without a network, tokenizer and all; RoBERTa and GPT-2."""
+    for name, make in (("a/gpt", their_gpt2), ("FacebookAI/roberta-tiny", lambda f: their_roberta(f, "RobertaModel"))):
+        make(tmp_path / "saved")
+        files = {n: (tmp_path / "saved" / n).read_bytes() for n in ("config.json", "model.safetensors")}
+        hub_cache(no_network, name, {**files, "vocab.json": b"{}"}, kind="models")
+        expected = from_pretrained(tmp_path / "saved", 0).state_dict()
+        found = from_pretrained(name, 0).state_dict()
+        same = [torch.equal(found[k], v) for k, v in expected.items() if not k.startswith("lm_head")]
+        assert len(same) > 30 and all(same)
+
+
+def test_a_model_that_is_not_to_be_had_says_what_to_do(no_network):
+    """Not cached, not reachable: within seconds, one line that asks for a local folder."""
+    start = time.time()
+    with pytest.raises(ValueError, match="'FacebookAI/roberta-base' is neither a folder nor to be had from the hub .*: "
+                                         "give --model a folder with config.json and model.safetensors"):
+        from_pretrained("FacebookAI/roberta-base", 2)
+    assert time.time() - start < 10
+
+
+# Damaged and foreign checkpoints
+
+def breaking(tmp_path, change, make=their_gpt2):
     """The message of loading a checkpoint after `change(folder)`."""
-    their_gpt2(tmp_path)
+    make(tmp_path)
     change(tmp_path)
     with pytest.raises(ValueError) as e:
         from_pretrained(tmp_path)
@@ -165,6 +350,24 @@ def truncate(folder):
 def test_a_bad_checkpoint_is_refused_with_its_reason(tmp_path, change, message):
     """Nothing is loaded halfway: each defect is named, with the file."""
     assert message in breaking(tmp_path, change)
+
+
+@pytest.mark.parametrize("change, message", [
+    (edit_config(hidden_act="relu"), "hidden_act 'relu' is not supported, only 'gelu'"),
+    (edit_config(type_vocab_size=2), "type_vocab_size 2"), (edit_config(is_decoder=True), "is_decoder True"),
+    (edit_config(model_type="bert"), "model_type 'bert' is not supported, only 'gpt2' or 'roberta'"),
+    (edit_config(model_type=None), "model_type None"), (edit_config(model_type=["roberta"]), "model_type ['roberta']"),
+    (edit_config(num_attention_heads=5), "24 channels are no multiple of 5 heads"),
+    (edit_config(num_hidden_layers=4), "lacks h.3.attn.k.bias and 15 more"),
+    (edit_config(pad_token_id=33), "leaves no positions"), (edit_config(pad_token_id=-1), "pad_token_id must be"),
+    (edit_config(max_position_embeddings=40), "wpe.weight has shape (34, 24), not (40, 24)"),
+    (edit_config(layer_norm_eps="small"), "layer_norm_eps must be in (0, 1)"),
+    (edit_weights(lambda s: s.pop("classifier.dense.bias")), "lacks classifier.dense.bias"),
+    (edit_weights(lambda s: s.update({"roberta.encoder.layer.0.odd": torch.ones(1)})), "unexpected encoder.layer.0.o"),
+])
+def test_a_bad_roberta_is_refused_with_its_reason(tmp_path, change, message):
+    """As for GPT-2: each defect is named, with the file."""
+    assert message in breaking(tmp_path, change, lambda f: their_roberta(f, "RobertaForSequenceClassification"))
 
 
 def test_a_folder_that_is_not_there(tmp_path):
