@@ -3,7 +3,7 @@
     python train.py --method reslora --rank 64                                   needs nothing: half a minute on a CPU
     python train.py --method reslora --rank 16 --dataset reviews                 the same for classification
     python train.py --method deltalora --dataset e2e --model gpt2 --epochs 5     from the hub, better on a GPU
-    python train.py @runs/glue_sst2_roberta_base_lora.args                       a paper's recipe
+    python train.py @runs/glue_sst2_roberta_base.args                            a paper's recipe
 
 The page reads top to bottom: settings, data, model and method, the loop, merging, the report.
 """

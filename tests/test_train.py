@@ -259,6 +259,15 @@ def test_flags_from_a_file(tmp_path, base):
     assert (args.rank, args.alpha, args.lr, str(args.out)) == (3, 5, 1, "a b/run#1")
 
 
+@pytest.mark.parametrize("recipe", sorted(p.name for p in (ROOT / "runs").glob("*.args")))
+def test_the_recipes_are_valid_and_can_be_changed_behind(recipe, monkeypatch):
+    """runs/*.args parse, name a model and a dataset; a flag after the file wins."""
+    monkeypatch.chdir(ROOT)
+    args = train.parse([f"@runs/{recipe}", "--epochs", "2"])
+    assert args.model in train.MODELS and args.epochs == 2 and args.rank in (4, 8) and args.targets == "q,v"
+    assert args.method == ("deltalora" if "deltalora" in recipe else "reslora" if "reslora" in recipe else "lora")
+
+
 # Resuming
 
 @pytest.mark.parametrize("method, hparams", [v for v in variants() if "-1" not in v.id], ids=str)
