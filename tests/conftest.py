@@ -1,5 +1,6 @@
 """Tiny models and the list of method variants that the parametrised tests run over."""
 import itertools
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,10 @@ import lora  # noqa: E402
 from data import bpe, restaurants, reviews  # noqa: E402
 from methods import METHODS  # noqa: E402
 from model import GPT, GPTConfig, RoBERTa, RobertaConfig  # noqa: E402
+
+REAL = os.environ.get("REAL_DATA")  # a folder with sst2/ and roberta-base-vocab/vocab.json
+needs_real = pytest.mark.skipif(not (REAL and os.environ.get("TIKTOKEN_CACHE_DIR")), reason="RoBERTa's vocabulary: set "
+                                "REAL_DATA and TIKTOKEN_CACHE_DIR to folders that hold it")
 
 
 def variants():

@@ -14,7 +14,7 @@ import pytest
 import tiktoken
 import tiktoken.load
 import torch
-from conftest import ROOT, hub_cache
+from conftest import REAL, ROOT, hub_cache, needs_real
 
 import data
 import hub
@@ -73,11 +73,6 @@ def test_gpt2_checkpoints_get_gpt2s_tokenizer(tmp_path):
         pytest.skip("GPT-2's vocabulary: set TIKTOKEN_CACHE_DIR to a folder that holds it")
     tokenizer = bpe.load(tmp_path, 50257)
     assert tokenizer.encode_ordinary("Hello world") == [15496, 995] and tokenizer.eot_token == 50256
-
-
-REAL = os.environ.get("REAL_DATA")  # a folder with sst2/ and roberta-base-vocab/vocab.json
-needs_real = pytest.mark.skipif(not (REAL and os.environ.get("TIKTOKEN_CACHE_DIR")), reason="RoBERTa's vocabulary: set "
-                                "REAL_DATA and TIKTOKEN_CACHE_DIR to folders that hold it")
 
 
 @needs_real

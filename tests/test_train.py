@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tokens, variants
+from conftest import REAL, ROOT, needs_real, tokens, variants
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_checkpoint import peft_logits, relative
@@ -159,6 +160,32 @@ def test_the_best_checkpoint_is_the_one_that_is_kept(tmp_path, small_roberta, mo
     assert torch.equal(load_file(tmp_path / "adapter_model.safetensors")["base_model.model." + key], merged[key])
     again = train.main([*flags, "--resume"])  # the state of step 6 brings the weights of step 4 along
     assert again["metrics"] == result["metrics"] and again["selected"] == result["selected"]
+
+
+@needs_real
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_on_real_sst2_with_robertas_real_vocabulary(tmp_path, method):
+    """A random RoBERTa of 50,265 tokens, saved by transformers, with roberta-base's vocab.json: training changes it, and
+    PEFT and transformers load what comes out. (A random base learns nothing from SST-2 in a few steps.)"""
+    import transformers
+    shape = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, type_vocab_size=1)
+    theirs = transformers.RobertaForMaskedLM(transformers.RobertaConfig(max_position_embeddings=66, **shape))
+    theirs.save_pretrained(tmp_path / "base")
+    shutil.copyfile(Path(REAL) / "roberta-base-vocab/vocab.json", tmp_path / "base/vocab.json")
+    out = tmp_path / "out"
+    flags = ["--method", method, "--dataset", "glue/sst2", "--data-dir", Path(REAL) / "sst2", "--save-merged"]
+    metrics = train.main(command(tmp_path / "base", out, *flags))["metrics"]
+    assert metrics["merged" if METHODS[method][0] else "trained"]["loss"] != metrics["base"]["loss"]
+    merged = from_pretrained(out / "merged")
+    tokenizer, _ = data.task("glue/sst2", out / "merged", merged, 64)
+    idx = torch.tensor([tokenizer.build(tokenizer.encode_ordinary("a stirring , funny film"))])
+    loaded = transformers.RobertaForSequenceClassification.from_pretrained(out / "merged").eval()
+    assert relative(loaded(idx).logits, merged(idx)[0]) < 1e-5
+    if METHODS[method][0]:
+        config = json.loads((tmp_path / "base/config.json").read_text())
+        (tmp_path / "base/config.json").write_text(json.dumps(
+            {**config, "architectures": ["RobertaForSequenceClassification"]}))
+        assert relative(peft_logits(tmp_path / "base", out, idx)[0], merged(idx)[0]) < 1e-5
 
 
 @pytest.mark.parametrize("dataset", ["stdlib", "opinions"])
