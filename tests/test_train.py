@@ -75,7 +75,7 @@ def test_every_method_trains_merges_and_leaves_a_whole_run_folder(tmp_path, base
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_classifies(tmp_path, small_roberta, method, capsys):
     """reviews with a RoBERTa: the log has the metric, the adapter folder and merged/ give the reported predictions."""
-    flags = ["--method", method, "--dataset", "reviews", "--save-merged"]
+    flags = ["--method", method, "--dataset", "reviews", "--save-merged", "--batch-size", 64, "--steps", 20, "--lr", 3e-3]
     result = train.main(command(small_roberta, tmp_path, *flags))
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"]) and 0 < float(rows[-1]["val_accuracy"]) < 1
@@ -165,7 +165,7 @@ def test_the_best_checkpoint_is_the_one_that_is_kept(tmp_path, small_roberta, mo
 @needs_real
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_on_real_sst2_with_robertas_real_vocabulary(tmp_path, method):
-    """A random RoBERTa of 50,265 tokens, saved by transformers, with roberta-base's vocab.json: training changes it, and
+    """A random RoBERTa of 50,265 tokens, by transformers, with roberta-base's vocab.json: training changes it, and
     PEFT and transformers load what comes out. (A random base learns nothing from SST-2 in a few steps.)"""
     import transformers
     shape = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, type_vocab_size=1)
