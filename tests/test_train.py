@@ -75,7 +75,8 @@ def test_every_method_trains_merges_and_leaves_a_whole_run_folder(tmp_path, base
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_classifies(tmp_path, small_roberta, method, capsys):
     """reviews with a RoBERTa: the log has the metric, the adapter folder and merged/ give the reported predictions."""
-    flags = ["--method", method, "--dataset", "reviews", "--save-merged", "--batch-size", 64, "--steps", 20, "--lr", 3e-3]
+    flags = ["--method", method, "--dataset", "reviews", "--save-merged"]
+    flags += ["--batch-size", 64, "--steps", 20, "--lr", 3e-3]
     result = train.main(command(small_roberta, tmp_path, *flags))
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"]) and 0 < float(rows[-1]["val_accuracy"]) < 1
