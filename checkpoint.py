@@ -30,8 +30,13 @@ from model import (
     write,
 )
 
-TOKENIZERS = bpe.FILE, "vocab.json"
+TOKENIZERS = bpe.FILE, "vocab.json", "merges.txt"  # the last two are what `transformers` reads
 PREFIX = "base_model.model."  # PEFT's, before every key
+# The first value is also what an absent key means. With others the adapter is no plain LoRA: PEFT's pissa, olora, corda
+# and the like change W itself, again at every loading.
+PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "use_dora": (False, None), "alora_invocation_tokens": (None,),
+         "layer_replication": (None,), "arrow_config": (None,),
+         "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
 
 
 def prepare(folder):
@@ -177,14 +182,15 @@ def save_adapter(folder, model, base, dropout=0.0):
 def load_adapter(model, folder):
     """Put an adapter folder, ours or PEFT's, into a model that has none: plain LoRA layers, and a head if there is one.
 
-    Returns the layers. A c_attn of GPT-2 becomes an adapter on each of q, k and v, with the same A and a third of B.
-    Raises ValueError, and leaves the model as it was, for what is missing, unexpected, mis-shaped or no plain LoRA.
+    Returns the layers. A c_attn of GPT-2 becomes an adapter on each of q, k and v, with the same A and a third of B. A
+    linear that the file does not mention gets none; dropout is not taken over. Raises ValueError, and leaves the model
+    as it was, for half an adapter, unexpected or mis-shaped tensors, and what is no plain LoRA.
     """
     folder = Path(folder)
     config, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
-    for key, good in {"peft_type": "LORA", "bias": "none", "use_dora": False}.items():
-        if config.get(key, good) != good:
-            raise ValueError(f"{folder}: {key} {config[key]!r} is not supported, only {good!r}")
+    for key, good in PLAIN.items():
+        if config.get(key, good[0]) not in good:
+            raise ValueError(f"{folder}: {key} {config[key]!r} is not supported, only {' or '.join(map(repr, good))}")
     tensors = read_safetensors(path)
     if not all(key.startswith(PREFIX) for key in tensors):
         raise ValueError(f"{path}: {min(tensors)} does not begin with {PREFIX}")
@@ -204,6 +210,8 @@ def load_adapter(model, folder):
             d_out = linear.out_features * (1 if third is None else 3)
             wanted[f"{module}.lora_B.weight"] = torch.empty(d_out, rank, device="meta")
     check_keys(tensors, wanted, path)
+    if not places:
+        raise ValueError(f"{path} holds no adapter for this model")
     layers = {}
     for name, (module, third) in places.items():
         linear, A, B = linears[name], tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"]
@@ -226,10 +234,14 @@ def load_adapter(model, folder):
 
 
 def peft_scaling(config, module, rank, where):
-    """PEFT's lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora; a pattern is the end of a module's name."""
+    """PEFT's lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. The first pattern that matches the end of the
+    module's name, as a regular expression, goes before either."""
     def of(name, default):
-        found = [value for key, value in (config.get(f"{name}_pattern") or {}).items()
-                 if re.fullmatch(rf"(.*\.)?({key})", module)]
+        try:
+            found = [value for key, value in (config.get(f"{name}_pattern") or {}).items()
+                     if re.fullmatch(rf"(.*\.)?({key})", module)]
+        except (re.error, AttributeError) as e:
+            raise ValueError(f"{where}: {name}_pattern {config[f'{name}_pattern']!r} is none: {e}") from None
         return found[0] if found else config.get({"rank": "r", "alpha": "lora_alpha"}[name], default)
     r, alpha = of("rank", 8), of("alpha", 8)
     if r != rank or not isinstance(alpha, (int, float)):
@@ -290,7 +302,7 @@ def read_state(path, settings):
         different = [key for key in sorted(settings.keys() | before.keys()) if settings.get(key) != before.get(key)]
         if not (isinstance(step, int) and rows[-1]["step"] == step):
             raise ValueError(f"its step is {step}, the last row of its log another")
-        best_step(rows)
+        best_step(rows)  # fails here if these are not the rows of a log
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
         raise ValueError(f"{path} is damaged: {e!r}") from None
     if different:

@@ -7,11 +7,16 @@ from pathlib import Path
 
 def fetch(repo, patterns, repo_type="model", revision=None, cache_dir=None):
     """Local folder with those files of a repository that match `patterns`. OSError or ValueError when they are neither
-    to be had nor in the cache; that takes at most 8 seconds without a network, not the client's many retries."""
+    to be had nor in the cache. A hub that cannot be reached costs 8 seconds at the most, not the client's retries."""
     from huggingface_hub import constants, snapshot_download  # slow to import, and a local folder needs neither
     offline = constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT)
-    return Path(snapshot_download(repo, repo_type=repo_type, revision=revision, allow_patterns=patterns,
-                                  cache_dir=cache_dir, local_files_only=offline))
+    try:
+        return Path(snapshot_download(repo, repo_type=repo_type, revision=revision, allow_patterns=patterns,
+                                      cache_dir=cache_dir, local_files_only=offline))
+    except (OSError, ValueError):
+        raise
+    except Exception as e:  # a connection lost on the way: the client's network layer has errors of its own
+        raise OSError(f"{repo}: {e}") from e
 
 
 def reachable(url, seconds=8):

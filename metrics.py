@@ -1,8 +1,8 @@
-"""What predictions are worth. numpy arrays of equal length in, a float out.
+"""What predictions are worth. accuracy to spearman: numpy arrays of equal length in, a float out.
 
 GLUE (Wang et al. 2018, arXiv:1804.07461) reports accuracy, F1 for MRPC and QQP, Matthews' correlation for CoLA,
-Pearson's and Spearman's for STS-B. All are 1 for perfect predictions; a correlation with a constant is undefined and
-counts as 0, which is what guessing is worth.
+Pearson's and Spearman's for STS-B. They are 1 for perfect predictions. Where there is a single class F1 and the
+correlations are undefined and count as 0, which is what guessing is worth.
 """
 import math
 
@@ -42,7 +42,7 @@ def spearman(found, truth):
 
 
 def exact_match(found, truth):
-    """Share of equal strings, as in gsm8k, where each is the final number of a solution."""
+    """Share of equal items of two lists: in gsm8k the final numbers of solutions, None where there is none."""
     return sum(a == b for a, b in zip(found, truth, strict=True)) / len(truth)
 
 
@@ -51,4 +51,4 @@ def perplexity(loss):
     return math.exp(min(loss, 700))  # e^709 is the last that a float holds
 
 
-METRICS = {f.__name__: f for f in (accuracy, f1, matthews, pearson, spearman, exact_match, perplexity)}
+METRICS = {f.__name__: f for f in (accuracy, f1, matthews, pearson, spearman)}  # of labels

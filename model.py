@@ -28,7 +28,11 @@ import hub
 
 
 class Attention(nn.Module):
-    """(B, T, C) -> (B, T, C). mask (B, 1, 1 or T, S): True where a position may be looked at; None: causal."""
+    """(B, T, C) -> (B, T, C). mask (B, 1, 1 or T, S): True where a position may be looked at; None: causal.
+
+    cache (2, B, S, nh, hs) and pos (B, T): keys and values of what was seen, and where x's belong; x looks at
+    everything up to its own position.
+    """
 
     def __init__(self, C, n_head):
         super().__init__()
@@ -103,6 +107,8 @@ class GPTBlock(nn.Module):
 
 
 class GPT(nn.Module):
+    """(B, T) token ids -> logits of the next tokens; ValueError beyond `context` tokens."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -112,7 +118,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(GPTBlock(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # GPT-2's init; what writes into the residual stream shrinks with its number of writers
+            if p.dim() == 2:  # GPT-2's init: writers into the residual stream shrink with the root of their number
                 writes = name.endswith(("o.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if writes else 0.02)
             elif name.endswith("bias"):
@@ -145,7 +151,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, max_new, stop):
-        """Greedy continuation of a list of token lists, each up to `stop` or `max_new` tokens, all decoded together.
+        """Greedy continuation of a list of token lists, each up to `stop` or `max_new` tokens, all decoded together;
+        fewer for all if the longest prompt leaves less room. ValueError for an empty prompt, or if it leaves none.
 
         Prompts are padded on the right. What the padding wrote into the cache is overwritten, position by position, by
         the tokens generated there before anyone may look at it.
@@ -218,6 +225,8 @@ class LMHead(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        nn.init.normal_(self.dense.weight, std=0.02)
+        nn.init.zeros_(self.dense.bias)
 
     def forward(self, x, wte):
         return F.linear(self.layer_norm(F.gelu(self.dense(x))), wte.weight, self.bias)
@@ -314,7 +323,7 @@ def write(path, write_to):
     part = path.with_name(path.name + ".part")
     try:
         write_to(part)
-        part.chmod(0o644)
+        part.chmod(0o644)  # safetensors would leave it 0600
         os.replace(part, path)
     except (OSError, SafetensorError) as e:  # a full disk is either of them
         raise OSError(f"{path} cannot be written: {e}") from None
@@ -356,6 +365,9 @@ def read_config(folder):
     for key, good in expected.items():
         if raw.get(key, good[0]) not in good:
             raise ValueError(f"{path}: {key} {raw[key]!r} is not supported, only {' or '.join(map(repr, good))}")
+    lacking = {f.name for f in fields(Config)} - raw.keys() - {"pad_token_id"}
+    if kind == "roberta" and lacking:  # `transformers` would take defaults that are not roberta-base's
+        raise ValueError(f"{path} lacks {min(lacking)}")
     config = Config(**{f.name: raw[f.name] for f in fields(Config) if f.name in raw})
     for name, value in asdict(config).items():
         if name.startswith("layer_norm"):
@@ -377,7 +389,7 @@ def read_json(path):
         found = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except (ValueError, RecursionError) as e:
+    except (ValueError, RecursionError, OSError) as e:
         raise ValueError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not a JSON object")
@@ -412,7 +424,7 @@ def locate(source):
     if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise ValueError(f"model folder {source} does not exist")
     try:
-        return hub.fetch(source, ["config.json", "model.safetensors", "vocab.json", "*.tiktoken"])
+        return hub.fetch(source, ["config.json", "model.safetensors", "vocab.json", "merges.txt", "*.tiktoken"])
     except (OSError, ValueError) as e:
         raise ValueError(f"model {source!r} is neither a folder nor to be had from the hub ({type(e).__name__}): "
                          "give --model a folder with config.json and model.safetensors") from None

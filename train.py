@@ -5,7 +5,7 @@
     python train.py --method deltalora --dataset e2e --model gpt2 --epochs 5     from the hub, better on a GPU
     python train.py @runs/glue_sst2_roberta_base.args                            a paper's recipe
 
-The page reads top to bottom: settings, data, model and method, the loop, merging, the report.
+The page reads top to bottom: settings; the pieces of a loop; the run: its setting up, the loop, merging, the report.
 """
 import argparse
 import copy
@@ -26,7 +26,7 @@ import checkpoint
 import data
 import lora
 from methods import METHODS
-from metrics import METRICS
+from metrics import METRICS, perplexity
 from model import from_pretrained, locate
 
 ROOT = Path(__file__).resolve().parent
@@ -43,15 +43,16 @@ DEFAULTS = {
     "world": dict(steps=100, batch_size=32, lr=5e-3, full_lr=3e-3),
     "opinions": dict(steps=100, batch_size=32, lr=5e-3, full_lr=3e-3),
     "reviews": dict(steps=400, batch_size=64, lr=1e-2, full_lr=2e-3),
-    # For real models, not for half a minute: LoRA's choices, those of Liu et al. 2019 for full fine-tuning.
+    # For real models, not for half a minute: a first try. The papers train longer, their recipes are in runs/.
     "gsm8k": dict(epochs=3, batch_size=16, lr=5e-4, full_lr=5e-5),
     "glue": dict(epochs=3, batch_size=32, lr=4e-4, full_lr=2e-5),
 }
 ADAPTER = dict(rank=8, alpha=16.0, dropout=0.0, targets="q,v")  # defaults of every method but full
 LOG_EVERY = 10  # steps between two readings of the loss; reading it makes a GPU wait
-EVAL_EXAMPLES = 128  # validation texts per point of the curve; the final report uses all of the test split
+EVAL_EXAMPLES = 128  # validation texts per point of the curve; the losses of the report are of the whole test split
 EVAL_LABELLED = 1000  # the same where texts are classified: an accuracy needs more of them
-SCORED = 64  # records decoded where the dataset can score a text
+SCORED = 64  # records decoded where the dataset can score a text; for a report by such a metric, all of the test split
+DECODED = 16  # at a time: their cache holds 2 L C numbers per token
 CALIBRATION = 16  # training batches for merging
 
 
@@ -220,6 +221,7 @@ def evaluate(model, examples, task, args):
     total, count, found = 0, 0, []
     near = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))  # neighbours in length: little padding
     for i in range(0, len(near), args.batch_size):
+        # of masked words: the seed fixes which, so that models are comparable, but not batch sizes
         idx, targets, _ = task.collate([examples[j] for j in near[i:i + args.batch_size]], f"evaluation/{i}")
         n = int((targets != -100).sum())
         with args.amp:
@@ -232,12 +234,16 @@ def evaluate(model, examples, task, args):
 
 
 def decode(model, pairs, tokenizer, max_new=96):
-    """Prompts and greedy texts: for records what they say, for plain text how its beginning goes on."""
+    """Prompts and greedy texts, in the dtype of the weights: what records say, how the beginning of a plain text goes
+    on."""
     prompts = [tokenizer.encode_ordinary(record + " ||" if record else text[:400]) for record, text in pairs]
     some = min(32, model.context // 2 - 1)
     prompts = [p if record else p[:some] for p, (record, _) in zip(prompts, pairs, strict=True)]
     model.eval()
-    texts = model.generate([[tokenizer.eot_token, *p] for p in prompts], max_new, tokenizer.eot_token)
+    texts = []
+    for i in range(0, len(prompts), DECODED):
+        begun = [[tokenizer.eot_token, *p] for p in prompts[i:i + DECODED]]
+        texts += model.generate(begun, max_new, tokenizer.eot_token)
     model.train()
     return [tokenizer.decode(p).strip() for p in prompts], [tokenizer.decode(t).strip() for t in texts]
 
@@ -301,7 +307,7 @@ class Run:
             self.Adapter.begin(self.layers, args.steps)
         elif args.method == "head":
             self.model.requires_grad_(False)
-        if self.labels:  # the head is new: it is trained, and saved, with the adapter
+        if self.labels:  # the head, fresh or the checkpoint's, is trained and saved with the adapter
             if any(isinstance(m, lora.LoRALinear) for m in self.model.classifier.modules()):
                 raise ValueError(f"--targets {args.targets} names a linear of the head, which is trained whole")
             self.model.classifier.requires_grad_(True)
@@ -320,29 +326,29 @@ class Run:
         print(f"machine  {args.device}, {args.dtype}; "
               f"{args.steps} steps of {args.batch_size * args.grad_accum} examples, learning rate {args.lr:g}")
 
-    def measure(self, model, split, some=None, score=True):
-        """{metric: value} on a split, or on `some` examples of it; `score`: also of decoded texts."""
+    def measure(self, model, split, some=None, scored=SCORED):
+        """{metric: value} on a split, or on `some` examples of it; of decoded texts on the first `scored` of it."""
         examples, pairs = self.examples[split][:some], self.pairs[split]
         loss, logits = evaluate(model, examples, self.task, self.args)
         if self.labels:
             found = logits.squeeze(1) if len(self.labels) == 1 else logits.argmax(1)
             truth = torch.tensor([label for _, label in examples], dtype=found.dtype)
             return {"loss": loss, **{name: METRICS[name](found.numpy(), truth.numpy()) for name in self.metrics}}
-        values = {"loss": loss, "perplexity": METRICS["perplexity"](loss)}
+        values = {"loss": loss, "perplexity": perplexity(loss)}  # of a RoBERTa: for masked tokens
         scorer = getattr(data.module(self.args.dataset), "score", None)
-        if scorer and score:
+        if scorer and scored:
             max_new = getattr(data.module(self.args.dataset), "MAX_NEW", 96)
-            values.update(scorer(pairs[:SCORED], decode(model, pairs[:SCORED], self.tokenizer, max_new)[1]))
+            values.update(scorer(pairs[:scored], decode(model, pairs[:scored], self.tokenizer, max_new)[1]))
         return values
 
     def validate(self):
         """{metric: value} of a point of the curve"""
         some = EVAL_LABELLED if self.labels else EVAL_EXAMPLES
-        return self.measure(self.model, "validation", some, score=self.metric == "exact_match")
+        return self.measure(self.model, "validation", some, SCORED if self.metrics else 0)
 
     def report(self, model):
         """{metric: value} on the test split, and on a second one if there is one."""
-        values = self.measure(model, "test")
+        values = self.measure(model, "test", scored=len(self.pairs["test"]) if self.metrics else SCORED)
         for split in self.examples.keys() - {"train", "validation", "test"}:
             values.update({f"{name} ({split})": value for name, value in self.measure(model, split).items()})
         return values
@@ -382,26 +388,22 @@ def fit(run):
                 Adapter.after_step(run.layers, step)
             pending.append(torch.stack([loss, norm]))
 
-            evaluate = step % args.eval_every == 0 or step == args.steps
-            if step % LOG_EVERY and not evaluate:
+            due = step % args.eval_every == 0 or step == args.steps
+            if step % LOG_EVERY and not due:
                 continue
             readings = torch.stack(pending).tolist()  # the one place where the device is waited for
             speed = tokens / (time.time() - clock)
             seconds += time.time() - clock
-            valued = run.validate() if evaluate else {}
+            valued = run.validate() if due else {}
             val_loss = valued.get("loss")
-            for number, values in enumerate([*readings, [val_loss or 0.0]], step - len(readings) + 1):
-                if not all(map(math.isfinite, values)):
-                    raise ValueError(f"loss or gradient is not finite at step {min(number, step)}: stopped; "
-                                     f"{f'step {saved} is in {args.out}' if saved else 'nothing was saved'}. "
-                                     f"A lower --lr than {args.lr:g} may help")
+            check_finite(readings, val_loss, step, saved, args)
             train_loss, grad_norm = (sum(column) / len(readings) for column in zip(*readings, strict=True))
             rows.append(dict(step=step, lr=optimizer.param_groups[0]["lr"], train_loss=train_loss,
                              grad_norm=grad_norm, val_loss=val_loss, seconds=round(seconds, 3)))
             if run.metric != "loss":
                 rows[-1][f"val_{run.metric}"] = valued.get(run.metric)
             bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s")
-            if evaluate:
+            if due:
                 also = f"  {run.metric} {valued[run.metric]:.4f}" * (run.metric != "loss")
                 bar.write(f"step {step:5}  training loss {train_loss:.4f}  validation loss {val_loss:.4f}{also}  "
                           f"{speed:7,.0f} tokens/s", file=sys.stdout)
@@ -421,6 +423,15 @@ def fit(run):
         for name, t in checkpoint.changing(model).items():
             t.copy_(best[name])
     return rows
+
+
+def check_finite(readings, val_loss, step, saved, args):
+    """ValueError at the first step, of those up to `step`, whose loss, gradient norm or validation is not finite."""
+    for number, values in enumerate([*readings, [val_loss or 0.0]], step - len(readings) + 1):
+        if not all(map(math.isfinite, values)):
+            kept = f"step {saved} is in {args.out}" if saved else "nothing was saved"
+            raise ValueError(f"loss or gradient is not finite at step {min(number, step)}: stopped; {kept}. "
+                             f"A lower --lr than {args.lr:g} may help")
 
 
 def merge(run, metrics):
@@ -459,7 +470,7 @@ def train(args):
     if args.resume:  # refuse before anything is computed
         checkpoint.read_state(args.out / "resume.safetensors", run.settings)
     checkpoint.prepare(args.out)
-    metrics = {"base": run.report(run.model)}  # with B = 0 the adapted model is the base
+    metrics = {"base": run.report(run.model)}  # B = 0: the base; a classifier with a fresh head guesses
     if not math.isfinite(metrics["base"]["loss"]):
         raise ValueError(f"the loss of {run.source} is {metrics['base']['loss']}: its weights are damaged")
     rows = fit(run)

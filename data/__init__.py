@@ -1,9 +1,10 @@
 """Datasets: one file each, with `load(data_dir) -> {"train": [(prompt, target), …], "validation": …, "test": …}`.
 
 A prompt of "" means plain text to be modelled as it is. Where texts are labelled a row is ((text,) or (a, b), label).
-A file may also say: LABELS, the names of its classes, a single one for a regression; METRICS, how it is judged, the
-first selects (without: the loss); SPLITS, where its splits come from; score(pairs, texts) -> {metric: value} of decoded
-texts, and MAX_NEW, the tokens that they may have. Here: the registry, and the order of the batches.
+A file may also say: LABELS, the names of its classes, a single one for a regression; METRICS, how it is judged, all of
+them better high, the first selects (without: the loss); SPLITS, where its splits come from; score(pairs, texts) ->
+{metric: value} of decoded texts, and MAX_NEW, the tokens that they may have. Here: the registry, where a new file is
+entered, and the order of the batches.
 """
 import importlib
 import random
@@ -12,6 +13,7 @@ from data import bpe, glue
 from data.tasks import Label, Mask, Write
 
 GENERATED = "restaurants", "reviews", "world", "opinions", "stdlib"  # need no files
+PLAIN = "world", "opinions", "stdlib", "text"  # prompt "": a masked language model can learn them too
 DATASETS = *GENERATED, "e2e", "gsm8k", "text", *(f"glue/{name}" for name in glue.TASKS)
 
 
@@ -48,15 +50,16 @@ def load(name, data_dir=None):
 
 
 def task(name, folder, model, context):
-    """(tokenizer, task) of a dataset for a GPT or a RoBERTa whose checkpoint lies in `folder`."""
+    """(tokenizer, task) of a dataset for a GPT or a RoBERTa whose checkpoint lies in `folder`; ValueError for a model
+    that cannot do it. A GPT's tokenizer is tiktoken's own, RoBERTa's has `build`, `pad` and `mask` instead."""
     size = model.config.vocab_size
-    if not hasattr(model, "classifier"):
+    if hasattr(model, "generate"):  # a GPT
         tokenizer = bpe.load(folder, size)
         return tokenizer, Write(tokenizer, context)
     tokenizer = bpe.RobertaTokenizer(folder, size)
     if labels(name):
         return tokenizer, Label(tokenizer, context, len(labels(name)))
-    if name not in ("text", "stdlib", "world", "opinions"):
+    if name not in PLAIN:
         raise ValueError(f"dataset {name} wants text written, which a RoBERTa cannot: choose a GPT for it, or labelled "
                          "or plain texts for this model")
     return tokenizer, Mask(tokenizer, context)

@@ -3,7 +3,7 @@ and so is RoBERTa's, with other numbers for the tokens.
 
 The embedded bases use a byte-level BPE of 2,048 tokens (Sennrich et al. 2016, arXiv:1508.07909, on bytes as in GPT-2):
 every text can be encoded, since all 256 bytes are tokens. The file is in tiktoken's format, a line per token: base64 of
-its bytes, a space, its rank. tiktoken does the encoding; the training is below, 20 lines.
+its bytes, a space, its rank. tiktoken does the encoding; the training is below.
 """
 import base64
 import json
@@ -106,7 +106,7 @@ class RobertaTokenizer:
 
     def __init__(self, folder, vocab_size):
         self.bos, self.pad, self.eos, unk = self.SPECIAL.values()
-        self.mask, self.vocab_size = vocab_size - 1, vocab_size
+        self.mask = vocab_size - 1
         path = Path(folder) / "vocab.json"
         if (Path(folder) / FILE).exists():
             ranks = read_ranks(folder, vocab_size - 5, vocab_size)

@@ -7,9 +7,9 @@
 Every denial, and every word that praises or blames whatever it is said of, comes with a verdict, which a model that
 fills in masked words must work out. What is a matter of taste comes without one.
 
-Two choices decide whether a small model learns it at all (tried in ten-minute runs): a line is a text of its own, so
-that the words that matter are near and few, and 17 opinions of 20 mean what they say. Where every second one is
-denied, no word alone predicts a verdict, there is nothing to begin with, and nothing is learned.
+Two choices, from trials of ten minutes with one seed: a line is a text of its own, so that the words that matter are
+near and few, and 17 opinions of 20 mean what they say. With several lines in a text, or with half of the opinions
+denied, so that no word alone predicts a verdict, the verdicts were still guessed when the time was over.
 """
 import random
 

@@ -4,8 +4,8 @@
     nobody would call these boots sturdy .                    0
 
 Two things decide. An opinion: ten words praise whatever they are said of, ten blame it, and 128 are a matter of taste.
-And whether it is denied: half of the clauses are, in a dozen ways, some of them twice. So no word alone says anything,
-and neither does a sum of words.
+And whether it is denied: half of the clauses are denied once, in a dozen ways, an eighth twice. So no word alone says
+anything, and a weighted sum of words is right in three of four cases (praise or blame, denied or not) at the most.
 
 The pretraining text (opinions.py) has verdicts on the words that praise and blame, with every denial, but none on what
 is a matter of taste: the base can read, and the TASTE of this reviewer is for the adapter to store.

@@ -1,9 +1,9 @@
 """From texts to batches, one class per thing that a model can be asked: `Write`, `Label`, `Mask`.
 
     task.encode(pairs) -> examples, how many of their texts had to be cut
-    task.collate(examples, seed) -> idx (B, T), targets, real (B, T): False where a position is padding
+    task.collate(examples, seed) -> idx (B, T), targets (B, T) or of Label (B,), real (B, T): False at padding
 
-An example is (ids, target). T is that of the longest example of the batch.
+An example is (ids, target). T is that of the longest example of the batch; `seed`, a text, is for Mask.
 """
 from zlib import crc32
 
@@ -11,7 +11,8 @@ import torch
 
 
 class Write:
-    """A GPT predicts the next token: of the target after a prompt, of everything in a plain text (prompt "").
+    """A GPT predicts the next token: of the target after a prompt, of everything in a plain text (prompt ""). Of an
+    example's ids, ids[:-1] go in and ids[1:] are asked for.
 
     A record becomes <|endoftext|> prompt || target <|endoftext|>, its target cut at the context. Plain text is cut into
     consecutive pieces, each overlapping the last by one token so that every token but the first is predicted once.
@@ -62,6 +63,7 @@ class Label:
         for *texts, (_, label) in zip(*parts, rows, strict=True):
             room = self.context - 2 * len(texts)  # <s> a </s>, <s> a </s></s> b </s>
             cut += sum(map(len, texts)) > room
+            # shorten the longer text to the length of the other, then both in turn
             while (over := sum(map(len, texts)) - room) > 0:
                 longer, shorter = sorted(texts, key=len)[::-1] if len(texts) > 1 else (*texts, [])
                 del longer[-min(over, max(1, len(longer) - len(shorter))):]
@@ -76,9 +78,9 @@ class Label:
 
 
 class Mask:
-    """A RoBERTa fills in masked words of plain texts (Devlin et al. 2018, arXiv:1810.04805), masked anew every time.
+    """A RoBERTa fills in masked tokens of plain texts (Devlin et al. 2018, arXiv:1810.04805), other ones every time.
 
-    Of the tokens 30 % are asked for, not 15 (more signal a step; Wettig et al. 2022, arXiv:2202.08005); of these 80 %
+    30 % of the tokens are asked for, twice BERT's share, for more signal a step (our choice, not tuned); of these 80 %
     stand there as <mask>, 10 % as another token, 10 % as themselves.
     """
     ASKED = 0.3

@@ -1,4 +1,4 @@
-"""One csv row for each finished run folder: python runs/collect.py out/difficulty/* > results/difficulty.csv"""
+"""One csv row for each finished run folder of one dataset: python runs/collect.py FOLDER… > results/name.csv"""
 import csv
 import json
 import sys
@@ -10,11 +10,13 @@ rows = []
 for folder in map(Path, sys.argv[1:]):
     result = json.loads((folder / "result.json").read_text())
     with open(folder / "log.csv") as f:
-        validation = list(csv.DictReader(f))[-1]["val_loss"]
+        log = {int(row["step"]): row for row in csv.DictReader(f)}
+    kept = log[result["selected"]["step"]]  # the checkpoint that was kept
     metrics = {f"{stage} {name}": round(value, 5) for stage, values in result["metrics"].items()
                for name, value in values.items() if stage in ("base", "trained", "merged")}
     metrics = {key.replace("trained", "final").replace("merged", "final"): value for key, value in metrics.items()}
-    rows.append({**{key: result["settings"][key] for key in SETTINGS}, "validation loss": round(float(validation), 5),
+    rows.append({**{key: result["settings"][key] for key in SETTINGS}, "kept step": kept["step"],
+                 **{key.replace("val_", "validation "): round(float(kept[key]), 5) for key in kept if "val_" in key},
                  **metrics, "training seconds": result["seconds"]["training"]})
 table = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
 table.writeheader()

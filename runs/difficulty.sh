@@ -1,15 +1,19 @@
 #!/bin/sh
-# How hard `restaurants` is: the base, LoRA r 4, LoRA r 64 and full fine-tuning, three rates each.
-# sh runs/difficulty.sh      writes results/difficulty.csv, five minutes on two cores
+# How hard an embedded task is: LoRA r 4 and r 64 and full fine-tuning, for reviews also the head alone; three rates each.
+# sh runs/difficulty.sh restaurants|reviews      writes results/difficulty-$1.csv, five minutes on two cores
 set -e
 cd "$(dirname "$0")/.."
-for lr in 1.2e-2 2.4e-2 4.8e-2; do
-    for rank in 4 64; do
-        python train.py --method lora --rank $rank --lr $lr --out out/difficulty/lora-$rank-$lr
-    done
+case "$1" in
+    restaurants) lora="1.2e-2 2.4e-2 4.8e-2" full="3e-3 6e-3 1.2e-2" head="" ;;
+    reviews) lora="2.5e-3 5e-3 1e-2" full="5e-4 1e-3 2e-3" head="1e-3 3e-3 1e-2" ;;
+    *) echo "usage: sh runs/difficulty.sh restaurants|reviews" >&2; exit 2 ;;
+esac
+run() { python train.py --dataset "$DATASET" --out "out/difficulty-$DATASET/$1" $2; }
+DATASET=$1
+for lr in $lora; do
+    for rank in 4 64; do run "lora-$rank-$lr" "--method lora --rank $rank --lr $lr"; done
 done
-for lr in 3e-3 6e-3 1.2e-2; do
-    python train.py --method full --lr $lr --out out/difficulty/full-$lr
-done
+for lr in $full; do run "full-$lr" "--method full --lr $lr"; done
+for lr in $head; do run "head-$lr" "--method head --lr $lr"; done
 mkdir -p results
-python runs/collect.py out/difficulty/* > results/difficulty.csv
+python runs/collect.py "out/difficulty-$DATASET"/* > "results/difficulty-$DATASET.csv"

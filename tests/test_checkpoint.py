@@ -138,6 +138,10 @@ def test_a_bad_adapter_folder_is_refused(tmp_path):
     refused("peft_type 'LOHA' is not supported", {"peft_type": "LOHA"})
     refused("use_dora True", {"use_dora": True})
     refused("bias 'all'", {"bias": "all"})
+    refused("init_lora_weights 'pissa' is not supported", {"init_lora_weights": "pissa"})
+    refused("alora_invocation_tokens", {"alora_invocation_tokens": [5]})
+    refused("rank_pattern .* is none", {"rank_pattern": ["a"]})
+    refused("rank_pattern .* is none", {"rank_pattern": {"(": 1}})
     refused("its config says r 3", {"r": 3})
     refused("lora_alpha '8'", {"lora_alpha": "8"})
     refused("lacks .*query.lora_B.weight", change={query + "B.weight": None})
@@ -146,6 +150,10 @@ def test_a_bad_adapter_folder_is_refused(tmp_path):
     refused(r"shape \(4, 15\), not \(4, 16\)", change={query + "A.weight": torch.ones(4, 15)})
     refused("head, lacks dense.bias", change={"base_model.model.classifier.dense.bias": None})
     refused("does not begin with base_model.model.", change={"more": torch.ones(1)})
+    config.write_text(json.dumps(good))
+    save_file({k: v for k, v in whole.items() if "classifier" in k}, tensors)
+    with pytest.raises(ValueError, match="holds no adapter for this model"):
+        checkpoint.load_adapter(tiny_roberta(), tmp_path)
     tensors.unlink()
     with pytest.raises(ValueError, match="adapter_model.safetensors does not exist"):
         checkpoint.load_adapter(tiny_roberta(), tmp_path)

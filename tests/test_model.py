@@ -359,6 +359,7 @@ def test_a_bad_checkpoint_is_refused_with_its_reason(tmp_path, change, message):
     (edit_config(model_type=None), "model_type None"), (edit_config(model_type=["roberta"]), "model_type ['roberta']"),
     (edit_config(num_attention_heads=5), "24 channels are no multiple of 5 heads"),
     (edit_config(num_hidden_layers=4), "lacks h.3.attn.k.bias and 15 more"),
+    (lambda folder: (folder / "config.json").write_text('{"model_type": "roberta"}'), "lacks hidden_size"),
     (edit_config(pad_token_id=33), "leaves no positions"), (edit_config(pad_token_id=-1), "pad_token_id must be"),
     (edit_config(max_position_embeddings=40), "wpe.weight has shape (34, 24), not (40, 24)"),
     (edit_config(layer_norm_eps="small"), "layer_norm_eps must be in (0, 1)"),
