@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -43,8 +44,7 @@ def prepare(folder):
     """Make a run folder and see that it can be written to, before hours are spent."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder / "probe", lambda part: part.write_text(""))
-        (folder / "probe").unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
         raise ValueError(f"--out {folder} cannot be written to: {e.strerror or e}") from None
 
@@ -195,6 +195,11 @@ def load_adapter(model, folder):
     if not all(key.startswith(PREFIX) for key in tensors):
         raise ValueError(f"{path}: {min(tensors)} does not begin with {PREFIX}")
     tensors = {key.removeprefix(PREFIX): t.float() for key, t in tensors.items()}
+    for key, t in tensors.items():
+        if not t.isfinite().all():
+            raise ValueError(f"{path}: {key} holds NaN or inf")
+        if "lora_" in key and (t.dim() != 2 or not t.numel()):
+            raise ValueError(f"{path}: {key} has shape {tuple(t.shape)}, which is no matrix")
     head = {key.removeprefix("classifier."): tensors.pop(key) for key in list(tensors) if key.startswith("classifier.")}
     if head or getattr(model, "classifier", None):
         check_keys(head, model.classifier.state_dict() if getattr(model, "classifier", None) else {}, f"{path}, head,")
@@ -244,7 +249,7 @@ def peft_scaling(config, module, rank, where):
             raise ValueError(f"{where}: {name}_pattern {config[f'{name}_pattern']!r} is none: {e}") from None
         return found[0] if found else config.get({"rank": "r", "alpha": "lora_alpha"}[name], default)
     r, alpha = of("rank", 8), of("alpha", 8)
-    if r != rank or not isinstance(alpha, (int, float)):
+    if r != rank or type(alpha) not in (int, float) or not 0 < abs(alpha) < 1e30:
         raise ValueError(f"{where}: {module} has rank {rank}, its config says r {r!r} and lora_alpha {alpha!r}")
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
@@ -302,7 +307,7 @@ def read_state(path, settings):
         different = [key for key in sorted(settings.keys() | before.keys()) if settings.get(key) != before.get(key)]
         if not (isinstance(step, int) and rows[-1]["step"] == step):
             raise ValueError(f"its step is {step}, the last row of its log another")
-        best_step(rows)  # fails here if these are not the rows of a log
+        best_step(rows), rows[-1]["seconds"]  # fail here if these are not the rows of a log
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
         raise ValueError(f"{path} is damaged: {e!r}") from None
     if different:
@@ -336,8 +341,9 @@ def load_state(path, model, optimizer, settings):
     shapes = {f"{i}.{kind}": () if kind == "step" else p.shape for i, p in enumerate(params) for kind in kinds}
     check_keys({f"{i}.{kind}": t for i, kept in state.items() for kind, t in kept.items()},
                {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, path)
-    if "rng.cpu" not in tensors:
-        raise ValueError(f"{path} lacks rng.cpu")
+    kept, now = tensors.get("rng.cpu"), torch.get_rng_state()
+    if kept is None or (kept.shape, kept.dtype) != (now.shape, now.dtype):
+        raise ValueError(f"{path} lacks rng.cpu, the state of the random numbers, or holds that of another torch")
     with torch.no_grad():
         for name, t in wanted.items():
             t.copy_(found[name])

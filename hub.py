@@ -7,9 +7,9 @@ from pathlib import Path
 
 def fetch(repo, patterns, repo_type="model", revision=None, cache_dir=None):
     """Local folder with those files of a repository that match `patterns`. OSError or ValueError when they are neither
-    to be had nor in the cache. A hub that cannot be reached costs 8 seconds at the most, not the client's retries."""
+    to be had nor in the cache. A hub that cannot be reached costs 5 seconds at the most, not the client's retries."""
     from huggingface_hub import constants, snapshot_download  # slow to import, and a local folder needs neither
-    offline = constants.HF_HUB_OFFLINE or not reachable(constants.ENDPOINT)
+    offline = constants.HF_HUB_OFFLINE or not reachable(f"{constants.ENDPOINT}/api/{repo_type}s/{repo}")
     try:
         return Path(snapshot_download(repo, repo_type=repo_type, revision=revision, allow_patterns=patterns,
                                       cache_dir=cache_dir, local_files_only=offline))
@@ -19,7 +19,7 @@ def fetch(repo, patterns, repo_type="model", revision=None, cache_dir=None):
         raise OSError(f"{repo}: {e}") from e
 
 
-def reachable(url, seconds=8):
+def reachable(url, seconds=5):
     """Whether a server answers at all. In a thread, because looking up a name knows no time limit."""
     answers = []
 
@@ -29,8 +29,8 @@ def reachable(url, seconds=8):
                 answers.append(True)
         except urllib.error.HTTPError:  # it answers, if only to say no
             answers.append(True)
-        except OSError:
-            pass  # no route, no name, no answer in time: the list stays empty
+        except Exception:
+            return  # no route, no name, no answer in time, no HTTP: the list stays empty
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)

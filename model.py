@@ -151,8 +151,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, max_new, stop):
-        """Greedy continuation of a list of token lists, each up to `stop` or `max_new` tokens, all decoded together;
-        fewer for all if the longest prompt leaves less room. ValueError for an empty prompt, or if it leaves none.
+        """Greedy continuation of a list of token lists, each up to `stop`, `max_new` tokens or the end of the context,
+        all decoded together. ValueError for a prompt that is empty or leaves no room.
 
         Prompts are padded on the right. What the padding wrote into the cache is overwritten, position by position, by
         the tokens generated there before anyone may look at it.
@@ -162,23 +162,25 @@ class GPT(nn.Module):
         device = self.wte.weight.device
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         T = max(map(len, prompts))
-        max_new = min(max_new, self.context - T)
-        if max_new < 1:
+        if T >= self.context:
             raise ValueError(f"a prompt of {T} tokens leaves no room in a context of {self.context}")
+        S = min(T + max_new, self.context)
+        room = (S - lengths).clamp(max=max_new)  # (B,)
         idx = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=device)
         B, nh = len(prompts), self.config.n_head
-        cache = self.wte.weight.new_zeros(len(self.h), 2, B, T + max_new, nh, self.config.n_embd // nh)
+        cache = self.wte.weight.new_zeros(len(self.h), 2, B, S, nh, self.config.n_embd // nh)
         x = self.hidden(idx, cache, torch.arange(T, device=device).expand(B, T))
         x = x[torch.arange(B, device=device), lengths - 1]  # (B, C): each row's last real token
         out, done = [], torch.zeros(B, dtype=torch.bool, device=device)
         for t in range(max_new):
             token = self.head(x).argmax(-1)  # (B,)
             out.append(token)
-            done |= token == stop
-            if done.all() or t + 1 == max_new:
+            done |= (token == stop) | (t + 1 >= room)
+            if done.all():
                 break
-            x = self.hidden(token[:, None], cache, (lengths + t)[:, None])[:, 0]
-        rows = torch.stack(out, 1).tolist()
+            # a row that is done writes into its last place, where it no longer reads
+            x = self.hidden(token[:, None], cache, (lengths + t).clamp(max=S - 1)[:, None])[:, 0]
+        rows = [row[:n] for row, n in zip(torch.stack(out, 1).tolist(), room.tolist(), strict=True)]
         return [row[: row.index(stop)] if stop in row else row for row in rows]
 
     def save_pretrained(self, folder, dtype=None):
@@ -248,12 +250,15 @@ class Classifier(nn.Module):
 
 
 class RoBERTa(nn.Module):
-    """num_labels 0: a masked language model; 1: regression; more: a classifier. The other head is None."""
+    """num_labels 0: a masked language model; 1: regression; more: a classifier. The other head is None.
+
+    fresh_head: whether `from_pretrained` had to make it.
+    """
 
     def __init__(self, config, num_labels=0):
         super().__init__()
         C = config.hidden_size
-        self.config, self.num_labels = config, num_labels
+        self.config, self.num_labels, self.fresh_head = config, num_labels, False
         self.context = config.max_position_embeddings - config.pad_token_id - 1  # the longest sequence, in tokens
         self.wte = nn.Embedding(config.vocab_size, C)
         self.wpe = nn.Embedding(config.max_position_embeddings, C)
@@ -348,7 +353,8 @@ CONFIGS = {
                          "add_cross_attention": (False,), "reorder_and_upcast_attn": (False,)}),
     "roberta": (RobertaConfig, {"hidden_act": ("gelu",), "position_embedding_type": ("absolute",),
                                 "type_vocab_size": (1,), "tie_word_embeddings": (True,), "is_decoder": (False,),
-                                "add_cross_attention": (False,)}),
+                                "add_cross_attention": (False,), "bos_token_id": (0,), "pad_token_id": (1,),
+                                "eos_token_id": (2,)}),
 }
 
 
@@ -374,12 +380,15 @@ def read_config(folder):
             if not (isinstance(value, float) and 0 < value < 1):
                 raise ValueError(f"{path}: {name} must be in (0, 1), not {value!r}")
         elif not (name == "n_inner" and value is None):
-            least = 0 if name == "pad_token_id" else 1
             most = 1000 if name in ("n_layer", "num_hidden_layers") else 2**20  # nobody's model, but a damaged file's
-            if type(value) is not int or not least <= value <= most:
-                raise ValueError(f"{path}: {name} must be a whole number in {least}..{most}, not {value!r}")
-    if kind == "roberta" and config.pad_token_id + 2 > min(config.max_position_embeddings, config.vocab_size):
-        raise ValueError(f"{path}: pad_token_id {config.pad_token_id} leaves no positions or no tokens")
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{path}: {name} must be a whole number in 1..{most}, not {value!r}")
+    C, heads = (("n_embd", "n_head") if kind == "gpt2" else ("hidden_size", "num_attention_heads"))
+    if getattr(config, C) % getattr(config, heads):
+        raise ValueError(f"{path}: {C} {getattr(config, C)} is no multiple of {heads} {getattr(config, heads)}")
+    if kind == "roberta" and min(config.max_position_embeddings - 2, config.vocab_size - 1) < 4:
+        raise ValueError(f"{path}: max_position_embeddings {config.max_position_embeddings} or vocab_size "
+                         f"{config.vocab_size} leaves nothing beside what RoBERTa needs for itself")
     return config
 
 
@@ -399,11 +408,15 @@ def read_json(path):
 def read_safetensors(path):
     """{name: tensor} of one file; ValueError when it is missing, cut short or no safetensors at all."""
     try:
-        return load_file(path)
+        found = load_file(path)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is damaged or no safetensors file: {e}") from None
+    for name, t in found.items():
+        if t.is_complex():
+            raise ValueError(f"{path}: {name} is of complex numbers")
+    return found
 
 
 def check_keys(found, wanted, where):
@@ -447,23 +460,26 @@ def from_pretrained(source, num_labels=None):
             model, state = GPT(config), from_gpt2(state, path)
         else:
             own = state.get("classifier.out_proj.weight", torch.empty(0))
-            model = RoBERTa(config, len(own) if num_labels is None else num_labels)
+            model = RoBERTa(config, own.shape[0] if num_labels is None and own.dim() else num_labels or 0)
             state = from_roberta(state, path)
     if isinstance(model, RoBERTa):
-        state = fit_head(state, model, source)
+        state = fit_head(state, model, source, path)
     check_keys(state, model.state_dict(), path)
     model.load_state_dict({key: t.contiguous() for key, t in state.items()}, assign=True)
     return model
 
 
-def fit_head(state, model, source):
+def fit_head(state, model, source, path):
     """The state with the head that the model asks for: the checkpoint's, or a fresh one."""
     name, other = ("classifier", "lm_head") if model.classifier else ("lm_head", "classifier")
     state = {key: t for key, t in state.items() if not key.startswith(other + ".")}
     found = state.get("classifier.out_proj.weight")
-    if found is not None and len(found) != model.num_labels:  # pretrained on another task
+    if found is not None and found.shape[:1] != (model.num_labels,):  # pretrained on another task
         state = {key: t for key, t in state.items() if not key.startswith("classifier.")}
     if not any(key.startswith(name + ".") for key in state):
+        model.fresh_head = True
+        body = {key: t for key, t in model.state_dict().items() if not key.startswith(name + ".")}
+        check_keys(state, body, path)  # before a head is made, of a size that only a damaged config has
         fresh = Classifier(model.config, model.num_labels) if model.classifier else LMHead(model.config)
         state.update({f"{name}.{key}": t for key, t in fresh.state_dict().items()})
         what = f"{model.num_labels} label{'s' * (model.num_labels > 1)}" if model.classifier else "masked tokens"
@@ -549,7 +565,7 @@ def from_roberta(state, where="checkpoint"):
         if key.startswith("pooler.") or key == "embeddings.position_ids":
             continue  # BERT's pooler serves a loss that RoBERTa has not
         module, _, kind = key.rpartition(".")
-        block, leaf = re.fullmatch(r"(?:encoder\.layer\.(\d+)\.)?(.*)", module).groups()
+        block, leaf = re.fullmatch(r"(?s)(?:encoder\.layer\.(\d+)\.)?(.*)", module).groups()
         if leaf in ours:
             key = f"{f'h.{block}.' if block else ''}{ours[leaf]}.{kind}"
         out[key] = t  # an unknown key ends as an unexpected one

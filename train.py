@@ -152,8 +152,10 @@ def parse(argv):
         if not 0 <= getattr(args, name) < high:
             raise ValueError(f"--{name.replace('_', '-')} must be 0 or more{' and below 1' * (high == 1)}, "
                              f"not {getattr(args, name)}")
-    if (args.steps or 0) > 10**8 or not 0 <= args.seed < 2**63:
-        raise ValueError(f"--steps {args.steps} must be at most 10^8, --seed {args.seed} in 0..2^63 - 1")
+    if (args.steps or 0) > 10**8:
+        raise ValueError(f"--steps must be at most 10^8, not {args.steps}")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed must be in 0..2^63 - 1, not {args.seed}")
     rank = "" if args.rank is None else f"-r{args.rank}"
     args.out = args.out or Path(f"out/{args.dataset.replace('/', '-')}-{args.method}{rank}-s{args.seed}")
     if args.out.exists() and not args.out.is_dir():
@@ -273,6 +275,9 @@ class Run:
                              "choose another --out")
         self.labels = data.labels(args.dataset)  # names; one for a regression, none where texts are predicted
         self.model = from_pretrained(self.source, len(self.labels))
+        if not self.labels and getattr(self.model, "fresh_head", False) and args.method != "full":
+            raise ValueError(f"--method {args.method} freezes the head, and {self.source} has none for masked tokens: "
+                             "choose a checkpoint with one, or --method full")
         limit = self.model.context
         args.context = args.context or min(limit, 256)
         if not 4 <= args.context <= limit:
@@ -302,19 +307,23 @@ class Run:
         self.layers = []
         if self.Adapter:
             alpha = args.alpha * math.sqrt(args.rank) if args.rs else args.alpha
-            self.layers = lora.apply(self.model, self.Adapter, args.targets.split(","), r=args.rank, alpha=alpha,
+            targets = args.targets.split(",")
+            for name, m in self.model.named_modules():
+                if not name.startswith("h.") and isinstance(m, torch.nn.Linear) and name.split(".")[-1] in targets:
+                    raise ValueError(f"--targets {args.targets}: {name} belongs to the head, which is no place for it")
+            self.layers = lora.apply(self.model, self.Adapter, targets, r=args.rank, alpha=alpha,
                                      dropout=args.dropout, **hparams)
             self.Adapter.begin(self.layers, args.steps)
         elif args.method == "head":
             self.model.requires_grad_(False)
         if self.labels:  # the head, fresh or the checkpoint's, is trained and saved with the adapter
-            if any(isinstance(m, lora.LoRALinear) for m in self.model.classifier.modules()):
-                raise ValueError(f"--targets {args.targets} names a linear of the head, which is trained whole")
             self.model.classifier.requires_grad_(True)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         elsewhere = "resume", "out", "save_merged", "device", "amp", "epochs", "compile"  # may change on resuming
         self.settings = {k: v for k, v in {**vars(args), **hparams}.items() if k not in elsewhere}
         self.settings["base_weights"] = checkpoint.fingerprint(self.source / "model.safetensors")
+        files = (self.source / name for name in ("config.json", *checkpoint.TOKENIZERS))
+        self.settings["base_files"] = checkpoint.fingerprint([f.read_bytes() for f in files if f.exists()])
         self.settings["data"] = checkpoint.fingerprint(self.pairs)
 
         trainable, total = (sum(p.numel() for p in ps) for ps in (self.params, self.model.parameters()))
@@ -472,7 +481,8 @@ def train(args):
     checkpoint.prepare(args.out)
     metrics = {"base": run.report(run.model)}  # B = 0: the base; a classifier with a fresh head guesses
     if not math.isfinite(metrics["base"]["loss"]):
-        raise ValueError(f"the loss of {run.source} is {metrics['base']['loss']}: its weights are damaged")
+        raise ValueError(f"the loss of {run.source} is {metrics['base']['loss']} before any step: its weights are "
+                         "damaged, or --alpha is far too large")
     rows = fit(run)
     metrics["unmerged" if run.Adapter else "trained"] = run.report(run.model)
     if run.Adapter:
@@ -499,17 +509,31 @@ def main(argv=None):
     """The command line: bad input is one line and exit code 2."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
+    args = None
     try:
-        return train(parse(argv))
+        args = parse(argv)
+        return train(args)
     except BrokenPipeError:  # the reader of our output, `head` say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except (ValueError, OSError) as e:
         print("train.py: " + " ".join(str(e).split()), file=sys.stderr)
         raise SystemExit(2) from None
+    except torch.OutOfMemoryError as e:
+        print(f"train.py: out of memory: a smaller --batch-size, with --grad-accum to make up for it, may help ({e})"
+              .splitlines()[0], file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as e:
+        if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        print(f"train.py: --compile does not work on this machine: {str(e).split()[:12]}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:  # a run that left nothing leaves no folder either
+        if args and args.out.is_dir() and not any(args.out.iterdir()):
+            args.out.rmdir()
 
 
 if __name__ == "__main__":

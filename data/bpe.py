@@ -128,6 +128,8 @@ class RobertaTokenizer:
         self.ids = [unk] * self.encoding.n_vocab  # rank -> id
         for token in self.encoding.token_byte_values():
             self.ids[self.encoding.encode_single_token(token)] = vocab.get("".join(letters[b] for b in token), unk)
+        if (lacking := self.ids.count(unk)) > 1:  # RoBERTa's own lacks <|endoftext|>
+            raise ValueError(f"{path} lacks {lacking} of GPT-2's tokens: its texts are cut into other ones")
 
     def encode_ordinary(self, text):
         """text -> ids, without special tokens"""

@@ -72,6 +72,8 @@ def csv_rows(file):
         with open(file, newline="", encoding="utf-8-sig") as f:
             reader = csv.DictReader(f, strict=True)
             for row in reader:
+                if len(row) < len(reader.fieldnames):
+                    raise ValueError(f"{file}, line 1: two columns have the same name")
                 if None in row:
                     raise ValueError(f"{file}, line {reader.line_num}: more fields than columns")
                 yield f"{file}, line {reader.line_num}", row
@@ -87,7 +89,7 @@ def parquet_rows(file):
     import pyarrow.parquet
     try:
         rows = pyarrow.parquet.read_table(file).to_pylist()
-    except (pyarrow.ArrowException, OSError) as e:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as e:
         raise ValueError(f"{file} is damaged or no parquet file: {str(e).splitlines()[0]}") from None
     for number, row in enumerate(rows, 1):
         yield f"{file}, row {number}", row

@@ -35,6 +35,8 @@ class Task:
                  {name: files.read_rows(data_dir, name) for name in names})
         rows = {split: [self.row(row, where) for where, row in found[split]] for split in found}
         train = rows["train"]
+        if len(train) < 2:
+            raise ValueError(f"{found['train'][0][0]}: a single row cannot be split into train and validation")
         held = set(random.Random(0).sample(range(len(train)), min(max(1, len(train) // 10), 1000)))
         return {"train": [row for i, row in enumerate(train) if i not in held],
                 "validation": [train[i] for i in sorted(held)],
@@ -46,15 +48,15 @@ class Task:
         if "label" not in row:
             raise ValueError(f"{where}: no column 'label', only {', '.join(map(str, row))}")
         try:
-            label = float(row["label"])
-        except (TypeError, ValueError):
+            label = float("true" if isinstance(row["label"], bool) else row["label"])
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{where}: label must be a number, not {row['label']!r}") from None
         if len(self.LABELS) == 1:
             if not 0 <= label <= 5:
-                raise ValueError(f"{where}: label must be in 0..5, not {label:g}")
+                raise ValueError(f"{where}: label must be in 0..5, not {row['label']!r}")
         elif label not in range(len(self.LABELS)):
             names = ", ".join(f"{i} {name}" for i, name in enumerate(self.LABELS))
-            raise ValueError(f"{where}: label must be one of {names}; not {label:g}")
+            raise ValueError(f"{where}: label must be one of {names}; not {row['label']!r}")
         return tuple(row[c] for c in self.COLUMNS), label if len(self.LABELS) == 1 else int(label)
 
 

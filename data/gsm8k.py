@@ -26,7 +26,7 @@ def load(data_dir=None):
         rows[split] = []
         for where, row in found[split]:
             files.check_row(row, COLUMNS, where)
-            if final_number(row["answer"]) is None:
+            if not re.fullmatch(r"(?s).*####\s*\$?-?[\d,]{,30}\.?\d+\s*", row["answer"]):
                 raise ValueError(f"{where}: answer must end with #### and a number, not {row['answer'][-30:]!r}")
             rows[split].append(tuple(row[c] for c in COLUMNS))
     held = set(random.Random(0).sample(range(len(rows["train"])), min(500, max(1, len(rows["train"]) // 10))))

@@ -62,6 +62,9 @@ class Label:
         examples, cut = [], 0
         for *texts, (_, label) in zip(*parts, rows, strict=True):
             room = self.context - 2 * len(texts)  # <s> a </s>, <s> a </s></s> b </s>
+            if room < 2 * len(texts):
+                raise ValueError(f"a context of {self.context} tokens is too short for {len(texts)} texts: "
+                                 f"{4 * len(texts)} are the least")
             cut += sum(map(len, texts)) > room
             # shorten the longer text to the length of the other, then both in turn
             while (over := sum(map(len, texts)) - room) > 0:

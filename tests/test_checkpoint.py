@@ -148,6 +148,9 @@ def test_a_bad_adapter_folder_is_refused(tmp_path):
     refused("unexpected .*query.lora_B.weight", change={query + "A.weight": None})
     refused("unexpected roberta.encoder.layer.9", change={query.replace("2", "9") + "A.weight": torch.ones(4, 16)})
     refused(r"shape \(4, 15\), not \(4, 16\)", change={query + "A.weight": torch.ones(4, 15)})
+    refused("holds NaN or inf", change={query + "A.weight": torch.full((4, 16), torch.nan)})
+    refused("which is no matrix", change={query + "A.weight": torch.tensor(1.0)})
+    refused("lora_alpha", {"lora_alpha": 10**400})
     refused("head, lacks dense.bias", change={"base_model.model.classifier.dense.bias": None})
     refused("does not begin with base_model.model.", change={"more": torch.ones(1)})
     config.write_text(json.dumps(good))
@@ -196,7 +199,7 @@ def test_resuming_restores_everything_that_training_changes(tmp_path, method, hp
     model, layers = start()
     optimizer = optimizer_of(model)
     steps(model, layers, optimizer, range(1, 4))
-    rows = [dict(step=3, train_loss=1.5, val_loss=1.0)]
+    rows = [dict(step=3, train_loss=1.5, val_loss=1.0, seconds=1.0)]
     checkpoint.save_state(file, model, optimizer, 3, {"lr": 1e-2}, rows)
     steps(model, layers, optimizer, range(4, 7))
     expected = model.state_dict()
@@ -248,14 +251,14 @@ def test_a_bad_state_is_refused(tmp_path):
             checkpoint.load_state(file, model, optimizer, settings or {"rank": 3})
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     refused("nothing to resume")
-    checkpoint.save_state(file, model, optimizer, 1, {"rank": 3}, [dict(step=1, val_loss=1.0)])
+    checkpoint.save_state(file, model, optimizer, 1, {"rank": 3}, [dict(step=1, val_loss=1.0, seconds=1.0)])
     refused("with rank 4: it began with 3", {"rank": 4})
     whole = file.read_bytes()
     file.write_bytes(whole[:-50])
     refused("damaged")
     file.write_bytes(whole[:4])
     refused("damaged")
-    metadata = {"step": "1", "settings": '{"rank": 3}', "rows": '[{"step": 1, "val_loss": 1.0}]'}
+    metadata = {"step": "1", "settings": '{"rank": 3}', "rows": '[{"step": 1, "val_loss": 1.0, "seconds": 1.0}]'}
     file.write_bytes(whole)
     tensors = load_file(file)
     key = "model.h.0.attn.q.lora_A"

@@ -130,6 +130,15 @@ def test_a_bad_roberta_vocabulary_is_refused(tmp_path, small_roberta):
             bpe.RobertaTokenizer(tmp_path, 6)
 
 
+@needs_real
+def test_a_vocabulary_of_other_tokens_is_refused(tmp_path):
+    """The right size and the right special tokens, but invented words: every text would become <unk>."""
+    special = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 99}
+    (tmp_path / "vocab.json").write_text(json.dumps({**special, **{f"word{i}": i for i in range(4, 99)}}))
+    with pytest.raises(ValueError, match="lacks 50257 of GPT-2's tokens"):
+        bpe.RobertaTokenizer(tmp_path, 100)
+
+
 def test_a_bad_tokenizer_is_refused(tmp_path, base):
     """Ranks that do not fit the embeddings, damaged ranks, or none for a vocabulary that is not GPT-2's."""
     with pytest.raises(ValueError, match="319 ranks, the model's 400 embeddings need 399"):
@@ -237,6 +246,7 @@ def test_missing_data_is_refused(tmp_path):
     (tmp_path / "validation.parquet").unlink()
     for content, message in ((b"", "is empty"), (b"a,b\n1,2\n", "line 2: no column"), (b"\xff\xff\n1\n", "not UTF-8"),
                              (b"meaning_representation,human_reference\na,b,c\n", "line 2: more fields"),
+                             (b"a,a\n1,2\n", "two columns have the same name"),
                              (b'meaning_representation,human_reference\n"a,b\n', "line 1: not csv")):
         (tmp_path / "validation.csv").write_bytes(content)
         with pytest.raises(ValueError, match=message):
@@ -330,6 +340,10 @@ def test_every_glue_task_reads_its_columns(tmp_path, name):
     ("sst2", {"sentence": "a", "label": -1}, "not -1"), ("sst2", {"sentence": "a", "label": 0.5}, "not 0.5"),
     ("sst2", {"sentence": "a", "label": "good"}, "label must be a number, not 'good'"),
     ("sst2", {"sentence": "a", "label": float("nan")}, "not nan"),
+    ("sst2", {"sentence": "a", "label": True}, "label must be a number, not True"),
+    ("sst2", {"sentence": "a", "label": 10**400}, "label must be a number"),
+    ("sst2", {"sentence": "a", "label": 0.99999999}, "not 0.99999999"),
+    ("sst2", {"sentence": "a", "label": 1}, "a single row cannot be split"),
     ("stsb", {"sentence1": "a", "sentence2": "b", "label": 7}, "label must be in 0..5, not 7"),
     ("rte", {"sentence1": "a", "label": 1}, "no column 'sentence2'")])
 def test_a_malformed_label_is_refused_with_its_line(tmp_path, name, row, message):
@@ -353,9 +367,10 @@ def test_gsm8k_is_judged_by_its_final_number(tmp_path):
     answers = [answer for _, answer in found["test"]]
     assert gsm8k.score(found["test"], answers) == {"exact_match": 1.0}
     assert gsm8k.score(found["test"], ["#### 1", "no idea"]) == {"exact_match": 0.5}
-    write_rows(tmp_path, train=[{"question": "a", "answer": "b"}])
-    with pytest.raises(ValueError, match="line 1: answer must end with ####"):
-        data.load("gsm8k", tmp_path)
+    for answer in ("b", "#### 5 and more", "#### 1/2", "#### "):
+        write_rows(tmp_path, train=[{"question": "a", "answer": answer}])
+        with pytest.raises(ValueError, match="line 1: answer must end with ####"):
+            data.load("gsm8k", tmp_path)
 
 
 # The hub
@@ -393,7 +408,8 @@ def test_a_dataset_that_is_not_to_be_had_says_what_to_do(no_network, name):
 
 
 def test_a_server_that_never_answers_is_given_up():
-    """A host that takes the connection and stays silent counts as unreachable after the time limit."""
+    """A host that takes the connection and stays silent is unreachable after the time limit; nonsense is at once."""
+    assert not hub.reachable("foo") and not hub.reachable("http://127.0.0.1:9")
     with socket.create_server(("127.0.0.1", 0)) as server:
         start = time.time()
         assert not hub.reachable(f"http://127.0.0.1:{server.getsockname()[1]}", seconds=0.5)
@@ -489,6 +505,8 @@ def test_labelled_texts_and_pairs_are_framed_padded_and_cut(small_roberta):
     examples, cut = task.encode([(("the soup was cold and " * 9,), 1)])
     assert cut == 1 and examples[0][0] == tok.build(long[:18])
     assert Label(tok, 20, 1).collate([([0, 2], 3.5)])[1].dtype == torch.float
+    with pytest.raises(ValueError, match="a context of 7 tokens is too short for 2 texts: 8 are the least"):
+        Label(tok, 7, 2).encode([(("no", "no"), 1)])
 
 
 def test_masking_asks_for_what_it_hides(small_roberta):

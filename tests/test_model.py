@@ -105,6 +105,17 @@ def test_decoding_stops_at_the_stop_token():
     assert short[1] == (free[1][:free[1].index(stop)] if stop in free[1] else free[1])
 
 
+def test_every_prompt_has_its_own_room():
+    """A prompt near the end of the context cuts its own answer, not those decoded beside it."""
+    model = tiny_gpt()
+    prompts = [[3], [8] * 14, [5, 6]]  # a context of 16
+    together = model.generate(prompts, 9, stop=-1)
+    assert [len(row) for row in together] == [9, 2, 9]
+    assert together == [model.generate([prompt], 9, stop=-1)[0] for prompt in prompts]
+    with pytest.raises(ValueError, match="a prompt of 16 tokens leaves no room"):
+        model.generate([[1] * 16], 9, stop=-1)
+
+
 def test_a_fresh_model_predicts_nothing_yet():
     """GPT-2's init: the loss of a fresh model is log V."""
     model = GPT(GPTConfig(vocab_size=500, n_positions=16, n_embd=32, n_layer=4, n_head=2))
@@ -328,7 +339,7 @@ def truncate(folder):
     (edit_config(model_type="llama"), "model_type 'llama' is not supported, only 'gpt2' or 'roberta'"),
     (edit_config(activation_function="relu"), "activation_function 'relu'"),
     (edit_config(tie_word_embeddings=False), "tie_word_embeddings False"),
-    (edit_config(n_head=5), "24 channels are no multiple of 5 heads"),
+    (edit_config(n_head=5), "n_embd 24 is no multiple of n_head 5"),
     (edit_config(n_layer=4), "lacks h.3.attn.k.bias and 15 more"),
     (edit_config(n_layer=2), "holds unexpected h.2.attn.k.bias and 15 more"),
     (edit_config(n_positions=16), r"wpe.weight has shape (32, 24), not (16, 24)"),
@@ -357,13 +368,17 @@ def test_a_bad_checkpoint_is_refused_with_its_reason(tmp_path, change, message):
     (edit_config(type_vocab_size=2), "type_vocab_size 2"), (edit_config(is_decoder=True), "is_decoder True"),
     (edit_config(model_type="bert"), "model_type 'bert' is not supported, only 'gpt2' or 'roberta'"),
     (edit_config(model_type=None), "model_type None"), (edit_config(model_type=["roberta"]), "model_type ['roberta']"),
-    (edit_config(num_attention_heads=5), "24 channels are no multiple of 5 heads"),
+    (edit_config(num_attention_heads=5), "hidden_size 24 is no multiple of num_attention_heads 5"),
     (edit_config(num_hidden_layers=4), "lacks h.3.attn.k.bias and 15 more"),
     (lambda folder: (folder / "config.json").write_text('{"model_type": "roberta"}'), "lacks hidden_size"),
-    (edit_config(pad_token_id=33), "leaves no positions"), (edit_config(pad_token_id=-1), "pad_token_id must be"),
+    (edit_config(pad_token_id=0), "pad_token_id 0 is not supported, only 1"),
+    (edit_config(eos_token_id=7), "eos_token_id 7 is not supported, only 2"),
+    (edit_config(max_position_embeddings=3), "max_position_embeddings 3 or vocab_size 97 leaves nothing"),
     (edit_config(max_position_embeddings=40), "wpe.weight has shape (34, 24), not (40, 24)"),
     (edit_config(layer_norm_eps="small"), "layer_norm_eps must be in (0, 1)"),
     (edit_weights(lambda s: s.pop("classifier.dense.bias")), "lacks classifier.dense.bias"),
+    (edit_weights(lambda s: s.update({"roberta.a\nb.weight": torch.ones(1)})), "unexpected a\nb.weight"),
+    (edit_weights(lambda s: s.update({"classifier.dense.bias": torch.ones(24) * 1j})), "is of complex numbers"),
     (edit_weights(lambda s: s.update({"roberta.encoder.layer.0.odd": torch.ones(1)})), "unexpected encoder.layer.0.o"),
 ])
 def test_a_bad_roberta_is_refused_with_its_reason(tmp_path, change, message):

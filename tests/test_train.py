@@ -19,8 +19,9 @@ from test_checkpoint import peft_logits, relative
 import checkpoint
 import data
 import train
+from data import bpe, reviews
 from methods import METHODS
-from model import from_pretrained
+from model import RoBERTa, RobertaConfig, from_pretrained
 
 FAST = ["--rank", "4", "--steps", "6", "--batch-size", "8", "--eval-every", "2", "--lr", "1e-2"]
 
@@ -201,7 +202,10 @@ def test_a_roberta_learns_masked_words_of_plain_text(tmp_path, small_roberta, da
 
 @pytest.mark.parametrize("flags, message", [
     (["--dataset", "restaurants"], "wants text written, which a RoBERTa cannot"),
-    (["--targets", "q,dense"], "names a linear of the head"), (["--targets", "q,query"], "'query' matches no linear"),
+    (["--targets", "q,dense"], "classifier.dense belongs to the head"),
+    (["--targets", "out_proj"], "classifier.out_proj belongs to the head"),
+    (["--dataset", "opinions", "--targets", "dense"], "lm_head.dense belongs to the head"),
+    (["--targets", "q,query"], "'query' matches no linear"),
     (["--dataset", "glue/sst2"], "dataset nyu-mll/glue is not to be had from the hub"),
     (["--dataset", "glue/sst3"], "unknown dataset 'glue/sst3'"),
     (["--dataset", "glue/stsb", "--label-smoothing", ".1"], "--label-smoothing 0.1 is for classes"),
@@ -371,7 +375,8 @@ def refused(capsys, argv):
     (["--method", "lora", "--pre-num", "2"], "--pre-num is a flag of method reslora, not of lora"),
     (["--method", "reslora", "--delta-lambda", "2"], "--delta-lambda is a flag of method deltalora, not of reslora"),
     (["--method", "rslora", "--rs"], "--rs is not for rslora"), (["--method", "full", "--rs"], "--rs is not for full"),
-    (["--seed", "-1"], "--seed -1 in 0.."), (["--method", "deltalora", "--delta-lambda", "nan"], "delta_lambda nan"),
+    (["--seed", "-1"], "--seed must be in 0..2^63 - 1, not -1"),
+    (["--method", "deltalora", "--delta-lambda", "nan"], "delta_lambda nan"),
     (["--out", "/proc/none"], "--out /proc/none cannot be written to"),
     (["--targets", "q,attn.q"], "h.0.attn.q is meant by an earlier target already"),
     (["--rank", "0"], "rank 0 is not in 1..16"), (["--rank", "17"], "rank 17 is not in 1..16"),
@@ -404,6 +409,27 @@ def test_bad_flags(tmp_path, base, capsys, flags, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, command(base, tmp_path / "out", *flags))
     assert not (tmp_path / "out").exists() or "1e30" in flags and not list((tmp_path / "out").iterdir())
+
+
+def test_adapters_on_a_masked_lm_without_its_head_are_refused(tmp_path, capsys):
+    """A random head that stays frozen, and is exported with nothing, would be a silent failure; full may train it."""
+    RoBERTa(RobertaConfig(325, 66, 16, 2, 2, 32), 2).save_pretrained(tmp_path / "base")
+    bpe.save(bpe.train(["abc"] + [reviews.load()["test"][i][0][0] for i in range(50)], 320), tmp_path / "base")
+    flags = command(tmp_path / "base", tmp_path / "out", "--dataset", "opinions", "--context", "64")
+    assert "has none for masked tokens: choose a checkpoint with one, or --method full" in refused(capsys, flags)
+    assert train.main([*flags, "--method", "full"])["metrics"]["trained"]["loss"] > 0
+
+
+def test_resuming_with_another_tokenizer_is_refused(tmp_path, base, capsys):
+    """Its ids would mean other words; the file is fingerprinted like the weights."""
+    shutil.copytree(base, tmp_path / "base")
+    flags = command(tmp_path / "base", tmp_path / "run")
+    train.main(flags)
+    file = tmp_path / "base" / bpe.FILE
+    lines = file.read_text().splitlines()
+    ranks = [line.split()[1] for line in lines]
+    file.write_text("\n".join(f"{line.split()[0]} {rank}" for line, rank in zip(lines, ranks[::-1], strict=True)))
+    assert "with base_files" in refused(capsys, [*flags, "--resume"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
