@@ -31,6 +31,12 @@ uncorrelated with x, and so is B times it. The rank stays r and the result is a 
 of the mean diagonal, is added to E[x x^T] so that it can be solved. All layers are fitted at once, on activations of
 the unmerged model; what merging the layers below changes is not seen. Fitting layer after layer on the model merged so
 far does see it, costs a pass per layer, and where we tried it gave the same loss.
+
+A language model is asked at every token; a classifier is asked once, and few tokens of a text decide. To first order
+merging changes a number M that the model gives by s g^T B (z - P x) at each token, g = dM/dh_n, which is at most
+s |B^T g| |z - P x|. So where calibration is given such an M, the least squares weigh each token by what depends on it:
+
+    minimise over P   E w |z_n - P x_n|^2,    w = |B_n^T g_n|^2     =>     P_n = E[w z x^T] E[w x x^T]^-1
 """
 from itertools import pairwise
 
@@ -154,7 +160,8 @@ class ResLoRALinear(LoRALinear):
         """Find A* of every layer; again after any change of the weights. how: a name of MERGES, else the layers' first.
 
         `run()` is a generator: it sends one batch after the other through the model, in eval mode, and yields after
-        each a mask (B, T) of the positions that count, False for padding. It holds all layers' inputs of one batch.
+        each a mask (B, T) of the positions that count, False for padding; or (mask, M), where M is a number that the
+        model gave, with its graph, whose gradient weighs the positions. It holds all layers' inputs of one batch.
         """
         layers = [layer for layer in layers if not layer.exact_merge]
         if not layers:
@@ -168,13 +175,26 @@ class ResLoRALinear(LoRALinear):
 
 
 def layer_inputs(layers, run):
-    """Yield for each calibration batch {layer: its inputs (N, d_in)}, N counting the tokens that the mask keeps."""
-    seen = {}
-    wanted = set(layers).union(*(layer.earlier for layer in layers))
-    hooks = [layer.register_forward_pre_hook(lambda layer, args: seen.update({layer: args[0]})) for layer in wanted]
+    """Yield for each calibration batch {layer: its inputs (N, d_in)} and {layer: weights w (N, 1), or 1}.
+
+    N counts the tokens that the mask keeps.
+    """
+    seen, gave = {}, {}
+    wanted = list(set(layers).union(*(layer.earlier for layer in layers)))
+
+    def keep(layer, args, h):
+        seen[layer], gave[layer] = args[0].detach(), h
+    hooks = [layer.register_forward_hook(keep) for layer in wanted]
     try:
-        for mask in run():
-            yield {layer: x[mask].to(layer.lora_A.dtype) for layer, x in seen.items()}
+        for found in run():
+            mask, M = found if isinstance(found, tuple) else (found, None)
+            w = dict.fromkeys(wanted, 1)
+            if M is not None:
+                for layer, g in zip(wanted, torch.autograd.grad(M, [gave[q] for q in wanted]), strict=True):
+                    # w = |B^T g|^2
+                    w[layer] = (g[mask].to(layer.lora_B.dtype) @ layer.lora_B).square().sum(-1, keepdim=True)
+            gave.clear()  # and with it the graph
+            yield {layer: x[mask].to(layer.lora_A.dtype) for layer, x in seen.items()}, w
     finally:
         for hook in hooks:
             hook.remove()
@@ -183,20 +203,20 @@ def layer_inputs(layers, run):
 
 
 def regression(layers, run, eps=1e-3):
-    """A*_n = A_n + P_n, P_n = E[z x^T] (E[x x^T] + eps I)^-1, eps in units of the mean diagonal of E[x x^T]."""
+    """A*_n = A_n + P_n, P_n = E[w z x^T] (E[w x x^T] + eps I)^-1, eps in units of the mean diagonal of E[w x x^T]."""
     xx, zx = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
-    for x in layer_inputs(layers, run):
+    for x, w in layer_inputs(layers, run):
         for layer in layers:
             if layer.shortcut == "input":
                 z = sum(x[e] for e in layer.earlier) @ layer.lora_A.T  # (N, r)
             else:
                 z = sum(x[e] @ e.lora_A.T for e in layer.earlier)
-            xx[layer] = xx[layer] + x[layer].T @ x[layer]  # (d_in, d_in); sums do as well as means
-            zx[layer] = zx[layer] + z.T @ x[layer]  # (r, d_in)
+            xx[layer] = xx[layer] + x[layer].T @ (w[layer] * x[layer])  # (d_in, d_in); sums do as well as means
+            zx[layer] = zx[layer] + z.T @ (w[layer] * x[layer])  # (r, d_in)
     for layer in layers:
         C = xx[layer].cpu().double()
         C.diagonal().add_(eps * C.diagonal().mean() + torch.finfo(C.dtype).tiny)  # x = 0 has a solution too
-        # P_n C = E[z x^T], and A*_n = A_n + P_n
+        # P_n C = E[w z x^T], and A*_n = A_n + P_n
         P = torch.linalg.solve(C, zx[layer].cpu().double().T).T  # (r, d_in); C is symmetric
         layer.A_star = layer.lora_A + P.to(layer.lora_A)
 
@@ -210,7 +230,7 @@ def paper_merge(layers, run, how):
     """
     f, f_star = {}, {}
     if how == "input" or how == "weight" and layers[0].shortcut == "middle":
-        for x in layer_inputs(layers, run):
+        for x, _ in layer_inputs(layers, run):
             for layer, x_n in x.items():
                 by_branch = how == "input" and layer.shortcut == "middle"
                 f[layer] = f.get(layer, 0) + (x_n @ layer.lora_A.T if by_branch else x_n).norm()

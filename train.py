@@ -53,7 +53,7 @@ EVAL_EXAMPLES = 128  # validation texts per point of the curve; the losses of th
 EVAL_LABELLED = 1000  # the same where texts are classified: an accuracy needs more of them
 SCORED = 64  # records decoded where the dataset can score a text; for a report by such a metric, all of the test split
 DECODED = 16  # at a time: their cache holds 2 L C numbers per token
-CALIBRATION = 16  # training batches for merging
+CALIBRATION = 16  # training batches for merging; 8 times as many for a classifier, whose texts are short
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,13 +251,17 @@ def decode(model, pairs, tokenizer, max_new=96):
 
 
 def calibration(model, examples, task, args):
-    """Send the first training batches through a model; yield after each where it is no padding (B, T)."""
+    """Send training batches through a model; yield after each where it is no padding (B, T), and for a classifier also
+    by how much it prefers its class, whose gradient tells the tokens that matter."""
     model.eval()
-    for number, indices in enumerate(data.epoch_batches(examples, args.batch_size, f"{args.seed}/0")[:CALIBRATION]):
+    label = isinstance(task, data.Label)
+    order = data.epoch_batches(examples, args.batch_size, f"{args.seed}/0")
+    for number, indices in enumerate(order[:CALIBRATION * (8 if label else 1)]):
         idx, targets, real = task.collate([examples[i] for i in indices], f"{args.seed}/0/{number}")
-        with args.amp:
-            model(to_device(idx, args.device), targets)
-        yield real.to(args.device)
+        with args.amp, torch.set_grad_enabled(label):
+            logits, _ = model(to_device(idx, args.device), targets)
+            M = (logits.amax(1) - logits.mean(1) * (logits.size(1) > 1)).sum() if label else None
+        yield (real.to(args.device), M) if label else real.to(args.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

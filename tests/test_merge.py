@@ -4,7 +4,18 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from conftest import adapt, batch, both, calibrated, every_variant, run_over, tiny_gpt, tokens, train_steps
+from conftest import (
+    adapt,
+    batch,
+    both,
+    calibrated,
+    every_variant,
+    run_over,
+    tiny_gpt,
+    tiny_roberta,
+    tokens,
+    train_steps,
+)
 
 import lora
 from lora import LoRALinear
@@ -192,6 +203,38 @@ def test_regression_has_the_least_error_of_all_merges_on_its_calibration_data(sh
     for q, A in zip(hard, A_star, strict=True):
         P = torch.linalg.lstsq(xs[q], shortcut_part(q, xs)).solution.T
         torch.testing.assert_close(A, q.lora_A + P, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("shortcut, m", APPROXIMATE)
+def test_a_classifiers_regression_weighs_tokens_by_what_the_output_hears_of_them(shortcut, m):
+    """With a number M beside the mask, A* solves the least squares weighted by |B^T dM/dh|^2: by lstsq on rows scaled
+    with its root, gradients by autograd of our own; and it is another A* than the unweighted one."""
+    torch.manual_seed(0)
+    model = tiny_roberta()
+    layers = adapt(model, "reslora", dict(shortcut=shortcut, pre_num=m))
+    hard = [layer for layer in layers if not layer.exact_merge]
+    idx = batch(model, 24)[0]
+    mask = idx != 1
+    xs, gs = {}, {}
+
+    def keep(layer, args, h):
+        h.retain_grad()
+        xs[layer], gs[layer] = args[0][mask].detach(), h
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    model(idx)[0].amax(1).sum().backward()
+    for hook in hooks:
+        hook.remove()
+
+    def run():
+        yield mask, model(idx)[0].amax(1).sum()
+    regression(hard, run, eps=0.0)
+    weighted = [layer.A_star for layer in hard]
+    regression(hard, run_over(model, idx), eps=0.0)
+    for layer, A_star in zip(hard, weighted, strict=True):
+        root = (gs[layer].grad[mask] @ layer.lora_B).norm(dim=1, keepdim=True)
+        P = torch.linalg.lstsq(root * xs[layer], root * shortcut_part(layer, xs)).solution.T
+        torch.testing.assert_close(A_star, (layer.lora_A + P).detach(), rtol=1e-6, atol=1e-6)
+        assert (A_star - layer.A_star).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
