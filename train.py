@@ -42,7 +42,7 @@ DEFAULTS = {
     "text": dict(steps=100, batch_size=16, lr=5e-3, full_lr=2e-3),
     "world": dict(steps=100, batch_size=32, lr=5e-3, full_lr=3e-3),
     "opinions": dict(steps=100, batch_size=32, lr=5e-3, full_lr=3e-3),
-    "reviews": dict(steps=400, batch_size=64, lr=1e-2, full_lr=2e-3),
+    "reviews": dict(steps=500, batch_size=64, lr=3e-3, full_lr=1e-3, head_lr=1e-2),
     # For real models, not for half a minute: a first try. The papers train longer, their recipes are in runs/.
     "gsm8k": dict(epochs=3, batch_size=16, lr=5e-4, full_lr=5e-5),
     "glue": dict(epochs=3, batch_size=32, lr=4e-4, full_lr=2e-5),

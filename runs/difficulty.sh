@@ -5,7 +5,7 @@ set -e
 cd "$(dirname "$0")/.."
 case "$1" in
     restaurants) lora="1.2e-2 2.4e-2 4.8e-2" full="3e-3 6e-3 1.2e-2" head="" ;;
-    reviews) lora="2.5e-3 5e-3 1e-2" full="5e-4 1e-3 2e-3" head="1e-3 3e-3 1e-2" ;;
+    reviews) lora="1.5e-3 3e-3 6e-3" full="5e-4 1e-3 2e-3" head="3e-3 1e-2 3e-2" ;;
     *) echo "usage: sh runs/difficulty.sh restaurants|reviews" >&2; exit 2 ;;
 esac
 run() { python train.py --dataset "$DATASET" --out "out/difficulty-$DATASET/$1" $2; }
