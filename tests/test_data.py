@@ -542,3 +542,18 @@ def test_the_shipped_tokenizer_and_model_belong_together():
     ranks = tiktoken.load.load_tiktoken_bpe(str(folder / bpe.FILE))
     assert {tokenizer.decode_single_token_bytes(i): i for i in range(len(ranks))} == ranks
     assert tokenizer.decode(tokenizer.encode_ordinary(UNICODE)) == UNICODE
+
+
+def test_the_shipped_roberta_reads_denials():
+    """data/tiny-roberta, as masked LM, prefers the right verdict behind an opinion, stated or denied."""
+    folder = ROOT / "data/tiny-roberta"
+    model, rng = from_pretrained(folder), random.Random(0)
+    tok = bpe.RobertaTokenizer(folder, model.config.vocab_size)
+    verdicts = [tok.encode_ordinary(word)[0] for word in (" bad", " good")]
+    right = []
+    for _ in range(200):
+        opinion, verdict = reviews.clause(rng, reviews.GOOD, reviews.BAD, shares=(1, 1, 1))
+        ids = tok.build([*tok.encode_ordinary(f"{opinion} , so the verdict is"), tok.mask, *tok.encode_ordinary(" .")])
+        logits = model(torch.tensor([ids]))[0][0, ids.index(tok.mask)]
+        right.append(logits[verdicts].argmax().item() == verdict)
+    assert sum(right) > 180
