@@ -285,9 +285,11 @@ def test_a_denial_turns_the_verdict_and_a_second_one_turns_it_back():
 
 def test_the_pretraining_opinions_never_judge_what_is_a_matter_of_taste():
     """A verdict stands beside words that praise or blame anywhere, never beside a word of the reviewer's taste."""
-    splits = opinions.load()
-    assert splits == opinions.load()
-    lines = [line for pairs in splits.values() for _, line in pairs]
+    def some(seed):
+        rng = random.Random(seed)
+        return [opinions.document(rng) for _ in range(5000)]
+    lines = some(1)
+    assert lines == some(1) != some(2)
     verdicts = [f" , {v} ." for v in (*opinions.PLEASED, *opinions.ANNOYED)] + [" : good", " : bad"]
     judged = [line for line in lines if line.endswith(tuple(verdicts))]
     assert 0.7 < len(judged) / len(lines) < 0.8

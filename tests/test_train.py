@@ -415,7 +415,7 @@ def test_adapters_on_a_masked_lm_without_its_head_are_refused(tmp_path, capsys):
     """A random head that stays frozen, and is exported with nothing, would be a silent failure; full may train it."""
     RoBERTa(RobertaConfig(325, 66, 16, 2, 2, 32), 2).save_pretrained(tmp_path / "base")
     bpe.save(bpe.train(["abc"] + [reviews.load()["test"][i][0][0] for i in range(50)], 320), tmp_path / "base")
-    flags = command(tmp_path / "base", tmp_path / "out", "--dataset", "opinions", "--context", "64")
+    flags = command(tmp_path / "base", tmp_path / "out", "--dataset", "stdlib", "--context", "64")
     assert "has none for masked tokens: choose a checkpoint with one, or --method full" in refused(capsys, flags)
     assert train.main([*flags, "--method", "full"])["metrics"]["trained"]["loss"] > 0
 
