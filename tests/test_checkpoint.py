@@ -180,6 +180,15 @@ def optimizer_of(model):
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
 
 
+def test_the_best_step_is_that_of_the_metric_then_of_the_loss():
+    """Without a metric the lowest validation loss; with one the highest value, among equals the lowest loss."""
+    losses = [(2, 0.9), (4, 0.5), (5, None), (6, 0.7)]
+    assert checkpoint.best_step([dict(step=step, val_loss=loss) for step, loss in losses]) == 4
+    for accuracies, best in (((0.5, 0.6, None, 0.8), 6), ((0.8, 0.6, None, 0.8), 6), ((0.9, 0.6, None, 0.8), 2)):
+        assert checkpoint.best_step([dict(step=step, val_loss=loss, val_accuracy=accuracy) for (step, loss), accuracy
+                                     in zip(losses, accuracies, strict=True)]) == best
+
+
 @both
 @every_variant
 def test_resuming_restores_everything_that_training_changes(tmp_path, method, hparams, tiny):

@@ -105,6 +105,20 @@ def test_every_method_classifies(tmp_path, small_roberta, method, capsys):
         assert relative(theirs(idx, attention_mask=idx != 1).logits, merged(idx)[0]) < 1e-5
 
 
+def test_logits_come_in_the_order_of_the_examples(small_roberta):
+    """Evaluated sorted by length and in batches, each example gets the logits that it has alone."""
+    model = from_pretrained(small_roberta, 2)
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)  # so that texts differ
+    _, task = data.task("reviews", small_roberta, model, 64)
+    examples, _ = task.encode(data.load("reviews")["test"])
+    assert len({len(ids) for ids, _ in examples}) > 3
+    _, logits = train.evaluate(model, examples, task, train.parse(["--dataset", "reviews", "--batch-size", "5"]))
+    alone = torch.cat([model(task.collate([example])[0])[0] for example in examples])
+    torch.testing.assert_close(logits, alone.detach())
+    assert (alone - alone.roll(1, 0)).abs().max() > 1e-4
+
+
 def test_head_trains_the_head_alone(tmp_path, small_roberta):
     """--method head changes the classifier and leaves the rest of the checkpoint as it was."""
     train.main(command(small_roberta, tmp_path, "--method", "head", "--dataset", "reviews", "--save-merged"))
