@@ -158,7 +158,7 @@ def save_adapter(folder, model, base, dropout=0.0):
     stays false, and loaders that do not know that flag read the adapter right. A classifier's head goes along.
     """
     modules, scaling = peft_tensors(model)
-    head = getattr(model, "classifier", None)
+    head = model.classifier
     task = "SEQ_CLS" if head else "CAUSAL_LM" if isinstance(model, GPT) else None
     r = Counter(len(A) for A, _ in modules.values()).most_common(1)[0][0]
     others = {module: len(A) for module, (A, _) in modules.items() if len(A) != r}
@@ -201,8 +201,8 @@ def load_adapter(model, folder):
         if "lora_" in key and (t.dim() != 2 or not t.numel()):
             raise ValueError(f"{path}: {key} has shape {tuple(t.shape)}, which is no matrix")
     head = {key.removeprefix("classifier."): tensors.pop(key) for key in list(tensors) if key.startswith("classifier.")}
-    if head or getattr(model, "classifier", None):
-        check_keys(head, model.classifier.state_dict() if getattr(model, "classifier", None) else {}, f"{path}, head,")
+    if head or model.classifier:
+        check_keys(head, model.classifier.state_dict() if model.classifier else {}, f"{path}, head,")
 
     linears = {name: m for name, m in model.named_modules() if type(m) is torch.nn.Linear and name.startswith("h.")}
     places, wanted = {}, {}

@@ -1,4 +1,5 @@
 """Files from the Hugging Face hub, or from its cache on this machine when the hub cannot be reached."""
+import http.client
 import threading
 import urllib.error
 import urllib.request
@@ -29,8 +30,8 @@ def reachable(url, seconds=5):
                 answers.append(True)
         except urllib.error.HTTPError:  # it answers, if only to say no
             answers.append(True)
-        except Exception:
-            return  # no route, no name, no answer in time, no HTTP: the list stays empty
+        except (OSError, http.client.HTTPException, ValueError):  # no route, name or answer; no HTTP; no URL
+            return
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)

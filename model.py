@@ -109,6 +109,8 @@ class GPTBlock(nn.Module):
 class GPT(nn.Module):
     """(B, T) token ids -> logits of the next tokens; ValueError beyond `context` tokens."""
 
+    classifier, fresh_head = None, False  # what a RoBERTa may have
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -317,7 +319,6 @@ class RoBERTa(nn.Module):
             config["id2label"] = {str(i): f"LABEL_{i}" for i in range(self.num_labels)}
             config["problem_type"] = "regression" if self.num_labels == 1 else "single_label_classification"
         save(folder, config, {roberta_name(key): t for key, t in self.state_dict().items()}, dtype)
-
 
 
 # ---------------------------------------------------------------------------------------------------------------------

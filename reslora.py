@@ -160,8 +160,8 @@ class ResLoRALinear(LoRALinear):
         """Find A* of every layer; again after any change of the weights. how: a name of MERGES, else the layers' first.
 
         `run()` is a generator: it sends one batch after the other through the model, in eval mode, and yields after
-        each a mask (B, T) of the positions that count, False for padding; or (mask, M), where M is a number that the
-        model gave, with its graph, whose gradient weighs the positions. It holds all layers' inputs of one batch.
+        each (mask, M): mask (B, T) is False for positions that do not count, padding; M is a number that the model
+        gave, with its graph, whose gradient weighs the positions, or None. It holds all layers' inputs of a batch.
         """
         layers = [layer for layer in layers if not layer.exact_merge]
         if not layers:
@@ -186,8 +186,7 @@ def layer_inputs(layers, run):
         seen[layer], gave[layer] = args[0].detach(), h
     hooks = [layer.register_forward_hook(keep) for layer in wanted]
     try:
-        for found in run():
-            mask, M = found if isinstance(found, tuple) else (found, None)
+        for mask, M in run():
             w = dict.fromkeys(wanted, 1)
             if M is not None:
                 for layer, g in zip(wanted, torch.autograd.grad(M, [gave[q] for q in wanted]), strict=True):
@@ -285,7 +284,7 @@ if __name__ == "__main__":
 
         def run(trial):
             trial(x)
-            yield torch.ones(512, dtype=torch.bool)
+            yield torch.ones(512, dtype=torch.bool), None
 
         out = model(fresh)
         for how in MERGES if shortcut != "block" and m else ("exact",):

@@ -53,7 +53,8 @@ EVAL_EXAMPLES = 128  # validation texts per point of the curve; the losses of th
 EVAL_LABELLED = 1000  # the same where texts are classified: an accuracy needs more of them
 SCORED = 64  # records decoded where the dataset can score a text; for a report by such a metric, all of the test split
 DECODED = 16  # at a time: their cache holds 2 L C numbers per token
-CALIBRATION = 16  # training batches for merging; 8 times as many for a classifier, whose texts are short
+CALIBRATION = 16  # training batches for merging
+CALIBRATION_LABELLED = 128  # the same for a classifier: its texts are short, and few of their tokens count
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,17 +252,20 @@ def decode(model, pairs, tokenizer, max_new=96):
 
 
 def calibration(model, examples, task, args):
-    """Send training batches through a model; yield after each where it is no padding (B, T), and for a classifier also
-    by how much it prefers its class, whose gradient tells the tokens that matter."""
+    """Send training batches through a model; yield after each where it is no padding (B, T) and M, by how much a
+    classifier prefers its class or what a regression says: its gradient tells the tokens that matter. Else M is None.
+    """
     model.eval()
     label = isinstance(task, data.Label)
     order = data.epoch_batches(examples, args.batch_size, f"{args.seed}/0")
-    for number, indices in enumerate(order[:CALIBRATION * (8 if label else 1)]):
+    for number, indices in enumerate(order[:CALIBRATION_LABELLED if label else CALIBRATION]):
         idx, targets, real = task.collate([examples[i] for i in indices], f"{args.seed}/0/{number}")
         with args.amp, torch.set_grad_enabled(label):
             logits, _ = model(to_device(idx, args.device), targets)
-            M = (logits.amax(1) - logits.mean(1) * (logits.size(1) > 1)).sum() if label else None
-        yield (real.to(args.device), M) if label else real.to(args.device)
+            M = None
+            if label:  # logits (B, L)
+                M = (logits if logits.size(1) == 1 else logits.amax(1) - logits.mean(1)).sum()
+        yield real.to(args.device), M
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,7 +283,7 @@ class Run:
                              "choose another --out")
         self.labels = data.labels(args.dataset)  # names; one for a regression, none where texts are predicted
         self.model = from_pretrained(self.source, len(self.labels))
-        if not self.labels and getattr(self.model, "fresh_head", False) and args.method != "full":
+        if not self.labels and self.model.fresh_head and args.method != "full":
             raise ValueError(f"--method {args.method} freezes the head, and {self.source} has none for masked tokens: "
                              "choose a checkpoint with one, or --method full")
         limit = self.model.context
@@ -533,7 +537,7 @@ def main(argv=None):
     except Exception as e:
         if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        print(f"train.py: --compile does not work on this machine: {str(e).split()[:12]}", file=sys.stderr)
+        print(f"train.py: --compile does not work on this machine: {' '.join(str(e).split()[:12])}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:  # a run that left nothing leaves no folder either
         if args and args.out.is_dir() and not any(args.out.iterdir()):

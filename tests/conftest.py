@@ -124,7 +124,7 @@ def run_over(model, *batches):
         for idx in batches:
             with torch.no_grad():
                 model(idx)
-            yield idx != getattr(model.config, "pad_token_id", -1)
+            yield idx != getattr(model.config, "pad_token_id", -1), None
     return run
 
 

@@ -293,7 +293,7 @@ def test_calibration_leaves_padding_out():
 
     def run():
         model(padded)
-        yield torch.arange(12).expand(16, 12) < 8
+        yield torch.arange(12).expand(16, 12) < 8, None
     regression(hard, run)
     with_padding = [q.A_star for q in hard]
     regression(hard, run_over(model, real))
