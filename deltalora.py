@@ -49,11 +49,12 @@ class DeltaLoRALinear(LoRALinear):
         self.register_buffer("B_S", self.lora_B.detach().clone())
 
     @staticmethod
-    def begin(layers, steps):
+    def begin(layers, steps, done=0):
         """Refuse a run that would end before W moves: it is plain LoRA."""
         if layers[0].delta_start >= steps:
             raise ValueError(f"delta_start {layers[0].delta_start} leaves W where it is in a run of {steps} steps: "
                              f"it must be below {steps}")
+        return 1
 
     @staticmethod
     @torch.no_grad()

@@ -28,7 +28,8 @@ class LoRALinear(nn.Module):
 
     exact_merge = True  # False where merging approximates (ResLoRA input, middle)
     moves_weight = False  # True where the method also changes W (Delta-LoRA)
-    merges = ("exact",)  # ways to merge, the first is kept (ResLoRA has several)
+    merges = ("exact",)  # ways to merge, the first is kept (ResLoRA and DyLoRA have several)
+    peft_type = "LORA"  # what PEFT calls the factors, where it knows them by their names (LoHa, LoKr)
 
     def __init__(self, linear, r, alpha, dropout=0.0):
         super().__init__()
@@ -41,12 +42,16 @@ class LoRALinear(nn.Module):
             raise ValueError(f"dropout {dropout} is not in [0, 1)")
         self.weight, self.bias = linear.weight, linear.bias
         self.r, self.scaling = r, self.scale(r, alpha)
-        # Adapters are fp32 even on a bf16 base: their updates are too small for bf16. float64 stays float64.
-        like = dict(device=linear.weight.device, dtype=torch.promote_types(linear.weight.dtype, torch.float32))
-        self.lora_A = nn.Parameter(torch.empty(r, d_in, **like))
-        self.lora_B = nn.Parameter(torch.zeros(d_out, r, **like))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # this a makes it U(-1, 1) / sqrt(d_in)
         self.dropout = nn.Dropout(dropout) if dropout else None  # nn.Dropout(0.) would cost time
+        # Adapters are fp32 even on a bf16 base: their updates are too small for bf16. float64 stays float64.
+        self.factors(d_out, d_in, device=linear.weight.device,
+                     dtype=torch.promote_types(linear.weight.dtype, torch.float32))
+
+    def factors(self, d_out, d_in, **like):
+        """Create what is trained."""
+        self.lora_A = nn.Parameter(torch.empty(self.r, d_in, **like))
+        self.lora_B = nn.Parameter(torch.zeros(d_out, self.r, **like))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # this a makes it U(-1, 1) / sqrt(d_in)
 
     @staticmethod
     def scale(r, alpha):
@@ -80,12 +85,22 @@ class LoRALinear(nn.Module):
         """Called once by `apply`, with {target: [layers, shallow to deep]}."""
 
     @staticmethod
-    def begin(layers, steps):
-        """Called before training, with the number of steps; ValueError if they do not suit the method."""
+    def begin(layers, steps, done=0):
+        """Called before training: `steps` in all, of which a resumed run has `done`. Returns the first step whose
+        weights may be kept as the best; ValueError if the steps do not suit the method."""
+        return 1
+
+    @staticmethod
+    def before_step(layers, step):
+        """Called before each real optimizer step, counted from 1, when all gradients are there and not yet clipped."""
 
     @staticmethod
     def after_step(layers, step):
-        """Called after each real optimizer step, counted from 1."""
+        """Called after each real optimizer step."""
+
+    @staticmethod
+    def ranks(layers):
+        """[rank of each layer now], for a method that changes them; None for all others."""
 
     @staticmethod
     def calibrate(layers, run, how=None):

@@ -9,7 +9,8 @@ is the paper's theorem; with alpha / r a larger rank learns less and less. Adam 
 step the branch is proportional to s r, flat with alpha / r and growing as sqrt(r) with alpha / sqrt(r). So under Adam
 the root is also a higher learning rate: retune that before crediting the rank.
 
-rsLoRA(alpha) is LoRA(alpha sqrt(r)) exactly. So the root goes with every method: `--rs` multiplies alpha by sqrt(r).
+rsLoRA(alpha) is LoRA(alpha sqrt(r)) exactly. The root goes with any method that scales by alpha / rank, its open
+question among them, rsLoRA inside AdaLoRA: `rank_stabilised(AdaLoRALinear)`, or --rs.
 """
 import math
 
@@ -23,6 +24,11 @@ class RsLoRALinear(LoRALinear):
     def scale(r, alpha):
         """s = alpha / sqrt(r)"""
         return alpha / math.sqrt(r)  # new
+
+
+def rank_stabilised(adapter):
+    """A class like LoRALinear -> the same method with rsLoRA's scale."""
+    return type("Rs" + adapter.__name__, (adapter,), {"scale": staticmethod(RsLoRALinear.scale)})
 
 
 if __name__ == "__main__":
