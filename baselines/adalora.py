@@ -1,0 +1,186 @@
+"""AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning. Zhang et al. 2023, arXiv:2303.10512.
+
+LoRA in the form of a singular value decomposition, so that ranks can be taken away one at a time, where they are worth
+the least, over all layers together:
+
+    h = W x + b + s B diag(E) A drop(x),        s = alpha / r
+
+    A (R, d_in), E (R, 1), B (d_out, R), the paper's Q, Lambda, P. Every layer begins with R = init_rank ranks (1.5 r by
+    default); r is what is left of them on average: r n ranks in n layers.
+
+A and B start random, N(0, .02^2), and E at zero, so only E has a gradient then. A and B have no orthonormal rows and
+columns by themselves; a term in the loss pulls them there, so that E_k says how much the k-th triplet (B_k, E_k, A_k)
+does:
+
+    L = C + gamma sum over the layers of R,        R = |A A^T - I|_F^2 + |B^T B - I|_F^2            gamma = orth
+
+The importance of one number w with gradient g is |w g|, what the loss would change, to first order, without it. That is
+noisy, so both its mean and how uncertain it is are smoothed over the steps (beta_1 = beta_2 = .85), and
+
+    I = |w g|     Ibar <- beta_1 Ibar + (1 - beta_1) I     U <- beta_2 U + (1 - beta_2) |I - Ibar|     s(w) = Ibar U
+    S_k = s(E_k) + mean_j s(A_kj) + mean_j s(B_jk)
+
+Step t of T keeps the b(t) triplets with the largest S_k of the whole model and sets the other E_k to zero. The next
+gradient may revive them, until for the last t_f steps the choice stands:
+
+    b(t) = R n                                                             t <= t_i               t_i = budget_warmup
+    b(t) = r n + (R - r) n (1 - (t - t_i) / (T - t_i - t_f))^3             t_i < t < T - t_f      every budget_every
+    b(t) = r n                                                             T - t_f <= t           t_f = budget_final
+
+The authors' code, and PEFT with it, takes the mean of the unsquared norms for the sum of R, so their gamma (.1 to .5)
+is none of ours; PEFT also scales by alpha / (R + 1e-5). This file follows the paper, and rsLoRA inside AdaLoRA is
+alpha / sqrt(r), with the target rank.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lora import LoRALinear
+
+BETA = 0.85  # beta_1 and beta_2, as in all of the paper's experiments
+
+
+class AdaLoRALinear(LoRALinear):
+    """LoRALinear of rank `init_rank` whose ranks are masked until r are left per layer, on average over the model.
+
+    init_rank: None for 1.5 r, at most min(d_in, d_out). budget_warmup, budget_final, budget_every: in steps.
+    """
+
+    def __init__(self, linear, r, alpha, dropout=0.0, init_rank=None, orth=0.1, budget_warmup=0, budget_final=0,
+                 budget_every=1):
+        super().__init__(linear, r, alpha, dropout)  # checks; the scale is that of the target rank
+        most = min(linear.weight.shape)
+        if init_rank is None:
+            init_rank = min(math.ceil(1.5 * r), most)
+        if not r <= init_rank <= most:
+            raise ValueError(f"init_rank {init_rank} is not in {r}..{most}, from the target rank to the linear's own")
+        if not 0 <= orth < math.inf:
+            raise ValueError(f"orth {orth} is not 0 or more")
+        if budget_warmup < 0 or budget_final < 0 or budget_every < 1:
+            raise ValueError(f"budget_warmup {budget_warmup} and budget_final {budget_final} must be 0 or more steps, "
+                             f"budget_every {budget_every} at least 1")
+        self.r, self.target, self.orth = init_rank, r, orth
+        self.budget_warmup, self.budget_final, self.budget_every = budget_warmup, budget_final, budget_every
+        new, (d_out, d_in) = self.lora_A.data.new_empty, linear.weight.shape
+        self.lora_A = nn.Parameter(new(init_rank, d_in).normal_(std=0.02))  # (R, d_in)
+        self.lora_E = nn.Parameter(new(init_rank, 1).zero_())
+        self.lora_B = nn.Parameter(new(d_out, init_rank).normal_(std=0.02))
+        self.register_buffer("mask", torch.ones_like(self.lora_E))  # 1 for the triplets of the last allocation
+        for name in "AEB":  # Ibar and U of each factor
+            self.register_buffer(f"Ibar_{name}", torch.zeros_like(getattr(self, f"lora_{name}")))
+            self.register_buffer(f"U_{name}", torch.zeros_like(getattr(self, f"lora_{name}")))
+
+    def forward(self, x):
+        """(..., d_in) -> (..., d_out)"""
+        # u = diag(E) A drop(x)
+        u = self.lora_E[:, 0] * F.linear(self.drop(x), self.lora_A)  # (..., R)
+        # h = W x + b + s B u
+        return F.linear(x, self.weight, self.bias) + F.linear(self.scaling * u, self.lora_B)
+
+    def delta(self):
+        """s B diag(E) A (d_out, d_in)"""
+        return self.scaling * (self.lora_B @ (self.lora_E * self.lora_A))
+
+    def as_lora(self):
+        """(A', B') = (A, B diag(E)) of the triplets that are left: a rank of its own for each layer, even 0."""
+        left = self.lora_E[:, 0] != 0
+        return self.lora_A[left], self.lora_B[:, left] * self.lora_E[left, 0]
+
+    # The budget
+
+    @staticmethod
+    def begin(layers, steps, done=0):
+        """The first step of the last phase: before it the model has more ranks than it is to end with."""
+        one = layers[0]
+        for layer in layers:
+            layer.steps = steps
+        if one.budget_warmup + one.budget_final >= steps:
+            raise ValueError(f"budget_warmup {one.budget_warmup} and budget_final {one.budget_final} leave no step "
+                             f"between them in a run of {steps}: together they must be below {steps}")
+        return steps - one.budget_final
+
+    @staticmethod
+    def before_step(layers, step):
+        """The orthogonality term joins the gradient; all weights' importance is seen."""
+        if layers[0].orth:
+            sum(layer.orth * layer.orthogonality() for layer in layers).backward()
+        if step <= layers[0].steps - layers[0].budget_final:
+            for layer in layers:
+                layer.see_importance()
+
+    @staticmethod
+    @torch.no_grad()
+    def after_step(layers, step):
+        """Choose b(t) triplets where it is time to, and mask the others."""
+        one, last = layers[0], layers[0].steps - layers[0].budget_final
+        if one.budget_warmup < step <= last and (step % one.budget_every == 0 or step == last):
+            scores = torch.cat([layer.scores() for layer in layers])
+            chosen = torch.zeros_like(scores)
+            chosen[scores.topk(budget(layers, step)).indices] = 1
+            for layer, mask in zip(layers, chosen.split([layer.r for layer in layers]), strict=True):
+                layer.mask.copy_(mask[:, None])
+                layer.lora_E.mul_(layer.mask)
+        elif step > last:
+            for layer in layers:
+                layer.lora_E.mul_(layer.mask)
+
+    @staticmethod
+    def ranks(layers):
+        """[triplets of the last allocation] of each layer"""
+        return torch.stack([layer.mask.sum() for layer in layers]).int().tolist()
+
+    def orthogonality(self):
+        """R = |A A^T - I|_F^2 + |B^T B - I|_F^2"""
+        A, B, I = self.lora_A, self.lora_B, torch.eye(self.r, device=self.lora_A.device)  # noqa: E741
+        return (A @ A.T - I).square().sum() + (B.T @ B - I).square().sum()
+
+    @torch.no_grad()
+    def see_importance(self):
+        """Ibar <- beta_1 Ibar + (1 - beta_1) I, U <- beta_2 U + (1 - beta_2) |I - Ibar|, from I = |w g|."""
+        for name in "AEB":
+            w = getattr(self, f"lora_{name}")
+            Ibar, U, I = getattr(self, f"Ibar_{name}"), getattr(self, f"U_{name}"), (w * w.grad).abs()  # noqa: E741
+            Ibar.lerp_(I, 1 - BETA)
+            U.lerp_((I - Ibar).abs(), 1 - BETA)
+
+    def scores(self):
+        """S_k = s(E_k) + mean_j s(A_kj) + mean_j s(B_jk), with s = Ibar U: (R,)"""
+        return ((self.Ibar_E * self.U_E)[:, 0] + (self.Ibar_A * self.U_A).mean(1) + (self.Ibar_B * self.U_B).mean(0))
+
+
+def budget(layers, step):
+    """b(t), the number of ranks that the whole model may have after step t, counted from 1."""
+    one = layers[0]
+    t, T, t_i, t_f = step, one.steps, one.budget_warmup, one.budget_final
+    start, end = sum(layer.r for layer in layers), sum(layer.target for layer in layers)
+    if t <= t_i:
+        return start
+    if t >= T - t_f:
+        return end
+    # b(t) = r n + (R - r) n (1 - (t - t_i) / (T - t_i - t_f))^3
+    return end + int((start - end) * (1 - (t - t_i) / (T - t_i - t_f)) ** 3)
+
+
+if __name__ == "__main__":
+    from lora import apply
+
+    torch.manual_seed(0)
+    x, y = torch.randn(256, 8), torch.randn(256, 8)
+    y[:, :4] = x @ torch.randn(8, 4)  # only the first layer has something to learn, of rank 4
+    model = nn.ModuleDict({name: nn.Linear(8, 4) for name in ("hard", "easy")})
+    layers = apply(model, AdaLoRALinear, ["hard", "easy"], r=2, alpha=4, init_rank=4, budget_warmup=40, budget_final=60)
+    AdaLoRALinear.begin(layers, 200)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-2)
+    for step in range(1, 201):
+        loss = (torch.cat([model["hard"](x), model["easy"](x)], 1) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        AdaLoRALinear.before_step(layers, step)
+        optimizer.step()
+        AdaLoRALinear.after_step(layers, step)
+        if step % 20 == 0:
+            print(f"step {step:3}  loss {loss:.3f}  budget {budget(layers, step)}  ranks: hard "
+                  "{}, easy {}".format(*AdaLoRALinear.ranks(layers)))
+    print(f"|A A^T - I|^2 + |B^T B - I|^2 of the first layer: {layers[0].orthogonality():.3f}")
