@@ -1,0 +1,146 @@
+"""DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank Adaptation. Valipour et
+al. 2022, arXiv:2210.07558.
+
+One training for all ranks up to r. Every step draws a rank b, uniformly from 1..r, for the whole model, and uses the
+first b ranks alone:
+
+    h = W x + b + s_b B_{:, 1..b} A_{1..b} drop(x),        s_b = alpha / b
+
+    A (r, d_in), B (d_out, r) as in LoRA. The first ranks are trained in every draw and learn what matters most; the
+    last one only refines what the others do. So afterwards the adapter can be cut at any b, without a search over r:
+
+    W_merged = W + s_b B_{:, 1..b} A_{1..b}
+
+With `frozen`, the paper's faster form, the forward is the same and only the b-th rank, A_b and B_{:, b}, is trained.
+
+Ranks that a step does not train must rest. They have no gradient, but an optimizer with momentum or weight decay would
+move them all the same, so they are put back after its step. (Adam's moments still fade in the steps without gradient:
+a rank that is drawn seldom takes smaller steps.)
+"""
+import random
+
+import torch
+import torch.nn.functional as F
+
+from lora import LoRALinear
+
+
+class DyLoRALinear(LoRALinear):
+    """LoRALinear trained at a random rank 1..r, evaluated and merged at `cut` (None: r).
+
+    frozen: train the last of the drawn ranks alone.
+    """
+
+    def __init__(self, linear, r, alpha, dropout=0.0, frozen=False, cut=None):
+        super().__init__(linear, r, alpha, dropout)
+        self.alpha, self.frozen = alpha, frozen
+        # s_b for the first b ranks, 0 for the others, (r,): a tensor, so that a new b costs no new compilation
+        self.register_buffer("s_drawn", self.lora_A.new_empty(r), persistent=False)
+        self.register_buffer("s_cut", self.lora_A.new_empty(r), persistent=False)
+        self.draw(r)
+        self.cut_at(r if cut is None else cut)
+        # the first of the merges is kept, the others are measured beside it
+        powers = [2**i for i in range(r.bit_length())]
+        self.merges = [f"cut {b}" for b in dict.fromkeys([self.cut, *powers, r])]
+
+    def draw(self, b):
+        """Train at rank b from now on."""
+        self.b = b
+        self.s_drawn[:b], self.s_drawn[b:] = self.scale(b, self.alpha), 0
+
+    def cut_at(self, b):
+        """Evaluate and merge at rank b from now on."""
+        if not 1 <= b <= self.r:
+            raise ValueError(f"cut {b} is not in 1..{self.r}, the ranks of the adapter")
+        self.cut, self.scaling = b, self.scale(b, self.alpha)
+        self.s_cut[:b], self.s_cut[b:] = self.scaling, 0
+
+    def forward(self, x):
+        """(..., d_in) -> (..., d_out)"""
+        s_b = self.s_drawn if self.training else self.s_cut  # (r,)
+        # u = s_b A_{1..b} drop(x)
+        u = s_b * F.linear(self.drop(x), self.lora_A)  # (..., r), 0 beyond b
+        # h = W x + b + B_{:, 1..b} u
+        return F.linear(x, self.weight, self.bias) + F.linear(u, self.lora_B)
+
+    def as_lora(self):
+        """(A', B'): the first ranks, up to the cut."""
+        return self.lora_A[:self.cut], self.lora_B[:, :self.cut]
+
+    def delta(self):
+        """s_b B_{:, 1..b} A_{1..b} (d_out, d_in), for b = cut"""
+        A, B = self.as_lora()
+        return self.scaling * (B @ A)
+
+    @staticmethod
+    def begin(layers, steps, done=0):
+        """Draw for the first step. Draws depend on the step alone: a resumed run goes on with the same."""
+        seed = torch.randint(2**62, ()).item()
+        for layer in layers:
+            layer.seed = seed
+        draw_for(layers, done + 1)
+        return 1
+
+    @staticmethod
+    @torch.no_grad()
+    def before_step(layers, step):
+        """Keep the factors, and with `frozen` no gradient but that of the b-th rank."""
+        for layer in layers:
+            layer.before = layer.lora_A.clone(), layer.lora_B.clone()
+            if layer.frozen:
+                layer.lora_A.grad[:layer.b - 1] = 0
+                layer.lora_B.grad[:, :layer.b - 1] = 0
+
+    @staticmethod
+    @torch.no_grad()
+    def after_step(layers, step):
+        """Put the ranks back that this step did not train; draw for the next."""
+        for layer in layers:
+            A, B = layer.before
+            first = layer.b - 1 if layer.frozen else 0
+            for rest in (slice(first), slice(layer.b, None)):
+                layer.lora_A[rest] = A[rest]
+                layer.lora_B[:, rest] = B[:, rest]
+            layer.before = None
+        draw_for(layers, step + 1)
+
+    @staticmethod
+    def calibrate(layers, run, how=None):
+        """how: "cut b", else the layers' first."""
+        for layer in layers:
+            layer.cut_at(int((how or layer.merges[0]).removeprefix("cut ")))
+
+
+def draw_for(layers, step):
+    """b for the whole model."""
+    b = random.Random(f"{layers[0].seed}/{step}").randint(1, layers[0].r)
+    for layer in layers:
+        layer.draw(b)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    x, W = torch.randn(256, 8), torch.randn(8, 4) @ torch.randn(4, 8) / 4
+    linear = torch.nn.Linear(8, 8).requires_grad_(False)
+    y = linear(x) + x @ W.T  # what is missing has rank 4
+    for name, fixed in (("DyLoRA, b drawn from 1..4", None), ("LoRA: b = 4 in every step", 4)):
+        torch.manual_seed(0)
+        layer = DyLoRALinear(linear, r=4, alpha=4)
+        layers, optimizer = [layer], torch.optim.AdamW([layer.lora_A, layer.lora_B], 2e-2)
+        DyLoRALinear.begin(layers, 1000)
+        for step in range(1, 1001):
+            if fixed:
+                layer.draw(fixed)
+            (layer(x) - y).square().mean().backward()
+            DyLoRALinear.before_step(layers, step)
+            optimizer.step()
+            DyLoRALinear.after_step(layers, step)
+            optimizer.zero_grad()
+        layer.eval()
+        print(f"{name}: the loss when cut at", end="")
+        for b in range(1, 5):
+            layer.cut_at(b)
+            print(f"   {b}: {(layer(x) - y).square().mean():.3f}", end="")
+        print()
+    best = torch.linalg.svdvals(x @ W.T).square().flip(0).cumsum(0).flip(0) / y.numel()
+    print("the least possible, by SVD:             ", *(f"   {b}: {best[b]:.3f}" for b in range(1, 5)), sep="")
