@@ -116,29 +116,64 @@ def peft_module(model, name):
     return f"transformer.{block}.{GPT2_NAMES[leaf]}", None
 
 
-def peft_tensors(model):
-    """({module: (A', B')}, scaling). GPT-2's q, k and v become one c_attn: their A stacked, their B in blocks,
+def peft_lora(model):
+    """(tensors, config) of the plain LoRA that the adapters amount to. GPT-2's q, k and v become one c_attn: their A
+    stacked, their B in blocks,
 
         c_attn:  B' A' = [B_q 0 ; 0 0 ; 0 B_v] [A_q ; A_v]        for q and v, of rank 2 r
+
+    PEFT's scale is lora_alpha / rank, per module, so lora_alpha = scaling * rank says any scale exactly; use_rslora
+    stays false, and loaders that do not know that flag read the adapter right.
     """
     modules, scaling = {}, None
-    with torch.no_grad():
-        for name, layer in model.named_modules():
-            if not isinstance(layer, LoRALinear):
-                continue
-            A, B = (t.detach().float() for t in layer.as_lora())
-            if not (A.isfinite().all() and B.isfinite().all()):
-                raise ValueError(f"the adapter of {name} holds NaN or inf: it is not written")
-            scaling = layer.scaling  # one r and alpha for all layers of a run
-            module, third = peft_module(model, name)
-            if third is not None:
-                rows = B.new_zeros(3 * len(B), B.shape[1])
-                rows[third * len(B):(third + 1) * len(B)] = B
-                B = rows
-            if module in modules:
-                A, B = torch.cat([modules[module][0], A]), torch.cat([modules[module][1], B], 1)
-            modules[module] = A, B
-    return modules, scaling
+    for name, layer in adapters(model):
+        A, B = no_wider(*(t.detach().float() for t in layer.as_lora()))
+        if not len(A):
+            continue  # AdaLoRA left this layer no rank
+        scaling = layer.scaling  # one r and alpha for all layers of a run
+        module, third = peft_module(model, name)
+        if third is not None:
+            rows = B.new_zeros(3 * len(B), B.shape[1])
+            rows[third * len(B):(third + 1) * len(B)] = B
+            B = rows
+        if module in modules:
+            A, B = torch.cat([modules[module][0], A]), torch.cat([modules[module][1], B], 1)
+        modules[module] = A, B
+    if not modules:
+        raise ValueError("there is no adapter to write: no layer has a rank")
+    r = Counter(len(A) for A, _ in modules.values()).most_common(1)[0][0]
+    others = {module: len(A) for module, (A, _) in modules.items() if len(A) != r}
+    tensors = {f"{module}.lora_{factor}.weight": t for module, pair in modules.items()
+               for factor, t in zip("AB", pair, strict=True)}
+    return tensors, {
+        "peft_type": "LORA", "r": r, "lora_alpha": scaling * r, "use_rslora": False,
+        "rank_pattern": others, "alpha_pattern": {module: scaling * rank for module, rank in others.items()},
+        "target_modules": targets_of(model, modules), "fan_in_fan_out": isinstance(model, GPT), "bias": "none"}
+
+
+def peft_own(model):
+    """The same for LoHa and LoKr, which PEFT has under the same names of factors, for nn.Linear only: not for GPT-2."""
+    tensors, modules = {}, set()
+    for name, layer in adapters(model):
+        module, _ = peft_module(model, name)
+        modules.add(module)
+        factors = {key: p.detach() for key, p in layer.named_parameters() if key not in ("weight", "bias")}
+        tensors.update({f"{module}.{key}": p for key, p in factors.items()})
+    return tensors, {"peft_type": layer.peft_type, "r": layer.r, "alpha": layer.scaling * layer.r,
+                     "target_modules": targets_of(model, modules)}
+
+
+def adapters(model):
+    """[(name, layer)]"""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
+
+
+def no_wider(A, B):
+    """(A, B) with the same product and a rank of at most min(d_in, d_out)."""
+    d_in, d_out = A.shape[1], len(B)
+    if len(A) <= min(d_in, d_out):
+        return A, B
+    return (torch.eye(d_in), (B @ A).cpu()) if d_in <= d_out else ((B @ A).cpu(), torch.eye(d_out))
 
 
 def targets_of(model, modules):
@@ -152,29 +187,23 @@ def targets_of(model, modules):
 
 
 def save_adapter(folder, model, base, dropout=0.0):
-    """Write adapter_config.json and adapter_model.safetensors. Call it after `calibrate` and before `merge`.
-
-    PEFT's scale is lora_alpha / rank, per module, so lora_alpha = scaling * rank says any scale exactly; use_rslora
-    stays false, and loaders that do not know that flag read the adapter right. A classifier's head goes along.
-    """
-    modules, scaling = peft_tensors(model)
+    """Write adapter_config.json and adapter_model.safetensors, with a classifier's head in it. Call it after
+    `calibrate` and before `merge`. ValueError for a value that is not finite."""
+    kinds = {layer.peft_type for _, layer in adapters(model)}
+    with torch.no_grad():
+        tensors, config = (peft_lora if kinds == {"LORA"} or isinstance(model, GPT) else peft_own)(model)
+    for name, t in tensors.items():
+        if not t.isfinite().all():
+            raise ValueError(f"the adapter holds NaN or inf in {name}: it is not written")
     head = model.classifier
-    task = "SEQ_CLS" if head else "CAUSAL_LM" if isinstance(model, GPT) else None
-    r = Counter(len(A) for A, _ in modules.values()).most_common(1)[0][0]
-    others = {module: len(A) for module, (A, _) in modules.items() if len(A) != r}
-    config = {
-        "peft_type": "LORA", "task_type": task, "base_model_name_or_path": str(base),
-        "r": r, "lora_alpha": scaling * r, "use_rslora": False, "lora_dropout": dropout,
-        "rank_pattern": others, "alpha_pattern": {module: scaling * rank for module, rank in others.items()},
-        "target_modules": targets_of(model, modules), "fan_in_fan_out": isinstance(model, GPT), "bias": "none",
-        "modules_to_save": ["classifier", "score"] if head else None, "inference_mode": True,
-    }
-    tensors = {}
-    for module, (A, B) in modules.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = A.cpu().contiguous()
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = B.cpu().contiguous()
+    if config["peft_type"] == "LORA":
+        config["lora_dropout"] = dropout
+    config.update({"task_type": "SEQ_CLS" if head else "CAUSAL_LM" if isinstance(model, GPT) else None,
+                   "base_model_name_or_path": str(base), "inference_mode": True,
+                   "modules_to_save": ["classifier", "score"] if head else None})
     if head:
-        tensors.update({f"{PREFIX}classifier.{key}": t.detach().cpu() for key, t in head.state_dict().items()})
+        tensors.update({f"classifier.{key}": t.detach() for key, t in head.state_dict().items()})
+    tensors = {PREFIX + name: t.float().cpu().contiguous() for name, t in tensors.items()}
     write(folder / "adapter_model.safetensors", lambda part: save_file(tensors, part, {"format": "pt"}))
     write_json(folder / "adapter_config.json", config)
 
@@ -223,8 +252,7 @@ def load_adapter(model, folder):
         scaling = peft_scaling(config, module, len(A), folder)
         if third is not None:
             B = B.chunk(3)[third]
-        if len(A) > min(linear.weight.shape):  # a product of such factors has a smaller one
-            A, B = (torch.eye(A.shape[1]), B @ A) if A.shape[1] <= len(B) else (B @ A, torch.eye(len(B)))
+        A, B = no_wider(A, B)
         layers[name] = LoRALinear(linear, len(A), scaling * len(A)).train(linear.training)
         with torch.no_grad():
             layers[name].lora_A.copy_(A)
@@ -272,18 +300,20 @@ def changing(model):
             if t.requires_grad or name in moved or not isinstance(t, torch.nn.Parameter)}
 
 
-def best_step(rows):
-    """The step with the best validation: of the metric, if there is one beside the loss; of equals the lowest loss."""
+def best_step(rows, first=1):
+    """The step with the best validation: of the metric, if there is one beside the loss; of equals the lowest loss.
+    From the step `first` on, if the run has come that far, else the last."""
     metric = next((name for name in rows[0] if name.startswith("val_") and name != "val_loss"), None)
     validated = [row for row in rows if row["val_loss"] is not None]
+    validated = [row for row in validated if row["step"] >= first] or validated[-1:]
     return max(validated, key=lambda row: (row[metric] if metric else 0, -row["val_loss"]))["step"]
 
 
-def save_state(path, model, optimizer, step, settings, rows, best=None):
+def save_state(path, model, optimizer, step, settings, rows, best=None, first=1):
     """Weights, optimizer, random state, the weights `best` of an earlier step if they were better, and as metadata the
     step, the settings and the rows of log.csv."""
     tensors = {f"model.{name}": t for name, t in changing(model).items()}
-    if best_step(rows) != step:
+    if best_step(rows, first) != step:
         tensors.update({f"best.{name}": t for name, t in best.items()})
     for i, state in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{i}.{key}": t for key, t in state.items() if t is not None})
@@ -317,7 +347,7 @@ def read_state(path, settings):
     return tensors, step, rows
 
 
-def load_state(path, model, optimizer, settings):
+def load_state(path, model, optimizer, settings, first=1):
     """Put a saved state back into a model and an optimizer made with the same settings.
 
     Returns its step, its rows, and the weights of the best step so far.
@@ -326,7 +356,7 @@ def load_state(path, model, optimizer, settings):
     wanted = changing(model)
     found, best = ({key.removeprefix(kind): t for key, t in tensors.items() if key.startswith(kind)}
                    for kind in ("model.", "best."))
-    if best_step(rows) == step:
+    if best_step(rows, first) == step:
         best = found
     for weights in (found, best):
         check_keys(weights, wanted, path)

@@ -1,27 +1,55 @@
-"""The one registry: name -> (class, its own flags). A new method is a file and a line here.
+"""The one registry. A new method is a file and a line here."""
+from typing import NamedTuple
 
-A flag is what argparse takes; a default may also be a function of the number of steps.
-"""
+from baselines.adalora import AdaLoRALinear
+from baselines.dylora import DyLoRALinear
+from baselines.loha import LoHaLinear
+from baselines.lokr import LoKrLinear
 from deltalora import DeltaLoRALinear
 from lora import LoRALinear
 from reslora import MERGES, SHORTCUTS, ResLoRALinear
 from rslora import RsLoRALinear
 
+
+class Method(NamedTuple):
+    adapter: type | None  # a class like LoRALinear; None: the method has no adapter
+    flags: dict = {}  # its own, as argparse takes them; a default may be a function of the number of steps
+    for_merging: tuple = ()  # those of them that only merging reads: a resumed run may change them
+    trains_base: bool = False
+
+
 METHODS = {
-    "lora": (LoRALinear, {}),
-    "rslora": (RsLoRALinear, {}),
-    "reslora": (ResLoRALinear, {
+    "lora": Method(LoRALinear),
+    "rslora": Method(RsLoRALinear),
+    "reslora": Method(ResLoRALinear, {
         "shortcut": dict(choices=SHORTCUTS, default="input", help="what the earlier layers of a chain pass on (input)"),
         "pre_num": dict(type=int, default=1, help="how many earlier layers join in; -1: all, 0: plain LoRA (1)"),
         "merge": dict(type=lambda names: names.split(","), default=["regression"],
                       help=f"{'|'.join(MERGES)}; more, after commas, are measured beside it (regression)"),
-    }),
-    "deltalora": (DeltaLoRALinear, {
+    }, for_merging=("merge",)),
+    "deltalora": Method(DeltaLoRALinear, {
         "delta_lambda": dict(type=float, default=2.0, help="how far W follows the delta of B A (2)"),
         "delta_start": dict(type=int, default=lambda steps: min(500, steps // 10),
                             help="K, steps before W moves (a tenth of the run, at most 500)"),
     }),
+    # What the papers compare with
+    "adalora": Method(AdaLoRALinear, {
+        "init_rank": dict(type=int, help="ranks per layer at the start, of which --rank remain on average (1.5 times)"),
+        "orth": dict(type=float, default=0.1, help="gamma, weight of the orthogonality of A and B in the loss (.1)"),
+        "budget_warmup": dict(type=int, default=lambda steps: steps // 10,
+                              help="t_i, steps before ranks are taken away (a tenth of the run)"),
+        "budget_final": dict(type=int, default=lambda steps: steps * 4 // 10,
+                             help="t_f, steps at the end with the ranks that are left (four tenths)"),
+        "budget_every": dict(type=int, default=lambda steps: max(1, steps // 100),
+                             help="steps between two allocations of ranks (a hundredth of the run)"),
+    }),
+    "dylora": Method(DyLoRALinear, {
+        "frozen": dict(action="store_true", default=False, help="train the last of the drawn ranks alone"),
+        "cut": dict(type=int, help="the rank to validate, merge and export at (--rank); others are measured beside it"),
+    }, for_merging=("cut",)),
+    "loha": Method(LoHaLinear),
+    "lokr": Method(LoKrLinear),
     # Without adapters, the reference lines: every parameter trains, or nothing but the head of a classifier.
-    "full": (None, {}),
-    "head": (None, {}),
+    "full": Method(None, trains_base=True),
+    "head": Method(None),
 }

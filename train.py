@@ -28,6 +28,7 @@ import lora
 from methods import METHODS
 from metrics import METRICS, perplexity
 from model import from_pretrained, locate
+from rslora import rank_stabilised
 
 ROOT = Path(__file__).resolve().parent
 MODELS = {"tiny-gpt": ROOT / "data/tiny-gpt", "tiny-roberta": ROOT / "data/tiny-roberta",
@@ -77,9 +78,9 @@ def parse(argv):
     add("--rs", action="store_true", help="alpha times sqrt(r), rsLoRA's scale, for whatever method")
     add("--dropout", type=float, help="on the input of A (0)")
     add("--targets", help="which linears, of q,k,v,o,up,down (q,v, the papers' choice)")
-    for method, (_, own) in METHODS.items():
-        add = parser.add_argument_group(method).add_argument if own else None
-        for name, spec in own.items():  # SUPPRESS: a flag that was not given leaves no trace
+    for name, method in METHODS.items():
+        add = parser.add_argument_group(name).add_argument if method.flags else None
+        for name, spec in method.flags.items():  # SUPPRESS: a flag that was not given leaves no trace
             add("--" + name.replace("_", "-"), **{**spec, "default": argparse.SUPPRESS})
     add = parser.add_argument_group("model and data").add_argument
     add("--model", help=f"{', '.join(MODELS)}, a checkpoint folder or a hub id (the tiny one that fits the dataset)")
@@ -119,14 +120,15 @@ def parse(argv):
         args.dataset = "reviews" if "roberta" in Path(args.model or "").name else "restaurants"
     if args.dataset not in data.DATASETS:
         raise ValueError(f"unknown dataset {args.dataset!r}: choose from {', '.join(data.DATASETS)}")
-    if args.method == "head" and not data.labels(args.dataset):
-        raise ValueError(f"--method head trains a classifier's head alone, and {args.dataset} has nothing to classify")
+    method, Adapter = METHODS[args.method], METHODS[args.method].adapter
+    if not (Adapter or method.trains_base or data.labels(args.dataset)):
+        raise ValueError(f"--method {args.method} trains a classifier's head alone, and {args.dataset} has nothing to "
+                         "classify")
     reads = data.labels(args.dataset) or args.dataset == "opinions"
     args.model = args.model or ("tiny-roberta" if reads else "tiny-gpt")
-    for method, (_, own) in METHODS.items():
-        for name in own.keys() & vars(args).keys() - METHODS[args.method][1].keys():
-            raise ValueError(f"--{name.replace('_', '-')} is a flag of method {method}, not of {args.method}")
-    Adapter = METHODS[args.method][0]
+    for other in METHODS:
+        for name in METHODS[other].flags.keys() & vars(args).keys() - method.flags.keys():
+            raise ValueError(f"--{name.replace('_', '-')} is a flag of method {other}, not of {args.method}")
     if args.rs and (Adapter is None or Adapter.scale is not lora.LoRALinear.scale):
         raise ValueError(f"--rs is not for {args.method}: it gives the square root to adapters that scale by alpha / r")
     if args.steps is not None and args.epochs is not None:
@@ -283,7 +285,7 @@ class Run:
                              "choose another --out")
         self.labels = data.labels(args.dataset)  # names; one for a regression, none where texts are predicted
         self.model = from_pretrained(self.source, len(self.labels))
-        if not self.labels and self.model.fresh_head and args.method != "full":
+        if not self.labels and self.model.fresh_head and not METHODS[args.method].trains_base:
             raise ValueError(f"--method {args.method} freezes the head, and {self.source} has none for masked tokens: "
                              "choose a checkpoint with one, or --method full")
         limit = self.model.context
@@ -308,26 +310,27 @@ class Run:
             args.steps = math.ceil(min(args.epochs * per_epoch / args.grad_accum, 10**8))
         args.eval_every = min(args.eval_every or math.ceil(args.steps / 10), args.steps)
 
-        self.Adapter, own = METHODS[args.method]
-        hparams = {name: getattr(args, name, spec.get("default")) for name, spec in own.items()}
+        method = METHODS[args.method]
+        self.Adapter = rank_stabilised(method.adapter) if args.rs else method.adapter
+        hparams = {name: getattr(args, name, spec.get("default")) for name, spec in method.flags.items()}
         hparams = {name: value(args.steps) if callable(value) else value for name, value in hparams.items()}
         self.model.to(args.device)
-        self.layers = []
+        self.layers, self.first = [], 1  # the first step whose weights may be kept
         if self.Adapter:
-            alpha = args.alpha * math.sqrt(args.rank) if args.rs else args.alpha
             targets = args.targets.split(",")
             for name, m in self.model.named_modules():
                 if not name.startswith("h.") and isinstance(m, torch.nn.Linear) and name.split(".")[-1] in targets:
                     raise ValueError(f"--targets {args.targets}: {name} belongs to the head, which is no place for it")
-            self.layers = lora.apply(self.model, self.Adapter, targets, r=args.rank, alpha=alpha,
+            self.layers = lora.apply(self.model, self.Adapter, targets, r=args.rank, alpha=args.alpha,
                                      dropout=args.dropout, **hparams)
-            self.Adapter.begin(self.layers, args.steps)
-        elif args.method == "head":
+        elif not method.trains_base:
             self.model.requires_grad_(False)
         if self.labels:  # the head, fresh or the checkpoint's, is trained and saved with the adapter
             self.model.classifier.requires_grad_(True)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
-        elsewhere = "resume", "out", "save_merged", "device", "amp", "epochs", "compile"  # may change on resuming
+        # what may change on resuming
+        elsewhere = "resume", "out", "save_merged", "device", "amp", "epochs", "compile", *method.for_merging
+        self.hparams = hparams
         self.settings = {k: v for k, v in {**vars(args), **hparams}.items() if k not in elsewhere}
         self.settings["base_weights"] = checkpoint.fingerprint(self.source / "model.safetensors")
         files = (self.source / name for name in ("config.json", *checkpoint.TOKENIZERS))
@@ -378,7 +381,7 @@ def fit(run):
     optimizer = make_optimizer(run.params, args)
     rows, done, best = [], 0, {}
     if args.resume:
-        done, rows, best = checkpoint.load_state(state_file, model, optimizer, run.settings)
+        done, rows, best = checkpoint.load_state(state_file, model, optimizer, run.settings, run.first)
         print(f"resume   {args.out} after step {done}")
     forward = torch.compile(model) if args.compile else model
     stream = batches(run.train, run.task, args, skip=done * args.grad_accum)
@@ -398,6 +401,8 @@ def fit(run):
                 part = mean * (n / targets_in_step)  # so that accumulating equals one large batch
                 part.backward()
                 loss, tokens = loss + part.detach(), tokens + idx.numel()
+            if Adapter:
+                Adapter.before_step(run.layers, step)
             norm = torch.nn.utils.clip_grad_norm_(run.params, args.clip or math.inf)
             optimizer.step()
             optimizer.zero_grad()
@@ -419,16 +424,18 @@ def fit(run):
                              grad_norm=grad_norm, val_loss=val_loss, seconds=round(seconds, 3)))
             if run.metric != "loss":
                 rows[-1][f"val_{run.metric}"] = valued.get(run.metric)
+            if Adapter and (ranks := Adapter.ranks(run.layers)):
+                rows[-1]["ranks"] = " ".join(map(str, ranks))
             bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s")
             if due:
                 also = f"  {run.metric} {valued[run.metric]:.4f}" * (run.metric != "loss")
                 bar.write(f"step {step:5}  training loss {train_loss:.4f}  validation loss {val_loss:.4f}{also}  "
                           f"{speed:7,.0f} tokens/s", file=sys.stdout)
-                if checkpoint.best_step(rows) == step:
+                if checkpoint.best_step(rows, run.first) == step:
                     best = {name: t.detach().to("cpu", copy=True) for name, t in checkpoint.changing(model).items()}
                 if not saved:
                     checkpoint.clear(args.out)  # of an earlier run, now that this one has something to show
-                checkpoint.save_state(state_file, model, optimizer, step, run.settings, rows, best)
+                checkpoint.save_state(state_file, model, optimizer, step, run.settings, rows, best, run.first)
                 checkpoint.write_log(log_file, rows)
                 saved = step
             pending, tokens, clock = [], 0, time.time()
@@ -484,8 +491,10 @@ def train(args):
     """One run from flags to result.json, whose content is returned."""
     started = time.time()
     run = Run(args)
-    if args.resume:  # refuse before anything is computed
-        checkpoint.read_state(args.out / "resume.safetensors", run.settings)
+    # what cannot be resumed, or does not suit the method, is refused before anything is computed
+    done = checkpoint.read_state(args.out / "resume.safetensors", run.settings)[1] if args.resume else 0
+    if run.Adapter:
+        run.first = run.Adapter.begin(run.layers, args.steps, done)
     checkpoint.prepare(args.out)
     metrics = {"base": run.report(run.model)}  # B = 0: the base; a classifier with a fresh head guesses
     if not math.isfinite(metrics["base"]["loss"]):
@@ -498,9 +507,9 @@ def train(args):
     if args.save_merged:
         checkpoint.save_merged(args.out / "merged", run.model, run.source)
 
-    result = {"settings": {**run.settings, "device": str(args.device)}, "metrics": metrics,
+    result = {"settings": {**run.settings, **run.hparams, "device": str(args.device)}, "metrics": metrics,
               "parameters": run.parameters, "splits": data.splits(args.dataset),
-              "selected": {"step": checkpoint.best_step(rows), "by": f"validation {run.metric}"},
+              "selected": {"step": checkpoint.best_step(rows, run.first), "by": f"validation {run.metric}"},
               "versions": {"python": platform.python_version(), "torch": torch.__version__},
               "seconds": {"training": rows[-1]["seconds"], "all": round(time.time() - started, 1)}}
     checkpoint.write_json(args.out / "result.json", result)

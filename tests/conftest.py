@@ -29,12 +29,15 @@ def variants():
 
     A new line in methods.py is covered from that moment on.
     """
-    own_values = {"pre_num": (1, 2, -1), "delta_start": (0, 2), "merge": ("regression",), "delta_lambda": (2.0,)}
-    for name, (adapter, own) in METHODS.items():
+    own_values = {"pre_num": (1, 2, -1), "delta_start": (0, 2), "merge": ("regression",), "delta_lambda": (2.0,),
+                  "budget_warmup": (1,), "budget_final": (1,), "budget_every": (1,), "frozen": (False, True),
+                  "cut": (None, 2)}
+    for name, (adapter, flags, *_) in METHODS.items():
         if adapter:
-            values = [own_values.get(flag, spec.get("choices") or (spec.get("default"),)) for flag, spec in own.items()]
+            values = [own_values.get(flag, spec.get("choices") or (spec.get("default"),))
+                      for flag, spec in flags.items()]
             for chosen in itertools.product(*values):
-                hparams = dict(zip(own, chosen, strict=True))
+                hparams = dict(zip(flags, chosen, strict=True))
                 yield pytest.param(name, hparams, id=" ".join([name, *map(str, chosen)]))
 
 
@@ -69,14 +72,20 @@ both = pytest.mark.parametrize("tiny", [tiny_gpt, tiny_roberta], ids=["gpt", "ro
 
 
 def adapt(model, method, hparams, targets=("q", "v"), r=3, alpha=5, dropout=0.0, random=True):
-    """Apply a method; with `random` B is not zero, so that the adapter does something."""
-    layers = lora.apply(model, METHODS[method][0], targets, r=r, alpha=alpha, dropout=dropout, **hparams)
+    """Apply a method; with `random` no factor is zero or nearly so: the adapter does something."""
+    layers = lora.apply(model, METHODS[method].adapter, targets, r=r, alpha=alpha, dropout=dropout, **hparams)
     if random:
-        for layer in layers:
-            nn.init.normal_(layer.lora_B, std=0.3)
+        for p in factors(layers):
+            if p.std() < 0.05:
+                nn.init.normal_(p, std=0.4)
     if isinstance(model, RoBERTa):
         model.classifier.requires_grad_(True)
     return layers
+
+
+def factors(layers):
+    """What the adapters train: A and B, or what a method has in their place."""
+    return [p for layer in layers for name, p in layer.named_parameters() if name not in ("weight", "bias")]
 
 
 def head_of(model):
@@ -107,15 +116,19 @@ def train_steps(model, layers, steps, lr=1e-2):
     """A few real optimizer steps with the contract's calls; returns the losses."""
     some = batch(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr)
-    losses = []
-    for step in range(1, steps + 1):
-        loss = model(*some)[1]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        layers[0].after_step(layers, step)
-        losses.append(loss.item())
-    return losses
+    layers[0].begin(layers, steps)
+    return [one_step(model, layers, optimizer, step, some) for step in range(1, steps + 1)]
+
+
+def one_step(model, layers, optimizer, step, some):
+    """One optimizer step with the contract's calls; returns the loss."""
+    loss = model(*some)[1]
+    optimizer.zero_grad()
+    loss.backward()
+    layers[0].before_step(layers, step)
+    optimizer.step()
+    layers[0].after_step(layers, step)
+    return loss.item()
 
 
 def run_over(model, *batches):

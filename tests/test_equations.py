@@ -96,7 +96,7 @@ def test_lora_forward_is_the_papers(adapter, s):
 
 
 def test_rslora_is_lora_with_alpha_times_sqrt_r():
-    """rsLoRA(alpha) = LoRA(alpha sqrt r), so --rs can be alpha sqrt(r) for every method."""
+    """rsLoRA(alpha) = LoRA(alpha sqrt r), and so is any method with --rs, LoRA with it rsLoRA."""
     for r in (1, 4, 6):
         torch.manual_seed(1)
         a = RsLoRALinear(nn.Linear(6, 6), r, alpha=16)

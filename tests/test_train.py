@@ -57,7 +57,7 @@ def test_every_method_trains_merges_and_leaves_a_whole_run_folder(tmp_path, base
     assert set(metrics[last]) == {"loss", "perplexity", "slots", "names"}
     assert json.loads((tmp_path / "result.json").read_text()) == result
     names = {p.name for p in tmp_path.iterdir()}
-    adapter = {"adapter_config.json", "adapter_model.safetensors"} if METHODS[method][0] else set()
+    adapter = {"adapter_config.json", "adapter_model.safetensors"} if METHODS[method].adapter else set()
     assert names == {"result.json", "log.csv", "curve.png", "resume.safetensors", "merged", *adapter}
     out = capsys.readouterr().out
     assert "parameters train" in out and "ref " in out and last in out
@@ -83,7 +83,7 @@ def test_every_method_classifies(tmp_path, small_roberta, method, capsys):
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"]) and 0 < float(rows[-1]["val_accuracy"]) < 1
     out = capsys.readouterr().out
     assert "has no head for 2 labels: a fresh one is trained from scratch" in out and "-> " in out
-    metrics, last = result["metrics"], "merged" if METHODS[method][0] else "trained"
+    metrics, last = result["metrics"], "merged" if METHODS[method].adapter else "trained"
     assert set(metrics[last]) == {"loss", "accuracy"} and result["selected"]["by"] == "validation accuracy"
     merged = from_pretrained(tmp_path / "merged")
     _, task = data.task("reviews", tmp_path / "merged", merged, 64)
@@ -93,7 +93,7 @@ def test_every_method_classifies(tmp_path, small_roberta, method, capsys):
     assert loss == pytest.approx(metrics[last]["loss"], abs=1e-6)
     assert (logits.argmax(1) == torch.tensor([label for _, label in examples])).double().mean() == pytest.approx(
         metrics[last]["accuracy"])
-    if METHODS[method][0]:
+    if METHODS[method].adapter:
         import transformers
         shutil.copytree(small_roberta, tmp_path / "base")  # PEFT wants a base with a head, whatever is in it
         config = json.loads((tmp_path / "base/config.json").read_text())
@@ -191,13 +191,13 @@ def test_every_method_runs_on_real_sst2_with_robertas_real_vocabulary(tmp_path, 
     out = tmp_path / "out"
     flags = ["--method", method, "--dataset", "glue/sst2", "--data-dir", Path(REAL) / "sst2", "--save-merged"]
     metrics = train.main(command(tmp_path / "base", out, *flags))["metrics"]
-    assert metrics["merged" if METHODS[method][0] else "trained"]["loss"] != metrics["base"]["loss"]
+    assert metrics["merged" if METHODS[method].adapter else "trained"]["loss"] != metrics["base"]["loss"]
     merged = from_pretrained(out / "merged")
     tokenizer, _ = data.task("glue/sst2", out / "merged", merged, 64)
     idx = torch.tensor([tokenizer.build(tokenizer.encode_ordinary("a stirring , funny film"))])
     loaded = transformers.RobertaForSequenceClassification.from_pretrained(out / "merged").eval()
     assert relative(loaded(idx).logits, merged(idx)[0]) < 1e-5
-    if METHODS[method][0]:
+    if METHODS[method].adapter:
         config = json.loads((tmp_path / "base/config.json").read_text())
         (tmp_path / "base/config.json").write_text(json.dumps(
             {**config, "architectures": ["RobertaForSequenceClassification"]}))
@@ -319,7 +319,10 @@ def test_the_recipes_are_valid_and_can_be_changed_behind(recipe, monkeypatch):
 @pytest.mark.parametrize("method, hparams", [v for v in variants() if "-1" not in v.id], ids=str)
 def test_a_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(tmp_path, base, method, hparams, monkeypatch):
     """Killed after a checkpoint, with dropout where the method has it: same weights bit for bit, metrics and log."""
-    flags = ["--method", method] + [x for k, v in hparams.items() for x in ("--" + k.replace("_", "-"), v)]
+    flags = ["--method", method]
+    for name, value in hparams.items():
+        if value not in (None, False):
+            flags += ["--" + name.replace("_", "-")] + [value] * (value is not True)
     flags += ["--dropout", "0.1"] if method != "deltalora" else []
     whole = train.main(command(base, tmp_path / "a", *flags))
     real, calls = train.evaluate, []
@@ -383,7 +386,7 @@ def refused(capsys, argv):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--method", "lorra"], "unknown method 'lorra': choose from lora, rslora, reslora, deltalora, full, head"),
+    (["--method", "lorra"], "unknown method 'lorra': choose from lora, rslora, reslora, deltalora, adalora, "),
     (["--method", "head"], "restaurants has nothing to classify"),
     (["--dataset", "reviews"], "is a GPT-2, which has no classification head"),
     (["--method", "lora", "--pre-num", "2"], "--pre-num is a flag of method reslora, not of lora"),
