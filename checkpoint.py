@@ -3,6 +3,7 @@
     adapter_config.json, adapter_model.safetensors    the adapter as an ordinary LoRA, as PEFT loads it
     resume.safetensors                                everything that training changes, to go on from there
     result.json, log.csv, curve.png, merged/          for people, and for `transformers`
+    ranks.png                                         of a method that moves ranks between layers
 """
 import csv
 import hashlib
@@ -53,7 +54,7 @@ def clear(folder):
     """Remove what an earlier run left in a run folder."""
     merged = *(f"merged/{name}" for name in TOKENIZERS), "merged/config.json", "merged/model.safetensors"
     for name in ("adapter_config.json", "adapter_model.safetensors", "resume.safetensors", "result.json", "log.csv",
-                 "curve.png", *merged):
+                 "curve.png", "ranks.png", *merged):
         (folder / name).unlink(missing_ok=True)
     if (folder / "merged").is_dir() and not any((folder / "merged").iterdir()):
         (folder / "merged").rmdir()
@@ -99,6 +100,25 @@ def draw_curve(path, rows, title, metric="loss"):
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     figure.suptitle(title)
+    write(path, lambda part: figure.savefig(part, dpi=150, format="png"))
+    plt.close(figure)
+
+
+def draw_ranks(path, rows, names, title):
+    """The rank of every layer against steps, as a picture with the last ranks written out; `names`: [layer]."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ranks = [list(map(int, row["ranks"].split())) for row in rows]  # a list of layers for each row
+    figure, axis = plt.subplots(figsize=(6, 1.2 + 0.22 * len(names)), layout="constrained")
+    steps = [0, *(row["step"] for row in rows)]
+    mesh = axis.pcolormesh(steps, range(len(names) + 1), list(zip(*ranks, strict=True)), vmin=0, cmap="viridis")
+    axis.set(xlabel="step", title=title)
+    axis.set_yticks([n + 0.5 for n in range(len(names))],
+                    [f"{name.removeprefix('h.')}: {last}" for name, last in zip(names, ranks[-1], strict=True)])
+    axis.invert_yaxis()
+    figure.colorbar(mesh, label="rank")
     write(path, lambda part: figure.savefig(part, dpi=150, format="png"))
     plt.close(figure)
 

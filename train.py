@@ -328,6 +328,8 @@ class Run:
         if self.labels:  # the head, fresh or the checkpoint's, is trained and saved with the adapter
             self.model.classifier.requires_grad_(True)
         self.params = [p for p in self.model.parameters() if p.requires_grad]
+        name_of = {m: name for name, m in self.model.named_modules()}
+        self.names = [name_of[layer] for layer in self.layers]
         # what may change on resuming
         elsewhere = "resume", "out", "save_merged", "device", "amp", "epochs", "compile", *method.for_merging
         self.hparams = hparams
@@ -502,6 +504,7 @@ def train(args):
                          "damaged, or --alpha is far too large")
     rows = fit(run)
     metrics["unmerged" if run.Adapter else "trained"] = run.report(run.model)
+    ranks = run.Adapter and run.Adapter.ranks(run.layers)
     if run.Adapter:
         merge(run, metrics)
     if args.save_merged:
@@ -512,8 +515,12 @@ def train(args):
               "selected": {"step": checkpoint.best_step(rows, run.first), "by": f"validation {run.metric}"},
               "versions": {"python": platform.python_version(), "torch": torch.__version__},
               "seconds": {"training": rows[-1]["seconds"], "all": round(time.time() - started, 1)}}
+    title = f"{args.method} on {args.dataset}"
+    if ranks:
+        result["ranks"] = dict(zip(run.names, ranks, strict=True))
+        checkpoint.draw_ranks(args.out / "ranks.png", rows, run.names, title)
     checkpoint.write_json(args.out / "result.json", result)
-    checkpoint.draw_curve(args.out / "curve.png", rows, f"{args.method} on {args.dataset}", run.metric)
+    checkpoint.draw_curve(args.out / "curve.png", rows, title, run.metric)
     show(run)
     print(f"\n{args.dataset + ' (test)':28}" + "".join(f"{name:>12}" for name in metrics["base"]))
     for stage, values in metrics.items():

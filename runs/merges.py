@@ -7,15 +7,9 @@ Learning rates: a low one, as the papers use, the one of RATES at which plain Lo
 and seed, and so of the same data order. A loss is nats per target token on the test split.
 """
 import argparse
-import csv
-import json
-import os
-import sys
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from cells import ROOT, cell, pool, validation, write_csv
+
 DATASETS = "restaurants", "e2e"
 LOW, RATES = 1e-3, (1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2)
 STRUCTURES = ("input", 1), ("input", 3), ("middle", 1), ("middle", 3)
@@ -23,12 +17,12 @@ MERGES = "none", "input", "weight", "regression"
 RANK = 16
 
 
-def cell(dataset, lr, seed, structure, data_dir, steps):
-    """One run; its losses. A finished run with the same flags is read back."""
+def losses_of_one(dataset, lr, seed, structure, data_dir, steps):
+    """One run; its losses."""
     import train
     train.SCORED = 1  # the table is of losses: spend no time on decoding
-    out = ROOT / "out/merges" / "-".join(map(str, (dataset, lr, seed, *(structure or ("lora",)))))
-    flags = ["--dataset", dataset, "--rank", RANK, "--lr", lr, "--seed", seed, "--out", out]
+    out = "merges/" + "-".join(map(str, (dataset, lr, seed, *(structure or ("lora",)))))
+    flags = ["--dataset", dataset, "--rank", RANK, "--lr", lr, "--seed", seed]
     flags += ["--data-dir", data_dir] if dataset == "e2e" else []
     flags += ["--steps", steps] if steps else []
     if structure:
@@ -36,16 +30,10 @@ def cell(dataset, lr, seed, structure, data_dir, steps):
         # the paper's weight merge of the input shortcut is defined for one earlier layer
         merges = [how for how in reversed(MERGES) if (shortcut, how) != ("input", "weight") or m == 1]
         flags += ["--method", "reslora", "--shortcut", shortcut, "--pre-num", m, "--merge", ",".join(merges)]
-    flags = list(map(str, flags))
-    done = out / "flags.json"
-    if not (done.exists() and json.loads(done.read_text()) == flags):
-        train.main(flags)
-        done.write_text(json.dumps(flags))
-    metrics = json.loads((out / "result.json").read_text())["metrics"]
+    metrics = cell(out, flags)["metrics"]
     losses = {stage.removeprefix("merged by "): values["loss"] for stage, values in metrics.items()}
     losses["regression"] = losses.pop("merged")
-    with open(out / "log.csv") as f:
-        losses["validation"] = float(list(csv.DictReader(f))[-1]["val_loss"])
+    losses["validation"] = validation(out)
     return losses
 
 
@@ -57,11 +45,10 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--steps", type=int, help="instead of train.py's default")
     args = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"  # before a worker imports torch
     datasets = [name for name in DATASETS if name != "e2e" or args.e2e]
-    with ProcessPoolExecutor(args.jobs) as pool:
+    with pool(args.jobs) as workers:
         def losses_of(keys):
-            cells = [pool.submit(cell, *key, args.e2e, args.steps) for key in keys]
+            cells = [workers.submit(losses_of_one, *key, args.e2e, args.steps) for key in keys]
             return {key: future.result() for key, future in zip(keys, cells, strict=True)}
         tried = losses_of([(name, lr, 0, None) for name in datasets for lr in RATES])
         best = {name: min(RATES, key=lambda lr: tried[name, lr, 0, None]["validation"]) for name in datasets}
@@ -79,11 +66,7 @@ def main():
             rows.append(dict(dataset=name, lr=lr, seed=seed, shortcut=structure[0], pre_num=structure[1], rank=RANK,
                              base=losses["base"], lora=lora, unmerged=losses["unmerged"],
                              **{how: losses.get(how, "") for how in MERGES}))
-    (ROOT / "results").mkdir(exist_ok=True)
-    with open(ROOT / "results/merges.csv", "w", newline="") as f:
-        table = csv.DictWriter(f, rows[0])
-        table.writeheader()
-        table.writerows(rows)
+    write_csv("merges.csv", rows)
     print_table(rows)
     draw(rows, best)
 

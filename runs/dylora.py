@@ -1,0 +1,79 @@
+"""One DyLoRA r 32 cut at every rank, beside LoRA r 32 truncated to it by SVD and LoRA trained at it.
+
+    python runs/dylora.py [--seeds 3] [--jobs 2]      writes results/dylora.csv; 20 minutes on two cores
+
+On restaurants. Each row at the one of RATES with the lowest validation loss (seed 0; of DyLoRA at its full rank, of the
+truncated LoRA before truncation). Losses are nats per target token on the test split.
+"""
+import argparse
+
+from cells import ROOT, cell, pool, validation, write_csv
+
+RATES = (1.2e-2, 2.4e-2, 4.8e-2)
+CUTS = (1, 2, 4, 8, 16, 32)
+FULL = CUTS[-1]
+
+
+def name(method, rank, lr, seed):
+    return f"dylora/{method}-{rank}-{lr:g}-{seed}"
+
+
+def train_one(method, rank, lr, seed):
+    """{test metrics of every stage}"""
+    flags = ["--method", method, "--rank", rank, "--lr", lr, "--seed", seed]
+    return cell(name(method, rank, lr, seed), flags)["metrics"]
+
+
+def truncated(lr, seed):
+    """{rank: test metrics} of the trained LoRA r 32 with its update cut to the first singular values."""
+    import torch
+
+    import checkpoint
+    import train
+    from model import from_pretrained
+    out = ROOT / "out" / name("lora", FULL, lr, seed)
+    run = train.Run(train.parse(["--rank", str(FULL), "--lr", str(lr), "--seed", str(seed), "--out", str(out)]))
+    trained = from_pretrained(run.source)
+    checkpoint.load_adapter(trained, out)
+    deltas = [trained.get_submodule(place).delta().detach() for place in run.names]
+    found = {}
+    for b in CUTS:
+        with torch.no_grad():
+            for layer, delta in zip(run.layers, deltas, strict=True):
+                U, S, V = torch.linalg.svd(delta)
+                layer.lora_A.zero_()[:b] = V[:b]
+                layer.lora_B.zero_()[:, :b] = U[:, :b] * S[:b] / layer.scaling
+        found[b] = run.report(run.model)
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    args = parser.parse_args()
+    kinds = [("dylora", FULL), *(("lora", rank) for rank in CUTS)]
+    with pool(args.jobs) as workers:
+        list(workers.map(train_one, *zip(*[(*kind, lr, 0) for kind in kinds for lr in RATES], strict=True)))
+        best = {kind: min(RATES, key=lambda lr, kind=kind: validation(name(*kind, lr, 0))) for kind in kinds}
+        keys = [(*kind, best[kind], seed) for kind in kinds for seed in range(args.seeds)]
+        metrics = dict(zip(keys, workers.map(train_one, *zip(*keys, strict=True)), strict=True))
+        cuts = list(workers.map(truncated, [best["lora", FULL]] * args.seeds, range(args.seeds)))
+    rows = []
+    for seed in range(args.seeds):
+        for b in CUTS:
+            dylora = metrics["dylora", FULL, best["dylora", FULL], seed]
+            by = {"DyLoRA r 32, cut": (best["dylora", FULL], dylora["merged" if b == FULL else f"merged by cut {b}"]),
+                  "LoRA r 32, truncated by SVD": (best["lora", FULL], cuts[seed][b]),
+                  "LoRA trained at the rank": (best["lora", b], metrics["lora", b, best["lora", b], seed]["merged"])}
+            rows += [dict(adapter=adapter, rank=b, lr=lr, seed=seed, **{k: round(v, 5) for k, v in values.items()})
+                     for adapter, (lr, values) in by.items()]
+    write_csv("dylora.csv", rows)
+    print("| | " + " | ".join(f"r {b}" for b in CUTS) + " |\n" + "|---" * (len(CUTS) + 1) + "|")
+    for adapter in dict.fromkeys(row["adapter"] for row in rows):
+        cells = [[row["loss"] for row in rows if (row["adapter"], row["rank"]) == (adapter, b)] for b in CUTS]
+        print(f"| {adapter} | " + " | ".join(f"{sum(c) / len(c):.3f} ({min(c):.3f}-{max(c):.3f})" for c in cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
