@@ -71,8 +71,11 @@ def main():
     write_csv("dylora.csv", rows)
     print("| | " + " | ".join(f"r {b}" for b in CUTS) + " |\n" + "|---" * (len(CUTS) + 1) + "|")
     for adapter in dict.fromkeys(row["adapter"] for row in rows):
-        cells = [[row["loss"] for row in rows if (row["adapter"], row["rank"]) == (adapter, b)] for b in CUTS]
-        print(f"| {adapter} | " + " | ".join(f"{sum(c) / len(c):.3f} ({min(c):.3f}-{max(c):.3f})" for c in cells) + " |")
+        print(f"| {adapter}", end=" |")
+        for b in CUTS:
+            losses = [row["loss"] for row in rows if (row["adapter"], row["rank"]) == (adapter, b)]
+            print(f" {sum(losses) / len(losses):.3f} ({min(losses):.3f}-{max(losses):.3f})", end=" |")
+        print()
 
 
 if __name__ == "__main__":
