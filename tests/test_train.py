@@ -58,6 +58,8 @@ def test_every_method_trains_merges_and_leaves_a_whole_run_folder(tmp_path, base
     assert json.loads((tmp_path / "result.json").read_text()) == result
     names = {p.name for p in tmp_path.iterdir()}
     adapter = {"adapter_config.json", "adapter_model.safetensors"} if METHODS[method].adapter else set()
+    if "ranks" in result:
+        adapter.add("ranks.png")
     assert names == {"result.json", "log.csv", "curve.png", "resume.safetensors", "merged", *adapter}
     out = capsys.readouterr().out
     assert "parameters train" in out and "ref " in out and last in out
@@ -258,6 +260,48 @@ def test_several_merges_are_measured_beside_the_one_that_is_kept(tmp_path, base)
         assert alone["merged"] == several["merged by input" if how == "input" else "merged"]
 
 
+def test_a_dylora_run_can_be_cut_at_any_rank_afterwards(tmp_path, base):
+    """One run reports every power of two; --resume --cut b exports another rank without training again, and its
+    numbers are those that the first run said of it."""
+    flags = command(base, tmp_path, "--method", "dylora", "--rank", "4")
+    whole = train.main(flags)["metrics"]
+    assert list(whole) == ["base", "unmerged", "merged by cut 1", "merged by cut 2", "merged"]
+    assert len({values["loss"] for stage, values in whole.items() if stage != "unmerged"}) == 4
+    cut = train.main([*flags, "--resume", "--cut", "2"])
+    assert cut["metrics"]["merged"] == whole["merged by cut 2"] and cut["settings"]["cut"] == 2
+    assert cut["metrics"]["merged by cut 4"] == whole["merged"]
+    assert cut["metrics"]["unmerged"]["loss"] == pytest.approx(cut["metrics"]["merged"]["loss"], abs=1e-5)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 2 * 2  # q and v in one c_attn
+
+
+def test_a_reslora_run_can_be_merged_otherwise_afterwards(tmp_path, base):
+    """--resume --merge: what only merging reads may change."""
+    flags = command(base, tmp_path, "--method", "reslora")
+    several = train.main([*flags, "--merge", "regression,input"])["metrics"]
+    again = train.main([*flags, "--resume", "--merge", "input"])["metrics"]
+    assert again["merged"] == several["merged by input"] != several["merged"]
+
+
+def test_adalora_ends_with_its_budget_and_says_where_the_ranks_are(tmp_path, base):
+    """log.csv has the ranks of every layer, result.json the last ones, ranks.png shows them; the checkpoint that is
+    kept is from the last phase, even where an earlier one had a lower validation loss."""
+    flags = ["--method", "adalora", "--rank", "2", "--steps", "12", "--budget-final", "3", "--eval-every", "1"]
+    result = train.main(command(base, tmp_path, *flags))
+    rows = list(csv.DictReader(open(tmp_path / "log.csv")))
+    budgets = [sum(map(int, row["ranks"].split())) for row in rows]
+    assert budgets == sorted(budgets, reverse=True) and budgets[0] == 12 and budgets[-4:] == [8] * 4
+    assert list(result["ranks"]) == ["h.0.attn.q", "h.1.attn.q", "h.0.attn.v", "h.1.attn.v"]
+    assert " ".join(map(str, result["ranks"].values())) == rows[-1]["ranks"]
+    assert result["selected"]["step"] >= 9 and (tmp_path / "ranks.png").exists()
+    rising = [dict(step=step, val_loss=step) for step in range(1, 13)]
+    assert checkpoint.best_step(rising, 9) == 9 and checkpoint.best_step(rising) == 1
+    assert checkpoint.best_step(rising[:5], 9) == 5
+    layers = [m for m in checkpoint.load_adapter(from_pretrained(base), tmp_path)]
+    exported = {len(layer.lora_A) for layer in layers}
+    q_and_v = [result["ranks"][f"h.{i}.attn.q"] + result["ranks"][f"h.{i}.attn.v"] for i in range(2)]
+    assert exported == set(q_and_v) - {0}
+
+
 def test_rs_is_rslora_and_goes_with_every_method(tmp_path, base):
     """--method rslora = --rs = alpha times sqrt(r)."""
     runs = [train.main(command(base, tmp_path / str(i), *flags))["metrics"] for i, flags in enumerate([
@@ -418,6 +462,12 @@ def refused(capsys, argv):
     (["--warmup", "-1"], "--warmup must be 0 or more"), (["--label-smoothing", "1"], "below 1, not 1.0"),
     (["--context", "999"], "--context 999 is not in 4..256"), (["--context", "20"], "leaves no room"),
     (["--dropout", "1"], "dropout 1.0 is not in [0, 1)"), (["--alpha", "0"], "--alpha must be above 0"),
+    (["--method", "adalora", "--init-rank", "3"], "init_rank 3 is not in 4..16"),
+    (["--method", "adalora", "--budget-warmup", "4", "--budget-final", "2"], "no step between them in a run of 6"),
+    (["--method", "adalora", "--orth", "-1"], "orth -1.0 is not 0 or more"),
+    (["--method", "dylora", "--cut", "5"], "cut 5 is not in 1..4"),
+    (["--method", "lokr", "--rs"], "rank 4 makes both factors of LoKr full for a linear of 16 -> 16"),
+    (["--method", "loha", "--cut", "2"], "--cut is a flag of method dylora, not of loha"),
     (["--resume"], "there is nothing to resume"), (["--lr", "1e30"], "is not finite at step"),
     (["@nowhere.args"], "nowhere.args"), (["--seed", "x"], "invalid int value: 'x'"),
 ])
