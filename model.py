@@ -30,8 +30,7 @@ import hub
 class Attention(nn.Module):
     """(B, T, C) -> (B, T, C). mask (B, 1, 1 or T, S): True where a position may be looked at; None: causal.
 
-    cache (2, B, S, nh, hs) and pos (B, T): keys and values of what was seen, and where x's belong; x looks at
-    everything up to its own position.
+    cache (2, B, S, nh, hs), at (rows, positions): keys and values of what was seen, and where x's go.
     """
 
     def __init__(self, C, n_head):
@@ -41,14 +40,12 @@ class Attention(nn.Module):
         self.n_head = n_head
         self.q, self.k, self.v, self.o = (nn.Linear(C, C) for _ in range(4))
 
-    def forward(self, x, mask=None, cache=None, pos=None):
+    def forward(self, x, mask=None, cache=None, at=None):
         B, T, C = x.shape
         q, k, v = (f(x).view(B, T, self.n_head, -1) for f in (self.q, self.k, self.v))  # (B, T, nh, hs) each
-        if cache is not None:  # (2, B, S, nh, hs): write k, v at their positions, then read everything up to them
-            rows = torch.arange(B, device=x.device)[:, None]
-            cache[0, rows, pos], cache[1, rows, pos] = k.to(cache.dtype), v.to(cache.dtype)
+        if cache is not None:
+            cache[0][at], cache[1][at] = k.to(cache.dtype), v.to(cache.dtype)
             k, v = cache  # (B, S, nh, hs)
-            mask = (torch.arange(k.size(1), device=x.device) <= pos[..., None])[:, None]  # (B, 1, T, S)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T or S, hs)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.o(y.transpose(1, 2).reshape(B, T, C))
@@ -101,8 +98,8 @@ class GPTBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(C, eps=config.layer_norm_epsilon)
         self.mlp = MLP(C, config.n_inner or 4 * C, "tanh")  # "gelu_new" in GPT-2's config
 
-    def forward(self, x, cache=None, pos=None):
-        x = x + self.attn(self.ln_1(x), cache=cache, pos=pos)
+    def forward(self, x, mask=None, cache=None, at=None):
+        x = x + self.attn(self.ln_1(x), mask, cache, at)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -127,13 +124,21 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def hidden(self, idx, cache=None, pos=None):
-        """(B, T) token ids -> (B, T, C), before the last LayerNorm. With a cache, `pos` (B, T) says where each is."""
+        """(B, T) token ids -> (B, T, C), before the last LayerNorm.
+
+        With a cache (L, 2, B, S, nh, hs), `pos` (B, T) says where each token stands; it looks at all up to there.
+        """
         if idx.size(1) > self.context:
             raise ValueError(f"{idx.size(1)} tokens do not fit the model's context of {self.context}")
-        positions = self.wpe.weight[: idx.size(1)] if pos is None else self.wpe(pos)
-        x = self.wte(idx) + positions
-        for i, block in enumerate(self.h):
-            x = block(x) if cache is None else block(x, cache[i], pos)
+        if cache is None:
+            x = self.wte(idx) + self.wpe.weight[: idx.size(1)]
+            for block in self.h:
+                x = block(x)
+            return x
+        x, at = self.wte(idx) + self.wpe(pos), (torch.arange(len(idx), device=idx.device)[:, None], pos)
+        mask = (torch.arange(cache.size(3), device=idx.device) <= pos[..., None])[:, None]  # (B, 1, T, S)
+        for block, kept in zip(self.h, cache, strict=True):
+            x = block(x, mask, kept, at)
         return x
 
     def head(self, x):
@@ -150,40 +155,6 @@ class GPT(nn.Module):
         x, targets = picked(x, targets)
         logits = self.head(x)
         return logits, F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-
-    @torch.no_grad()
-    def generate(self, prompts, max_new, stop):
-        """Greedy continuation of a list of token lists, each up to `stop`, `max_new` tokens or the end of the context,
-        all decoded together. ValueError for a prompt that is empty or leaves no room.
-
-        Prompts are padded on the right. What the padding wrote into the cache is overwritten, position by position, by
-        the tokens generated there before anyone may look at it.
-        """
-        if not all(prompts):
-            raise ValueError("an empty prompt cannot be continued: begin with <|endoftext|>")
-        device = self.wte.weight.device
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        T = max(map(len, prompts))
-        if T >= self.context:
-            raise ValueError(f"a prompt of {T} tokens leaves no room in a context of {self.context}")
-        S = min(T + max_new, self.context)
-        room = (S - lengths).clamp(max=max_new)  # (B,)
-        idx = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=device)
-        B, nh = len(prompts), self.config.n_head
-        cache = self.wte.weight.new_zeros(len(self.h), 2, B, S, nh, self.config.n_embd // nh)
-        x = self.hidden(idx, cache, torch.arange(T, device=device).expand(B, T))
-        x = x[torch.arange(B, device=device), lengths - 1]  # (B, C): each row's last real token
-        out, done = [], torch.zeros(B, dtype=torch.bool, device=device)
-        for t in range(max_new):
-            token = self.head(x).argmax(-1)  # (B,)
-            out.append(token)
-            done |= (token == stop) | (t + 1 >= room)
-            if done.all():
-                break
-            # a row that is done writes into its last place, where it no longer reads
-            x = self.hidden(token[:, None], cache, (lengths + t).clamp(max=S - 1)[:, None])[:, 0]
-        rows = [row[:n] for row, n in zip(torch.stack(out, 1).tolist(), room.tolist(), strict=True)]
-        return [row[: row.index(stop)] if stop in row else row for row in rows]
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and model.safetensors as `transformers` reads and writes them for GPT-2."""

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import decoding
 import lora
 from methods import METHODS
 from metrics import METRICS, perplexity
@@ -248,7 +249,7 @@ def decode(model, pairs, tokenizer, max_new=96):
     texts = []
     for i in range(0, len(prompts), DECODED):
         begun = [[tokenizer.eot_token, *p] for p in prompts[i:i + DECODED]]
-        texts += model.generate(begun, max_new, tokenizer.eot_token)
+        texts += decoding.generate(model, begun, max_new, tokenizer.eot_token)
     model.train()
     return [tokenizer.decode(p).strip() for p in prompts], [tokenizer.decode(t).strip() for t in texts]
 

@@ -53,7 +53,7 @@ def task(name, folder, model, context):
     """(tokenizer, task) of a dataset for a GPT or a RoBERTa whose checkpoint lies in `folder`; ValueError for a model
     that cannot do it. A GPT's tokenizer is tiktoken's own, RoBERTa's has `build`, `pad` and `mask` instead."""
     size = model.config.vocab_size
-    if hasattr(model, "generate"):  # a GPT
+    if hasattr(model.config, "n_embd"):  # a GPT
         tokenizer = bpe.load(folder, size)
         return tokenizer, Write(tokenizer, context)
     tokenizer = bpe.RobertaTokenizer(folder, size)

@@ -82,40 +82,6 @@ def test_padding_on_the_right_changes_nothing():
     torch.testing.assert_close(model(padded)[0][:, :10], model(idx)[0])
 
 
-def test_greedy_decoding_with_the_cache_is_decoding_without():
-    """Prompts of different lengths, decoded together with a cache, give what one at a time, recomputed, gives."""
-    model = tiny_gpt()
-    prompts = [[1], [5, 4, 3, 2], [7, 7, 9, 11, 13, 2]]
-    together = model.generate(prompts, 10, stop=60)
-    for prompt, found in zip(prompts, together, strict=True):
-        ids = list(prompt)
-        for _ in range(10):
-            ids.append(model(torch.tensor([ids]))[0][0, -1].argmax().item())
-        expected = ids[len(prompt):]
-        assert found == (expected[:expected.index(60)] if 60 in expected else expected)
-
-
-def test_decoding_stops_at_the_stop_token():
-    """A row ends before its stop token; others go on."""
-    model = tiny_gpt()
-    free = model.generate([[3], [8]], 10, stop=-1)
-    stop = free[0][2]
-    short = model.generate([[3], [8]], 10, stop=stop)
-    assert short[0] == free[0][:free[0].index(stop)]
-    assert short[1] == (free[1][:free[1].index(stop)] if stop in free[1] else free[1])
-
-
-def test_every_prompt_has_its_own_room():
-    """A prompt near the end of the context cuts its own answer, not those decoded beside it."""
-    model = tiny_gpt()
-    prompts = [[3], [8] * 14, [5, 6]]  # a context of 16
-    together = model.generate(prompts, 9, stop=-1)
-    assert [len(row) for row in together] == [9, 2, 9]
-    assert together == [model.generate([prompt], 9, stop=-1)[0] for prompt in prompts]
-    with pytest.raises(ValueError, match="a prompt of 16 tokens leaves no room"):
-        model.generate([[1] * 16], 9, stop=-1)
-
-
 def test_a_fresh_model_predicts_nothing_yet():
     """GPT-2's init: the loss of a fresh model is log V."""
     model = GPT(GPTConfig(vocab_size=500, n_positions=16, n_embd=32, n_layer=4, n_head=2))

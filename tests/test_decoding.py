@@ -1,0 +1,121 @@
+"""Decoding: with the cache as without it, and as `transformers` decodes."""
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import adapt, every_variant, tiny_gpt
+
+from decoding import beam_search, generate, stream
+from model import GPT, GPTConfig
+
+
+def slowly(model, prompt, max_new, stop):
+    """Greedy, every step a whole forward of everything."""
+    ids = list(prompt)
+    for _ in range(min(max_new, model.context - len(prompt))):
+        ids.append(model(torch.tensor([ids]))[0][0, -1].argmax().item())
+    found = ids[len(prompt):]
+    return found[:found.index(stop)] if stop in found else found
+
+
+def test_greedy_decoding_with_the_cache_is_decoding_without():
+    """Prompts of different lengths, decoded together with a cache, give what one at a time, recomputed, gives."""
+    model = tiny_gpt()
+    prompts = [[1], [5, 4, 3, 2], [7, 7, 9, 11, 13, 2]]
+    together = generate(model, prompts, 10, stop=60)
+    for prompt, found in zip(prompts, together, strict=True):
+        ids = list(prompt)
+        for _ in range(10):
+            ids.append(model(torch.tensor([ids]))[0][0, -1].argmax().item())
+        expected = ids[len(prompt):]
+        assert found == (expected[:expected.index(60)] if 60 in expected else expected)
+
+
+def test_decoding_stops_at_the_stop_token():
+    """A row ends before its stop token; others go on."""
+    model = tiny_gpt()
+    free = generate(model, [[3], [8]], 10, stop=-1)
+    stop = free[0][2]
+    short = generate(model, [[3], [8]], 10, stop=stop)
+    assert short[0] == free[0][:free[0].index(stop)]
+    assert short[1] == (free[1][:free[1].index(stop)] if stop in free[1] else free[1])
+
+
+def test_every_prompt_has_its_own_room():
+    """A prompt near the end of the context cuts its own answer, not those decoded beside it."""
+    model = tiny_gpt()
+    prompts = [[3], [8] * 14, [5, 6]]  # a context of 16
+    together = generate(model, prompts, 9, stop=-1)
+    assert [len(row) for row in together] == [9, 2, 9]
+    assert together == [generate(model, [prompt], 9, stop=-1)[0] for prompt in prompts]
+    with pytest.raises(ValueError, match="a prompt of 16 tokens leaves no room"):
+        generate(model, [[1] * 16], 9, stop=-1)
+
+
+@every_variant
+def test_unmerged_adapters_decode_with_the_cache_as_without(method, hparams):
+    """ResLoRA's shortcuts read other layers' activations of the same positions: token for token the same text, which
+    is another one than the base's."""
+    model = tiny_gpt()
+    prompts = [[1], [5, 4, 3, 2], [7, 7, 9, 11, 13, 2]]
+    base = generate(model, prompts, 9, stop=60)
+    adapt(model, method, hparams, targets=("q", "v", "up"))
+    model.eval()
+    found = generate(model, prompts, 9, stop=60)
+    assert found == [slowly(model, prompt, 9, 60) for prompt in prompts]
+    assert found != base
+
+
+def test_sampling_draws_from_the_softmax():
+    """Frequencies of the first token over 4,000 draws are the probabilities at that temperature, among the top k;
+    a seed repeats its draws."""
+    model = tiny_gpt()
+    logits = model(torch.tensor([[5, 4]]))[0][0, -1]
+    for temperature, k in ((1.0, 0), (0.5, 4)):
+        first = next(stream(model, [[5, 4]] * 4000, 1, -1, temperature=temperature, top_k=k))
+        p = (logits / temperature).softmax(0)
+        if k:
+            p = torch.where(p >= p.topk(k).values[-1], p, 0.0)
+            assert len(set(first)) <= k
+        p /= p.sum()
+        frequency = torch.bincount(torch.tensor(first), minlength=61) / 4000
+        assert (frequency - p).abs().max() < 4 * math.sqrt(0.25 / 4000)
+    one, two, other = (generate(model, [[5, 4]], 9, -1, temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    assert one == two != other
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.7, 1.0, 2.0])
+def test_enough_beams_find_the_best_of_all_texts(penalty):
+    """A vocabulary of 5, up to 4 tokens: with a beam for every beginning it is the best of all by exhaustion."""
+    torch.manual_seed(2)
+    model = GPT(GPTConfig(vocab_size=5, n_positions=8, n_embd=8, n_layer=2, n_head=2)).double()
+    with torch.no_grad():
+        model.wte.weight.normal_()
+    stop, prompt = 4, [1, 2]
+
+    def score(y):
+        logp = model(torch.tensor([prompt + y]))[0][0].log_softmax(1)
+        return sum(logp[len(prompt) - 1 + i, t].item() for i, t in enumerate(y)) / len(y) ** penalty
+    texts = [list(y) for n in (1, 2, 3, 4) for y in itertools.product(range(5), repeat=n)
+             if stop not in y[:-1] and (y[-1] == stop or n == 4)]
+    best = max(texts, key=score)
+    assert beam_search(model, [prompt], 4, stop, beams=64, length_penalty=penalty) == [[t for t in best if t != stop]]
+
+
+@pytest.mark.parametrize("beams, penalty", [(1, 1.0), (3, 0.9), (10, 0.9), (4, 2.0)])
+def test_beam_search_is_that_of_transformers(tmp_path, beams, penalty):
+    """Token for token, for prompts of different lengths decoded together; one beam is greedy decoding."""
+    transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
+    model = tiny_gpt(torch.float32)
+    model.save_pretrained(tmp_path)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    prompts = [[1, 9], [5, 4, 3, 2], [7, 7, 9, 11, 13, 2], [3]]
+    found = beam_search(model, prompts, 9, 60, beams, penalty)
+    if beams == 1:
+        assert found == generate(model, prompts, 9, 60)
+    for prompt, y in zip(prompts, found, strict=True):
+        out = theirs.generate(torch.tensor([prompt]), max_new_tokens=9, num_beams=beams, length_penalty=penalty,
+                              early_stopping=False, do_sample=False, eos_token_id=60, pad_token_id=60)
+        out = out[0, len(prompt):].tolist()
+        assert y == (out[:out.index(60)] if 60 in out else out)
