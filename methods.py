@@ -1,6 +1,9 @@
 """The one registry. A new method is a file and a line here."""
 from typing import NamedTuple
 
+import torch.nn as nn
+
+import lora
 from baselines.adalora import AdaLoRALinear
 from baselines.dylora import DyLoRALinear
 from baselines.loha import LoHaLinear
@@ -8,7 +11,7 @@ from baselines.lokr import LoKrLinear
 from deltalora import DeltaLoRALinear
 from lora import LoRALinear
 from reslora import MERGES, SHORTCUTS, ResLoRALinear
-from rslora import RsLoRALinear
+from rslora import RsLoRALinear, rank_stabilised
 
 
 class Method(NamedTuple):
@@ -53,3 +56,24 @@ METHODS = {
     "full": Method(None, trains_base=True),
     "head": Method(None),
 }
+
+
+def adapt(model, settings):
+    """Make a model what a run trains: (class or None, layers). settings: method, rank, alpha, dropout, targets, rs and
+    the method's own flags, as in result.json. A classifier's head, fresh or not, is trained with every adapter."""
+    method, layers = METHODS[settings["method"]], []
+    adapter = rank_stabilised(method.adapter) if settings["rs"] else method.adapter
+    if adapter:
+        targets = settings["targets"].split(",")
+        for name, m in model.named_modules():
+            if not name.startswith("h.") and isinstance(m, nn.Linear) and name.split(".")[-1] in targets:
+                raise ValueError(f"--targets {settings['targets']}: {name} belongs to the head, which is no place for "
+                                 "an adapter")
+        own = {name: settings[name] for name in method.flags}
+        layers = lora.apply(model, adapter, targets, r=settings["rank"], alpha=settings["alpha"],
+                            dropout=settings["dropout"], **own)
+    elif not method.trains_base:
+        model.requires_grad_(False)
+    if model.classifier:
+        model.classifier.requires_grad_(True)
+    return adapter, layers

@@ -26,6 +26,12 @@ from safetensors.torch import load_file, save_file
 
 import hub
 
+ROOT = Path(__file__).resolve().parent
+# Names for checkpoints: the two that are shipped, and the hub's
+MODELS = {"tiny-gpt": ROOT / "data/tiny-gpt", "tiny-roberta": ROOT / "data/tiny-roberta",
+          **{f"gpt2{s}": f"openai-community/gpt2{s}" for s in ("", "-medium", "-large", "-xl")},
+          **{f"roberta-{s}": f"FacebookAI/roberta-{s}" for s in ("base", "large")}}
+
 
 class Attention(nn.Module):
     """(B, T, C) -> (B, T, C). mask (B, 1, 1 or T, S): True where a position may be looked at; None: causal.
@@ -403,7 +409,8 @@ def check_keys(found, wanted, where):
 
 
 def locate(source):
-    """A local checkpoint folder for a folder or a Hugging Face hub id."""
+    """A local checkpoint folder for a name of MODELS, a folder or a Hugging Face hub id."""
+    source = MODELS.get(source, source)
     if Path(source).is_dir():
         return Path(source)
     if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:

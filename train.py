@@ -10,13 +10,9 @@ The page reads top to bottom: settings; the pieces of a loop; the run: its setti
 import argparse
 import copy
 import math
-import os
 import platform
-import re
-import shlex
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -26,15 +22,11 @@ import checkpoint
 import data
 import decoding
 import lora
-from methods import METHODS
+from cli import Parser, command, pick_device
+from methods import METHODS, adapt
 from metrics import METRICS, perplexity
-from model import from_pretrained, locate
-from rslora import rank_stabilised
+from model import MODELS, from_pretrained, locate
 
-ROOT = Path(__file__).resolve().parent
-MODELS = {"tiny-gpt": ROOT / "data/tiny-gpt", "tiny-roberta": ROOT / "data/tiny-roberta",
-          **{f"gpt2{s}": f"openai-community/gpt2{s}" for s in ("", "-medium", "-large", "-xl")},
-          **{f"roberta-{s}": f"FacebookAI/roberta-{s}" for s in ("base", "large")}}
 # What fits half a minute on two CPU cores with the embedded models: steps, examples per step, learning rate. Full
 # fine-tuning wants a smaller rate than an adapter.
 DEFAULTS = {
@@ -62,16 +54,9 @@ CALIBRATION_LABELLED = 128  # the same for a classifier: its texts are short, an
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message)
-
-
 def parse(argv):
     """Flags -> a namespace without a None that matters; ValueError for what does not fit together."""
-    parser = Parser("train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False, fromfile_prefix_chars="@", epilog="@FILE reads flags from a file, one a line.")
-    parser.convert_arg_line_to_args = lambda line: shlex.split(re.sub(r"(^|\s)#.*", "", line))
+    parser = Parser("train.py", __doc__)
     add = parser.add_argument_group("method").add_argument
     add("--method", default="lora", help=", ".join(METHODS))
     add("--rank", type=int, help="r, 1 up to the smaller side of the linears (8)")
@@ -110,11 +95,7 @@ def parse(argv):
     add("--eval-every", type=int, help="steps between validations, each a checkpoint (a tenth of the run)")
     add("--resume", action="store_true", help="go on from the run folder's last checkpoint")
     add("--save-merged", action="store_true", help="write merged/, a checkpoint that transformers loads")
-    try:
-        args = parser.parse_args(argv)
-    except RecursionError:
-        raise ValueError("a file of flags includes itself") from None
-
+    args = parser.parse_args(argv)
     if args.method not in METHODS:
         raise ValueError(f"unknown method {args.method!r}: choose from {', '.join(METHODS)}")
     if args.dataset is None:
@@ -166,22 +147,6 @@ def parse(argv):
         raise ValueError(f"--out {args.out} is a file, not a folder")
     args.device, args.dtype, args.amp = pick_device(args.device, args.dtype)
     return args
-
-
-def pick_device(name, dtype):
-    """(device, dtype, autocast context) of --device and --dtype."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"unknown device {name!r}: choose cpu, cuda or mps") from None
-    ready = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not ready.get(device.type, False):
-        raise ValueError(f"--device {name}: this machine or this build of torch has none")
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-    return device, dtype, torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,7 +245,7 @@ class Run:
     def __init__(self, args):
         self.args = args
         torch.manual_seed(args.seed)
-        self.source = locate(MODELS.get(args.model, args.model))
+        self.source = locate(args.model)
         if self.source.resolve() in (args.out.resolve(), (args.out / "merged").resolve()):
             raise ValueError(f"--model {args.model} lies in the run folder {args.out}, which this run replaces: "
                              "choose another --out")
@@ -312,22 +277,11 @@ class Run:
         args.eval_every = min(args.eval_every or math.ceil(args.steps / 10), args.steps)
 
         method = METHODS[args.method]
-        self.Adapter = rank_stabilised(method.adapter) if args.rs else method.adapter
         hparams = {name: getattr(args, name, spec.get("default")) for name, spec in method.flags.items()}
         hparams = {name: value(args.steps) if callable(value) else value for name, value in hparams.items()}
         self.model.to(args.device)
-        self.layers, self.first = [], 1  # the first step whose weights may be kept
-        if self.Adapter:
-            targets = args.targets.split(",")
-            for name, m in self.model.named_modules():
-                if not name.startswith("h.") and isinstance(m, torch.nn.Linear) and name.split(".")[-1] in targets:
-                    raise ValueError(f"--targets {args.targets}: {name} belongs to the head, which is no place for it")
-            self.layers = lora.apply(self.model, self.Adapter, targets, r=args.rank, alpha=args.alpha,
-                                     dropout=args.dropout, **hparams)
-        elif not method.trains_base:
-            self.model.requires_grad_(False)
-        if self.labels:  # the head, fresh or the checkpoint's, is trained and saved with the adapter
-            self.model.classifier.requires_grad_(True)
+        self.first = 1  # the first step whose weights may be kept
+        self.Adapter, self.layers = adapt(self.model, {**vars(args), **hparams})
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         name_of = {m: name for name, m in self.model.named_modules()}
         self.names = [name_of[layer] for layer in self.layers]
@@ -492,6 +446,15 @@ def show(run):
 
 def train(args):
     """One run from flags to result.json, whose content is returned."""
+    try:
+        return one_run(args)
+    finally:  # a run that left nothing leaves no folder either
+        if args.out.is_dir() and not any(args.out.iterdir()):
+            args.out.rmdir()
+
+
+def one_run(args):
+    """Set up, train, merge, report."""
     started = time.time()
     run = Run(args)
     # what cannot be resumed, or does not suit the method, is refused before anything is computed
@@ -532,33 +495,7 @@ def train(args):
 
 def main(argv=None):
     """The command line: bad input is one line and exit code 2."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
-    args = None
-    try:
-        args = parse(argv)
-        return train(args)
-    except BrokenPipeError:  # the reader of our output, `head` say, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
-    except (ValueError, OSError) as e:
-        print("train.py: " + " ".join(str(e).split()), file=sys.stderr)
-        raise SystemExit(2) from None
-    except torch.OutOfMemoryError as e:
-        print(f"train.py: out of memory: a smaller --batch-size, with --grad-accum to make up for it, may help ({e})"
-              .splitlines()[0], file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("train.py: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except Exception as e:
-        if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
-        print(f"train.py: --compile does not work on this machine: {' '.join(str(e).split()[:12])}", file=sys.stderr)
-        raise SystemExit(2) from None
-    finally:  # a run that left nothing leaves no folder either
-        if args and args.out.is_dir() and not any(args.out.iterdir()):
-            args.out.rmdir()
+    return command("train.py", parse, train, argv)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+"""What the commands share: flags, devices, and errors as one line with exit code 2."""
+import argparse
+import os
+import re
+import shlex
+import sys
+from contextlib import nullcontext
+
+import torch
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags are written in full; @FILE reads flags from a file, # begins a comment there. Errors are ValueErrors."""
+
+    def __init__(self, name, description):
+        super().__init__(name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, fromfile_prefix_chars="@",
+                         epilog="@FILE reads flags from a file, one a line.")
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(re.sub(r"(^|\s)#.*", "", line))
+
+    def error(self, message):
+        raise ValueError(message)
+
+    def parse_args(self, argv=None):
+        try:
+            return super().parse_args(argv)
+        except RecursionError:
+            raise ValueError("a file of flags includes itself") from None
+
+
+def pick_device(name, dtype):
+    """(device, dtype, autocast context) of --device and --dtype."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}: choose cpu, cuda or mps") from None
+    ready = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not ready.get(device.type, False):
+        raise ValueError(f"--device {name}: this machine or this build of torch has none")
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return device, dtype, torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+def command(name, parse, run, argv=None):
+    """run(parse(argv)), with every expected failure as one line on stderr."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
+
+    def end(message, code=2):
+        print(f"{name}: " + " ".join(message.split()), file=sys.stderr)
+        raise SystemExit(code) from None
+    try:
+        return run(parse(argv))
+    except BrokenPipeError:  # the reader of our output, `head` say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except (ValueError, OSError) as e:
+        end(str(e))
+    except torch.OutOfMemoryError as e:
+        end(f"out of memory: a smaller --batch-size may help, in training with --grad-accum ({str(e).splitlines()[0]})")
+    except KeyboardInterrupt:
+        end("interrupted", 130)
+    except Exception as e:
+        if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        end(f"--compile does not work on this machine: {' '.join(str(e).split()[:12])}")
