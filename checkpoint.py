@@ -367,6 +367,17 @@ def read_state(path, settings):
     return tensors, step, rows
 
 
+def load_best(path, model):
+    """Put the weights that a run kept, or has so far, into a model made with its settings."""
+    tensors = read_safetensors(path)
+    kind = "best." if any(key.startswith("best.") for key in tensors) else "model."
+    found, wanted = {key.removeprefix(kind): t for key, t in tensors.items() if key.startswith(kind)}, changing(model)
+    check_keys(found, wanted, path)
+    with torch.no_grad():
+        for name, t in wanted.items():
+            t.copy_(found[name])
+
+
 def load_state(path, model, optimizer, settings, first=1):
     """Put a saved state back into a model and an optimizer made with the same settings.
 

@@ -1,4 +1,5 @@
-"""What predictions are worth. accuracy to spearman: numpy arrays of equal length in, a float out.
+"""What predictions are worth. accuracy to spearman: numpy arrays of equal length in, a float out; bleu, nist and
+rouge_l: texts and their references.
 
 GLUE (Wang et al. 2018, arXiv:1804.07461) reports accuracy, F1 for MRPC and QQP, Matthews' correlation for CoLA,
 Pearson's and Spearman's for STS-B. They are 1 for perfect predictions. Where there is a single class F1 and the
@@ -49,6 +50,36 @@ def exact_match(found, truth):
 def perplexity(loss):
     """e to the mean loss in nats per token."""
     return math.exp(min(loss, 700))  # e^709 is the last that a float holds
+
+
+# Generated texts, each beside a list of references. METEOR and CIDEr, which E2E also reports, are left out: the
+# official ones need Java or data from the network, and other versions give other numbers.
+
+def bleu(texts, references):
+    """BLEU-4 of the corpus by sacrebleu (Post 2018, arXiv:1804.08771), 0 to 100, tokenised by 13a, case kept."""
+    import sacrebleu
+    most = max(map(len, references))
+    streams = [[some[i] if i < len(some) else None for some in references] for i in range(most)]
+    return sacrebleu.corpus_bleu(texts, streams).score
+
+
+def nist(texts, references):
+    """NIST-5 of the corpus by nltk (Doddington 2002), 0 for nothing in common, tokenised as for BLEU."""
+    from nltk.translate.nist_score import corpus_nist
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+    split = Tokenizer13a()
+    texts = [split(text).split() for text in texts]
+    if not any(len(text) >= 5 for text in texts):
+        return 0.0  # nltk divides by the number of 5-grams
+    return float(corpus_nist([[split(r).split() for r in some] for some in references], texts, 5))
+
+
+def rouge_l(texts, references):
+    """Mean F1 of the longest common subsequence with the best reference (Lin 2004) by rouge-score, 0 to 1, no stems."""
+    from rouge_score.rouge_scorer import RougeScorer
+    scorer = RougeScorer(["rougeL"])
+    found = [scorer.score_multi(some, text)["rougeL"].fmeasure for text, some in zip(texts, references, strict=True)]
+    return sum(found) / len(found)
 
 
 METRICS = {f.__name__: f for f in (accuracy, f1, matthews, pearson, spearman)}  # of labels

@@ -56,3 +56,35 @@ def test_exact_match_and_perplexity():
     """Shares of equal answers; e^loss, finite for any loss."""
     assert metrics.exact_match([1, None, 3.0], [1, 2, 3]) == pytest.approx(2 / 3)
     assert metrics.perplexity(math.log(7)) == pytest.approx(7) and math.isfinite(metrics.perplexity(1e9))
+
+
+# Generated texts: the examples that the libraries publish
+
+def test_bleu_is_sacrebleus_published_example():
+    """README of sacrebleu: two references each, 48.53; a text with one reference less counts the others."""
+    texts = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
+    references = [["The dog bit the man.", "The dog had bit the man."],
+                  ["It was not unexpected.", "No one was surprised."],
+                  ["The man bit him first.", "The man had bitten the dog."]]
+    assert metrics.bleu(texts, references) == pytest.approx(48.530827)
+    assert metrics.bleu(texts, [*references[:2], references[2][:1]]) < 48
+    assert metrics.bleu(texts, [["nothing", *some] for some in references]) == pytest.approx(48.530827)
+
+
+def test_rouge_l_is_its_published_example():
+    """README of rouge-score: precision 5/8, recall 5/9; of several references the best one counts."""
+    text, reference = "The quick brown dog jumps on the log.", "The quick brown fox jumps over the lazy dog"
+    assert metrics.rouge_l([text], [[reference]]) == pytest.approx(2 * 5 / 8 * 5 / 9 / (5 / 8 + 5 / 9))
+    assert metrics.rouge_l([text, text], [[reference, text], ["nothing"]]) == pytest.approx(0.5)
+
+
+def test_nist_is_nltks_published_example():
+    """Documentation of nltk.translate.nist_score: 3.3709 and 1.4619 for the two hypotheses; nothing in common is 0."""
+    references = ["It is a guide to action that ensures that the military will forever heed Party commands",
+                  "It is the guiding principle which guarantees the military forces always being under the command of "
+                  "the Party", "It is the practical guide for the army always to heed the directions of the party"]
+    first = "It is a guide to action which ensures that the military always obeys the commands of the party"
+    second = "It is to insure the troops forever hearing the activity guidebook that party direct"
+    assert metrics.nist([first], [references]) == pytest.approx(3.3709, abs=1e-4)
+    assert metrics.nist([second], [references]) == pytest.approx(1.4619, abs=1e-4)
+    assert metrics.nist(["", "no"], [["a b"], ["c"]]) == 0

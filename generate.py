@@ -1,0 +1,187 @@
+"""Write with what was trained: the base and the adapter of a run folder, merged unless told otherwise.
+
+    python generate.py out/<run> "name : The Mill | food : Italian | area : riverside"       streams to the terminal
+    python generate.py out/<run> --dataset e2e --data-dir FOLDER --beams 10 --length-penalty .9
+                                                   a whole split, with BLEU, NIST, ROUGE-L against all references
+"""
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import data
+import decoding
+import lora
+import metrics
+from cli import Parser, command, pick_device
+from methods import METHODS, adapt
+from model import from_pretrained, locate, read_json, write
+
+
+def parse(argv):
+    """Flags -> a namespace; ValueError for what does not fit together."""
+    parser = Parser("generate.py", __doc__)
+    parser.add_argument("run", type=Path, help="a run folder of train.py")
+    parser.add_argument("texts", nargs="*", help="records, or beginnings where the run learned plain text")
+    add = parser.add_argument_group("instead of texts").add_argument
+    add("--dataset", help="write for every record of a split (the run's own)")
+    add("--split", default="test", choices=("train", "validation", "test"))
+    add("--data-dir", help="read the dataset from this folder")
+    add("--first", type=int, help="only so many records")
+    add("--out", type=Path, help="predictions, one JSON object a line (predictions-<split>.jsonl in the run folder)")
+    add = parser.add_argument_group("adapter").add_argument
+    add("--unmerged", action="store_true", help="keep the adapter's layers: slower, to compare")
+    add("--cut", type=int, help="a DyLoRA run: use this rank (that of the run)")
+    add = parser.add_argument_group("decoding").add_argument
+    add("--max-new", type=int, help="tokens at most (96, gsm8k 256)")
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 draws from the model (0)")
+    add("--top-k", type=int, default=0, help="draw from this many tokens; 0: from all (0)")
+    add("--beams", type=int, default=1, help="beam search; 1: none (1)")
+    add("--length-penalty", type=float, default=1.0, help="beams are ranked by log P / length ** this (1)")
+    add("--seed", type=int, default=0, help="of drawing")
+    add("--batch-size", type=int, default=32, help="records at a time (32)")
+    add("--device", default="auto", help="cpu, cuda, mps (cuda, else cpu)")
+    args = parser.parse_args(argv)
+    if args.texts and (args.dataset or args.out or args.first or args.data_dir):
+        raise ValueError("give texts, or a dataset with --dataset, --split, --data-dir, --first and --out, not both")
+    for name in ("max_new", "beams", "batch_size", "first"):
+        if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(args, name)}")
+    if not 0 <= args.temperature < float("inf") or args.top_k < 0:
+        raise ValueError(f"--temperature {args.temperature} and --top-k {args.top_k} must be 0 or more")
+    if args.beams > 1 and args.temperature:
+        raise ValueError(f"--beams {args.beams} search, --temperature {args.temperature} draws: choose one")
+    if args.top_k and not args.temperature:
+        raise ValueError(f"--top-k {args.top_k} says nothing without --temperature")
+    if not -100 <= args.length_penalty <= 100:
+        raise ValueError(f"--length-penalty {args.length_penalty} is not in -100..100")
+    args.device, _, _ = pick_device(args.device, "float32")
+    return args
+
+
+def load_run(folder, unmerged=False, cut=None):
+    """(model in eval mode, settings, folder of the base) of a run folder.
+
+    Merged: the base with the exported adapter folded in, or what full fine-tuning made of it. Unmerged, or with a cut:
+    the method's own layers with the weights that the run kept. ValueError for a folder without a finished run.
+    """
+    settings = read_json(folder / "result.json").get("settings")
+    known = {"model", "method", "dataset", "base_weights", "rank", "alpha", "dropout", "targets", "rs", "context"}
+    if not isinstance(settings, dict) or known - settings.keys() or settings["method"] not in METHODS:
+        raise ValueError(f"{folder / 'result.json'} holds no settings of a run")
+    method = METHODS[settings["method"]]
+    if data.labels(settings["dataset"]):
+        raise ValueError(f"{folder} classifies {settings['dataset']}: it writes no texts")
+    if cut is not None and "cut" not in method.flags:
+        raise ValueError(f"--cut {cut} is for a DyLoRA run, {folder} is one of {settings['method']}")
+    source = locate(settings["model"])
+    if checkpoint.fingerprint(source / "model.safetensors") != settings["base_weights"]:
+        raise ValueError(f"{source} has other weights than those that {folder} was trained on")
+    model = from_pretrained(source)
+    if method.adapter and not unmerged and cut is None:
+        checkpoint.load_adapter(model, folder)
+        lora.merge(model)
+    else:
+        adapt(model, {**settings, **({} if cut is None else {"cut": cut})})
+        checkpoint.load_best(folder / "resume.safetensors", model)
+        if cut is not None and not unmerged:
+            lora.merge(model)
+    return model.eval(), settings, source
+
+
+def encode(tokenizer, text, dataset):
+    """A record, or the beginning of a plain text -> the prompt as the run saw it."""
+    text = text if dataset in data.PLAIN else text + " ||"
+    return [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
+
+
+def write_one(model, tokenizer, prompt, args):
+    """Print a continuation while it comes."""
+    if args.beams > 1:
+        ids, = decoding.beam_search(model, [prompt], args.max_new, tokenizer.eot_token, args.beams, args.length_penalty)
+        print(tokenizer.decode(ids).strip())
+        return
+    ids, shown = [], ""
+    for (token,) in decoding.stream(model, [prompt], args.max_new, tokenizer.eot_token, args.temperature, args.top_k,
+                                    args.seed):
+        if token is not None:
+            ids.append(token)
+            text = tokenizer.decode(ids).lstrip()
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else the rest of a character comes with the next token
+                print(text[len(shown):], end="", flush=True)
+                shown = text
+    print(tokenizer.decode(ids).lstrip()[len(shown):])
+
+
+def write_many(model, tokenizer, records, args, dataset):
+    """[text] for records, those of similar length together."""
+    prompts = [encode(tokenizer, record, dataset) for record in records]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    texts = {}
+    for start in tqdm(range(0, len(order), args.batch_size), disable=None, unit="batch"):
+        some = order[start:start + args.batch_size]
+        batch, stop = [prompts[i] for i in some], tokenizer.eot_token
+        if args.beams > 1:
+            found = decoding.beam_search(model, batch, args.max_new, stop, args.beams, args.length_penalty)
+        else:
+            found = decoding.generate(model, batch, args.max_new, stop, temperature=args.temperature,
+                                      top_k=args.top_k, seed=args.seed + start)
+        texts.update({i: tokenizer.decode(ids).strip() for i, ids in zip(some, found, strict=True)})
+    return [texts[i] for i in range(len(records))]
+
+
+def judge(dataset, records, texts, references):
+    """{metric: value}: the dataset's own, and where a record has references those of machine translation."""
+    scorer = getattr(data.module(dataset), "score", None)
+    pairs = [(record, some[0]) for record, some in zip(records, references, strict=True)]
+    found = scorer(pairs, texts) if scorer else {}
+    if not getattr(data.module(dataset), "METRICS", ()):
+        found.update(BLEU=metrics.bleu(texts, references), NIST=metrics.nist(texts, references),
+                     ROUGE_L=metrics.rouge_l(texts, references))
+    return found
+
+
+def generate(args):
+    """From flags to texts; returns the metrics of a split, else None."""
+    model, settings, source = load_run(args.run, args.unmerged, args.cut)
+    dataset = args.dataset or settings["dataset"]
+    if dataset not in data.DATASETS or data.labels(dataset):
+        raise ValueError(f"--dataset {dataset} is not one of texts to write: choose "
+                         + ", ".join(name for name in data.DATASETS if not data.labels(name)))
+    model.to(args.device)
+    tokenizer, _ = data.task(dataset, source, model, model.context)
+    args.max_new = args.max_new or getattr(data.module(dataset), "MAX_NEW", 96)
+    if args.texts:
+        for text in args.texts:
+            write_one(model, tokenizer, encode(tokenizer, text, dataset), args)
+        return None
+    if dataset in data.PLAIN:
+        raise ValueError(f"{dataset} has no records to write for: give the beginnings of texts")
+    of = {}  # record -> its references
+    for record, text in data.load(dataset, args.data_dir or settings.get("data_dir"))[args.split]:
+        of.setdefault(record, []).append(text)
+    records = list(of)[:args.first]
+    texts, references = write_many(model, tokenizer, records, args, dataset), [of[record] for record in records]
+    out = args.out or args.run / f"predictions-{args.split}.jsonl"
+    rows = [json.dumps(dict(record=record, text=text, references=some)) + "\n"
+            for record, text, some in zip(records, texts, references, strict=True)]
+    write(out, lambda part: part.write_text("".join(rows)))
+    for record, text in list(zip(records, texts, strict=True))[:3]:
+        print(f"{record}\n  -> {text}")
+    found = judge(dataset, records, texts, references)
+    print(f"\n{dataset} ({args.split}): {len(records)} records, {sum(map(len, references))} references; texts in {out}")
+    print("".join(f"{name:>10}" for name in found))
+    print("".join(f"{value:10.4f}" for value in found.values()))
+    return found
+
+
+def main(argv=None):
+    """The command line: bad input is one line and exit code 2."""
+    with torch.inference_mode():
+        return command("generate.py", parse, generate, argv)
+
+
+if __name__ == "__main__":
+    main()
