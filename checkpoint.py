@@ -33,6 +33,9 @@ from model import (
 )
 
 TOKENIZERS = bpe.FILE, "vocab.json", "merges.txt"  # the last two are what `transformers` reads
+STATE = "resume.safetensors", "log.csv"
+RESULTS = ("result.json", "curve.png", "ranks.png", "adapter_config.json", "adapter_model.safetensors",
+           *(f"merged/{name}" for name in ("config.json", "model.safetensors", *TOKENIZERS)))
 PREFIX = "base_model.model."  # PEFT's, before every key
 # The first value is also what an absent key means. With others the adapter is no plain LoRA: PEFT's pissa, olora, corda
 # and the like change W itself, again at every loading.
@@ -50,11 +53,9 @@ def prepare(folder):
         raise ValueError(f"--out {folder} cannot be written to: {e.strerror or e}") from None
 
 
-def clear(folder):
-    """Remove what an earlier run left in a run folder."""
-    merged = *(f"merged/{name}" for name in TOKENIZERS), "merged/config.json", "merged/model.safetensors"
-    for name in ("adapter_config.json", "adapter_model.safetensors", "resume.safetensors", "result.json", "log.csv",
-                 "curve.png", "ranks.png", *merged):
+def clear(folder, names):
+    """Remove what an earlier run, or an earlier merge, left in a run folder."""
+    for name in names:
         (folder / name).unlink(missing_ok=True)
     if (folder / "merged").is_dir() and not any((folder / "merged").iterdir()):
         (folder / "merged").rmdir()
@@ -355,13 +356,19 @@ def read_state(path, settings):
             step, before, rows = (json.loads(f.metadata()[key]) for key in ("step", "settings", "rows"))
             tensors = {key: f.get_tensor(key) for key in f.keys()}
         different = [key for key in sorted(settings.keys() | before.keys()) if settings.get(key) != before.get(key)]
-        if not (isinstance(step, int) and rows[-1]["step"] == step):
-            raise ValueError(f"its step is {step}, the last row of its log another")
-        best_step(rows), rows[-1]["seconds"]  # fail here if these are not the rows of a log
+        steps = [row["step"] for row in rows]
+        if not (type(step) is int and steps[-1] == step and steps == sorted(set(steps)) and steps[0] > 0):
+            raise ValueError(f"its step is {step}, those of its log are {steps[-3:]}")
+        if not all(row.keys() == rows[0].keys() for row in rows):
+            raise ValueError("the rows of its log have different columns")
+        best_step(rows), rows[-1]["seconds"] + 0  # fail here if these are not the rows of a log
+        for name, t in tensors.items():
+            if t.is_floating_point() and not t.isfinite().all():
+                raise ValueError(f"{name} holds NaN or inf")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
         raise ValueError(f"{path} is damaged: {e!r}") from None
     if different:
-        key = different[0]
+        key = next((key for key in ("method", "model", "dataset") if key in different), different[0])
         raise ValueError(f"cannot resume {path.parent} with {key} {settings.get(key)}: "
                          f"it began with {before.get(key)}")
     return tensors, step, rows

@@ -84,8 +84,10 @@ def load_run(folder, unmerged=False, cut=None):
         checkpoint.load_adapter(model, folder)
         lora.merge(model)
     else:
-        adapt(model, {**settings, **({} if cut is None else {"cut": cut})})
+        adapter, layers = adapt(model, {**settings, **({} if cut is None else {"cut": cut})})
         checkpoint.load_best(folder / "resume.safetensors", model)
+        if cut is not None:
+            adapter.calibrate(layers, None)
         if cut is not None and not unmerged:
             lora.merge(model)
     return model.eval(), settings, source

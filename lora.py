@@ -36,8 +36,8 @@ class LoRALinear(nn.Module):
         d_out, d_in = linear.weight.shape
         if not (isinstance(r, int) and 1 <= r <= min(d_in, d_out)):
             raise ValueError(f"rank {r} is not in 1..{min(d_in, d_out)} for a linear of {d_in} -> {d_out}")
-        if not (alpha > 0 and math.isfinite(alpha)):
-            raise ValueError(f"alpha {alpha} is not above 0")
+        if not 0 < alpha <= 1e6:
+            raise ValueError(f"alpha {alpha} is not above 0 and at most 10^6")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout {dropout} is not in [0, 1)")
         self.weight, self.bias = linear.weight, linear.bias
@@ -100,7 +100,7 @@ class LoRALinear(nn.Module):
 
     @staticmethod
     def ranks(layers):
-        """[rank of each layer now], for a method that changes them; None for all others."""
+        """[rank given to each layer], for a method that changes it; None for all others."""
 
     @staticmethod
     def calibrate(layers, run, how=None):

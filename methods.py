@@ -21,6 +21,11 @@ class Method(NamedTuple):
     trains_base: bool = False
 
 
+def ranks(text):
+    """"8,4" -> [8, 4]"""
+    return [int(b) for b in text.split(",")]
+
+
 METHODS = {
     "lora": Method(LoRALinear),
     "rslora": Method(RsLoRALinear),
@@ -48,7 +53,8 @@ METHODS = {
     }),
     "dylora": Method(DyLoRALinear, {
         "frozen": dict(action="store_true", default=False, help="train the last of the drawn ranks alone"),
-        "cut": dict(type=int, help="the rank to validate, merge and export at (--rank); others are measured beside it"),
+        "cut": dict(type=ranks, help="the rank to merge and export at; more, after commas, are measured beside it "
+                                     "(--rank, and the powers of two)"),
     }, for_merging=("cut",)),
     "loha": Method(LoHaLinear),
     "lokr": Method(LoKrLinear),

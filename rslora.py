@@ -27,7 +27,8 @@ class RsLoRALinear(LoRALinear):
 
 
 def rank_stabilised(adapter):
-    """A class like LoRALinear -> the same method with rsLoRA's scale."""
+    """A class like LoRALinear -> the same method with rsLoRA's scale; made here, so its layers cannot be pickled (their
+    state dicts can)."""
     return type("Rs" + adapter.__name__, (adapter,), {"scale": staticmethod(RsLoRALinear.scale)})
 
 

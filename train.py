@@ -298,7 +298,8 @@ class Run:
         self.parameters = {"trainable": trainable, "total": total}
         sizes = ", ".join(f"{len(examples)} {split}" for split, examples in self.examples.items())
         print(f"data     {args.dataset}: {sizes} examples" + f"; {cut} texts cut at {args.context} tokens" * bool(cut))
-        chosen = "".join(f", {k} {','.join(v) if isinstance(v, list) else v}" for k, v in hparams.items())
+        chosen = "".join(f", {name} {','.join(map(str, value)) if isinstance(value, list) else value}"
+                         for name, value in hparams.items() if value is not None)
         print(f"method   {args.method}{chosen}; {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
         print(f"machine  {args.device}, {args.dtype}; "
               f"{args.steps} steps of {args.batch_size * args.grad_accum} examples, learning rate {args.lr:g}")
@@ -340,6 +341,7 @@ def fit(run):
     if args.resume:
         done, rows, best = checkpoint.load_state(state_file, model, optimizer, run.settings, run.first)
         print(f"resume   {args.out} after step {done}")
+        checkpoint.write_log(log_file, rows)  # it may be a step behind
     forward = torch.compile(model) if args.compile else model
     stream = batches(run.train, run.task, args, skip=done * args.grad_accum)
     seconds, saved = rows[-1]["seconds"] if rows else 0.0, done
@@ -391,7 +393,8 @@ def fit(run):
                 if checkpoint.best_step(rows, run.first) == step:
                     best = {name: t.detach().to("cpu", copy=True) for name, t in checkpoint.changing(model).items()}
                 if not saved:
-                    checkpoint.clear(args.out)  # of an earlier run, now that this one has something to show
+                    # what an earlier run left, now that this one has something to show
+                    checkpoint.clear(args.out, checkpoint.STATE + checkpoint.RESULTS)
                 checkpoint.save_state(state_file, model, optimizer, step, run.settings, rows, best, run.first)
                 checkpoint.write_log(log_file, rows)
                 saved = step
@@ -418,6 +421,7 @@ def check_finite(readings, val_loss, step, saved, args):
 def merge(run, metrics):
     """Merge for good, after measuring on copies the other ways that were asked for; write the adapter."""
     args, model, Adapter = run.args, run.model, run.Adapter
+    checkpoint.clear(args.out, checkpoint.RESULTS)  # of another merge; the new adapter must not stand beside them
     kept, *others = run.layers[0].merges
     for how in others:
         trial = copy.deepcopy(model)
@@ -479,12 +483,13 @@ def one_run(args):
               "selected": {"step": checkpoint.best_step(rows, run.first), "by": f"validation {run.metric}"},
               "versions": {"python": platform.python_version(), "torch": torch.__version__},
               "seconds": {"training": rows[-1]["seconds"], "all": round(time.time() - started, 1)}}
-    title = f"{args.method} on {args.dataset}"
     if ranks:
         result["ranks"] = dict(zip(run.names, ranks, strict=True))
-        checkpoint.draw_ranks(args.out / "ranks.png", rows, run.names, title)
     checkpoint.write_json(args.out / "result.json", result)
+    title = f"{args.method} on {args.dataset}"
     checkpoint.draw_curve(args.out / "curve.png", rows, title, run.metric)
+    if ranks:
+        checkpoint.draw_ranks(args.out / "ranks.png", rows, run.names, title)
     show(run)
     print(f"\n{args.dataset + ' (test)':28}" + "".join(f"{name:>12}" for name in metrics["base"]))
     for stage, values in metrics.items():

@@ -5,31 +5,35 @@ the least, over all layers together:
 
     h = W x + b + s B diag(E) A drop(x),        s = alpha / r
 
-    A (R, d_in), E (R, 1), B (d_out, R), the paper's Q, Lambda, P. Every layer begins with R = init_rank ranks (1.5 r by
-    default); r is what is left of them on average: r n ranks in n layers.
+    A (r_0, d_in), E (r_0, 1), B (d_out, r_0), the paper's Q, Lambda, P (which has no s). Every layer begins with
+    r_0 = init_rank ranks, 1.5 r by default; r is what is left of them on average, r n ranks in n layers.
 
-A and B start random, N(0, .02^2), and E at zero, so only E has a gradient then. A and B have no orthonormal rows and
-columns by themselves; a term in the loss pulls them there, so that E_k says how much the k-th triplet (B_k, E_k, A_k)
-does:
+A and B start random, N(0, .02^2), and E at zero, so of the task only E hears at first. Nothing makes the rows of A and
+the columns of B orthonormal by itself; a term in the loss pulls them there, so that E_k says how much the k-th triplet
+(B_k, E_k, A_k) does. C is the loss of the task, and 1 the unit matrix:
 
-    L = C + gamma sum over the layers of R,        R = |A A^T - I|_F^2 + |B^T B - I|_F^2            gamma = orth
+    L = C + gamma sum over the layers of O,        O = |A A^T - 1|_F^2 + |B^T B - 1|_F^2            gamma = orth
 
-The importance of one number w with gradient g is |w g|, what the loss would change, to first order, without it. That is
-noisy, so both its mean and how uncertain it is are smoothed over the steps (beta_1 = beta_2 = .85), and
+The gradient of O is large at first and is clipped together with that of C, as one gradient of L; train.py's log has the
+norm of both, and the loss C alone.
+
+The importance of one number w with gradient g is |w g|, what L would change, to first order, without it. That is noisy,
+so both its mean and how uncertain it is are smoothed over the steps (beta_1 = beta_2 = .85), and
 
     I = |w g|     Ibar <- beta_1 Ibar + (1 - beta_1) I     U <- beta_2 U + (1 - beta_2) |I - Ibar|     s(w) = Ibar U
     S_k = s(E_k) + mean_j s(A_kj) + mean_j s(B_jk)
 
-Step t of T keeps the b(t) triplets with the largest S_k of the whole model and sets the other E_k to zero. The next
-gradient may revive them, until for the last t_f steps the choice stands:
+Step t of T, if it allocates, keeps the b(t) triplets with the largest S_k of the whole model and sets the other E_k to
+zero. The next gradient revives all of them, until the next allocation; for the last t_f steps the choice stands:
 
-    b(t) = R n                                                             t <= t_i               t_i = budget_warmup
-    b(t) = r n + (R - r) n (1 - (t - t_i) / (T - t_i - t_f))^3             t_i < t < T - t_f      every budget_every
-    b(t) = r n                                                             T - t_f <= t           t_f = budget_final
+    b(t) = r_0 n                                                               t <= t_i             t_i = budget_warmup
+    b(t) = r n + (r_0 - r) n (1 - (t - t_i) / (T - t_i - t_f))^3, floored       t_i < t < T - t_f    each budget_every
+    b(t) = r n                                                                 T - t_f <= t         t_f = budget_final
 
-The authors' code, and PEFT with it, takes the mean of the unsquared norms for the sum of R, so their gamma (.1 to .5)
-is none of ours; PEFT also scales by alpha / (R + 1e-5). This file follows the paper, and rsLoRA inside AdaLoRA is
-alpha / sqrt(r), with the target rank.
+Where PEFT and the paper differ this is the paper: PEFT, like the authors' code, takes the mean of the unsquared norms
+for O, so gammas (.1 to .5 there) do not carry over; weighs importance with the weights after the step, we with those
+that g belongs to; and scales by alpha / (r_0 + 1e-5), we by the target rank. In b(t) we follow the code: the numerator
+printed in the paper, t - t_i - t_f, begins above r_0 n and does not end at r n.
 """
 import math
 
@@ -54,17 +58,19 @@ class AdaLoRALinear(LoRALinear):
         most = min(linear.weight.shape)
         if init_rank is None:
             init_rank = min(math.ceil(1.5 * r), most)
-        if not r <= init_rank <= most:
+        if not (isinstance(init_rank, int) and r <= init_rank <= most):
             raise ValueError(f"init_rank {init_rank} is not in {r}..{most}, from the target rank to the linear's own")
-        if not 0 <= orth < math.inf:
-            raise ValueError(f"orth {orth} is not 0 or more")
-        if budget_warmup < 0 or budget_final < 0 or budget_every < 1:
-            raise ValueError(f"budget_warmup {budget_warmup} and budget_final {budget_final} must be 0 or more steps, "
-                             f"budget_every {budget_every} at least 1")
+        if not 0 <= orth <= 1e6:
+            raise ValueError(f"orth {orth} is not in [0, 1e6]")
+        steps = ("warmup", budget_warmup, 0), ("final", budget_final, 0), ("every", budget_every, 1)
+        for name, value, least in steps:
+            if not (isinstance(value, int) and value >= least):
+                raise ValueError(f"budget_{name} {value} is not a number of steps, {least} or more")
         self.r, self.target, self.orth = init_rank, r, orth
+        self.steps = None  # T, see `begin`
         self.budget_warmup, self.budget_final, self.budget_every = budget_warmup, budget_final, budget_every
         new, (d_out, d_in) = self.lora_A.data.new_empty, linear.weight.shape
-        self.lora_A = nn.Parameter(new(init_rank, d_in).normal_(std=0.02))  # (R, d_in)
+        self.lora_A = nn.Parameter(new(init_rank, d_in).normal_(std=0.02))
         self.lora_E = nn.Parameter(new(init_rank, 1).zero_())
         self.lora_B = nn.Parameter(new(d_out, init_rank).normal_(std=0.02))
         self.register_buffer("mask", torch.ones_like(self.lora_E))  # 1 for the triplets of the last allocation
@@ -75,7 +81,7 @@ class AdaLoRALinear(LoRALinear):
     def forward(self, x):
         """(..., d_in) -> (..., d_out)"""
         # u = diag(E) A drop(x)
-        u = self.lora_E[:, 0] * F.linear(self.drop(x), self.lora_A)  # (..., R)
+        u = self.lora_E[:, 0] * F.linear(self.drop(x), self.lora_A)  # (..., r_0)
         # h = W x + b + s B u
         return F.linear(x, self.weight, self.bias) + F.linear(self.scaling * u, self.lora_B)
 
@@ -85,25 +91,28 @@ class AdaLoRALinear(LoRALinear):
 
     def as_lora(self):
         """(A', B') = (A, B diag(E)) of the triplets that are left: a rank of its own for each layer, even 0."""
-        left = self.lora_E[:, 0] != 0
+        left = (self.mask[:, 0] == 1) | (self.lora_E[:, 0] != 0)  # chosen, or revived since
         return self.lora_A[left], self.lora_B[:, left] * self.lora_E[left, 0]
 
     # The budget
 
     @staticmethod
     def begin(layers, steps, done=0):
-        """The first step of the last phase: before it the model has more ranks than it is to end with."""
+        """The first step of the last phase: before it the model has more ranks than it is to end with. ValueError if
+        the phases do not fit into the run."""
         one = layers[0]
-        for layer in layers:
-            layer.steps = steps
         if one.budget_warmup + one.budget_final >= steps:
             raise ValueError(f"budget_warmup {one.budget_warmup} and budget_final {one.budget_final} leave no step "
                              f"between them in a run of {steps}: together they must be below {steps}")
+        for layer in layers:
+            layer.steps = steps
         return steps - one.budget_final
 
     @staticmethod
     def before_step(layers, step):
         """The orthogonality term joins the gradient; all weights' importance is seen."""
+        if layers[0].steps is None:
+            raise RuntimeError("AdaLoRA's budget depends on the length of the run: call begin first")
         if layers[0].orth:
             sum(layer.orth * layer.orthogonality() for layer in layers).backward()
         if step <= layers[0].steps - layers[0].budget_final:
@@ -128,25 +137,28 @@ class AdaLoRALinear(LoRALinear):
 
     @staticmethod
     def ranks(layers):
-        """[triplets of the last allocation] of each layer"""
+        """[triplets of the last allocation] of each layer; until the next one the others take part too"""
         return torch.stack([layer.mask.sum() for layer in layers]).int().tolist()
 
     def orthogonality(self):
-        """R = |A A^T - I|_F^2 + |B^T B - I|_F^2"""
-        A, B, I = self.lora_A, self.lora_B, torch.eye(self.r, device=self.lora_A.device)  # noqa: E741
-        return (A @ A.T - I).square().sum() + (B.T @ B - I).square().sum()
+        """O = |A A^T - 1|_F^2 + |B^T B - 1|_F^2, a number"""
+        A, B, one = self.lora_A, self.lora_B, torch.eye(self.r, device=self.lora_A.device)
+        return (A @ A.T - one).square().sum() + (B.T @ B - one).square().sum()
 
     @torch.no_grad()
     def see_importance(self):
-        """Ibar <- beta_1 Ibar + (1 - beta_1) I, U <- beta_2 U + (1 - beta_2) |I - Ibar|, from I = |w g|."""
+        """One step of both EMAs, of every factor that has a gradient."""
         for name in "AEB":
-            w = getattr(self, f"lora_{name}")
-            Ibar, U, I = getattr(self, f"Ibar_{name}"), getattr(self, f"U_{name}"), (w * w.grad).abs()  # noqa: E741
-            Ibar.lerp_(I, 1 - BETA)
-            U.lerp_((I - Ibar).abs(), 1 - BETA)
+            w, Ibar, U = (getattr(self, kind + name) for kind in ("lora_", "Ibar_", "U_"))
+            if w.grad is not None:
+                importance = (w * w.grad).abs()
+                # Ibar <- beta_1 Ibar + (1 - beta_1) I
+                Ibar.lerp_(importance, 1 - BETA)
+                # U <- beta_2 U + (1 - beta_2) |I - Ibar|
+                U.lerp_((importance - Ibar).abs(), 1 - BETA)
 
     def scores(self):
-        """S_k = s(E_k) + mean_j s(A_kj) + mean_j s(B_jk), with s = Ibar U: (R,)"""
+        """S_k = s(E_k) + mean_j s(A_kj) + mean_j s(B_jk), with s = Ibar U: (r_0,)"""
         return ((self.Ibar_E * self.U_E)[:, 0] + (self.Ibar_A * self.U_A).mean(1) + (self.Ibar_B * self.U_B).mean(0))
 
 
@@ -159,7 +171,7 @@ def budget(layers, step):
         return start
     if t >= T - t_f:
         return end
-    # b(t) = r n + (R - r) n (1 - (t - t_i) / (T - t_i - t_f))^3
+    # b(t) = r n + (r_0 - r) n (1 - (t - t_i) / (T - t_i - t_f))^3
     return end + int((start - end) * (1 - (t - t_i) / (T - t_i - t_f)) ** 3)
 
 
@@ -183,4 +195,4 @@ if __name__ == "__main__":
         if step % 20 == 0:
             print(f"step {step:3}  loss {loss:.3f}  budget {budget(layers, step)}  ranks: hard "
                   "{}, easy {}".format(*AdaLoRALinear.ranks(layers)))
-    print(f"|A A^T - I|^2 + |B^T B - I|^2 of the first layer: {layers[0].orthogonality():.3f}")
+    print(f"|A A^T - 1|^2 + |B^T B - 1|^2 of the first layer: {layers[0].orthogonality():.3f}")

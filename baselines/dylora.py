@@ -6,7 +6,7 @@ first b ranks alone:
 
     h = W x + b + s_b B_{:, 1..b} A_{1..b} drop(x),        s_b = alpha / b
 
-    A (r, d_in), B (d_out, r) as in LoRA. The first ranks are trained in every draw and learn what matters most; the
+    A (r, d_in), B (d_out, r) as in LoRA. The first ranks take part in every draw and learn what matters most; the
     last one only refines what the others do. So afterwards the adapter can be cut at any b, without a search over r:
 
     W_merged = W + s_b B_{:, 1..b} A_{1..b}
@@ -14,8 +14,11 @@ first b ranks alone:
 With `frozen`, the paper's faster form, the forward is the same and only the b-th rank, A_b and B_{:, b}, is trained.
 
 Ranks that a step does not train must rest. They have no gradient, but an optimizer with momentum or weight decay would
-move them all the same, so they are put back after its step. (Adam's moments still fade in the steps without gradient:
-a rank that is drawn seldom takes smaller steps.)
+move them all the same, so they are put back after its step. (Its moments go on: they fade in the steps without a
+gradient, and when the rank is drawn again they join its step.)
+
+The demo below, python -m baselines.dylora, also has what DyLoRA must be measured against: an ordinary LoRA whose
+product B A is cut to its first singular values.
 """
 import random
 
@@ -26,45 +29,50 @@ from lora import LoRALinear
 
 
 class DyLoRALinear(LoRALinear):
-    """LoRALinear trained at a random rank 1..r, evaluated and merged at `cut` (None: r).
+    """LoRALinear trained at a random rank 1..r, evaluated at r, merged at a cut.
 
-    frozen: train the last of the drawn ranks alone.
+    frozen: train the last of the drawn ranks alone. cut: a rank to merge at or a list of them, the first is kept, the
+    others are measured beside it; None: r, and beside it the powers of two.
     """
 
     def __init__(self, linear, r, alpha, dropout=0.0, frozen=False, cut=None):
         super().__init__(linear, r, alpha, dropout)
-        self.alpha, self.frozen = alpha, frozen
+        self.alpha, self.frozen, self.seed = alpha, frozen, None
         # s_b for the first b ranks, 0 for the others, (r,): a tensor, so that a new b costs no new compilation
-        self.register_buffer("s_drawn", self.lora_A.new_empty(r), persistent=False)
-        self.register_buffer("s_cut", self.lora_A.new_empty(r), persistent=False)
+        self.register_buffer("s_b", self.lora_A.new_empty(r), persistent=False)
         self.draw(r)
-        self.cut_at(r if cut is None else cut)
-        # the first of the merges is kept, the others are measured beside it
         powers = [2**i for i in range(r.bit_length())]
-        self.merges = [f"cut {b}" for b in dict.fromkeys([self.cut, *powers, r])]
+        cuts = [cut] if isinstance(cut, int) else list(cut or dict.fromkeys([r, *powers]))
+        self.merges = [f"cut {b}" for b in cuts]
+        for b in [*cuts, r]:
+            self.cut_at(b)
 
     def draw(self, b):
-        """Train at rank b from now on."""
+        """Train at rank b, 1..r, from now on."""
         self.b = b
-        self.s_drawn[:b], self.s_drawn[b:] = self.scale(b, self.alpha), 0
+        self.s_b[:b], self.s_b[b:] = self.scale(b, self.alpha), 0
 
     def cut_at(self, b):
-        """Evaluate and merge at rank b from now on."""
-        if not 1 <= b <= self.r:
+        """Evaluate and merge at rank b from now on; ValueError if it is not in 1..r."""
+        if not (type(b) is int and 1 <= b <= self.r):
             raise ValueError(f"cut {b} is not in 1..{self.r}, the ranks of the adapter")
         self.cut, self.scaling = b, self.scale(b, self.alpha)
-        self.s_cut[:b], self.s_cut[b:] = self.scaling, 0
 
     def forward(self, x):
         """(..., d_in) -> (..., d_out)"""
-        s_b = self.s_drawn if self.training else self.s_cut  # (r,)
+        A, B, s_b = (self.lora_A, self.lora_B, self.s_b) if self.training else (*self.as_lora(), self.scaling)
         # u = s_b A_{1..b} drop(x)
-        u = s_b * F.linear(self.drop(x), self.lora_A)  # (..., r), 0 beyond b
+        u = s_b * F.linear(self.drop(x), A)  # (..., r), in training 0 beyond b
         # h = W x + b + B_{:, 1..b} u
-        return F.linear(x, self.weight, self.bias) + F.linear(u, self.lora_B)
+        return F.linear(x, self.weight, self.bias) + F.linear(u, B)
+
+    @property
+    def exact_merge(self):
+        """Whether what is merged is all of it."""
+        return self.merges[0] == f"cut {self.r}"
 
     def as_lora(self):
-        """(A', B'): the first ranks, up to the cut."""
+        """(A', B') of rank b: the first ranks, up to the cut."""
         return self.lora_A[:self.cut], self.lora_B[:, :self.cut]
 
     def delta(self):
@@ -74,7 +82,7 @@ class DyLoRALinear(LoRALinear):
 
     @staticmethod
     def begin(layers, steps, done=0):
-        """Draw for the first step. Draws depend on the step alone: a resumed run goes on with the same."""
+        """Draw for the first step. Draws depend on a seed and the step: a resumed run goes on with the same."""
         seed = torch.randint(2**62, ()).item()
         for layer in layers:
             layer.seed = seed
@@ -85,9 +93,11 @@ class DyLoRALinear(LoRALinear):
     @torch.no_grad()
     def before_step(layers, step):
         """Keep the factors, and with `frozen` no gradient but that of the b-th rank."""
+        if layers[0].seed is None:
+            raise RuntimeError("DyLoRA draws its ranks from a seed: call begin first")
         for layer in layers:
             layer.before = layer.lora_A.clone(), layer.lora_B.clone()
-            if layer.frozen:
+            if layer.frozen and layer.lora_A.grad is not None:
                 layer.lora_A.grad[:layer.b - 1] = 0
                 layer.lora_B.grad[:, :layer.b - 1] = 0
 
@@ -112,7 +122,7 @@ class DyLoRALinear(LoRALinear):
 
 
 def draw_for(layers, step):
-    """b for the whole model."""
+    """A new b, the same for the whole model."""
     b = random.Random(f"{layers[0].seed}/{step}").randint(1, layers[0].r)
     for layer in layers:
         layer.draw(b)
@@ -123,24 +133,33 @@ if __name__ == "__main__":
     x, W = torch.randn(256, 8), torch.randn(8, 4) @ torch.randn(4, 8) / 4
     linear = torch.nn.Linear(8, 8).requires_grad_(False)
     y = linear(x) + x @ W.T  # what is missing has rank 4
-    for name, fixed in (("DyLoRA, b drawn from 1..4", None), ("LoRA: b = 4 in every step", 4)):
-        torch.manual_seed(0)
+
+    def show(name, losses):
+        print(f"{name:36}", *(f"r {b}: {loss:.3f}  " for b, loss in enumerate(losses, 1)))
+
+    def loss(update):
+        return (linear(x) + x @ update.T - y).square().mean()
+
+    def trained(always=None):
+        """The layer after 1000 steps; always: the same b in all of them, which is LoRA."""
         layer = DyLoRALinear(linear, r=4, alpha=4)
         layers, optimizer = [layer], torch.optim.AdamW([layer.lora_A, layer.lora_B], 2e-2)
-        DyLoRALinear.begin(layers, 1000)
+        layer.begin(layers, 1000)
         for step in range(1, 1001):
-            if fixed:
-                layer.draw(fixed)
+            if always:
+                layer.draw(always)
             (layer(x) - y).square().mean().backward()
-            DyLoRALinear.before_step(layers, step)
+            layer.before_step(layers, step)
             optimizer.step()
-            DyLoRALinear.after_step(layers, step)
+            layer.after_step(layers, step)
             optimizer.zero_grad()
-        layer.eval()
-        print(f"{name}: the loss when cut at", end="")
-        for b in range(1, 5):
-            layer.cut_at(b)
-            print(f"   {b}: {(layer(x) - y).square().mean():.3f}", end="")
-        print()
-    best = torch.linalg.svdvals(x @ W.T).square().flip(0).cumsum(0).flip(0) / y.numel()
-    print("the least possible, by SVD:             ", *(f"   {b}: {best[b]:.3f}" for b in range(1, 5)), sep="")
+        return layer.requires_grad_(False)
+    dylora, lora = trained(), trained(always=4)
+    cuts = []
+    for b in range(1, 5):
+        dylora.cut_at(b)
+        cuts.append(loss(dylora.delta()))
+    show("DyLoRA, b drawn from 1..4, cut at", cuts)
+    show("LoRA r 4, its first ranks", [loss(lora.lora_B[:, :b] @ lora.lora_A[:b]) for b in range(1, 5)])
+    U, S, V = torch.linalg.svd(lora.delta())
+    show("LoRA r 4, its first singular values", [loss(U[:, :b] * S[:b] @ V[:b]) for b in range(1, 5)])

@@ -11,8 +11,9 @@ rank, the product of both ranks, may still be full. The big matrix is never made
 
     (W1 kron W2) x = W1 X W2^T        as a matrix (a, c)
 
-W1 starts at zero and W2 like LoRA's A, as in PEFT, whose names these are. (LyCORIS starts W2 at zero.) When both
-factors are full, r is only the divisor of alpha, and there is no rank whose root rsLoRA could take.
+W1 starts at zero and the rest like LoRA's A, U(-1, 1) / sqrt(columns), as in PEFT, whose names these are. (LyCORIS
+starts W2, or W2b, at zero.) When both factors are full, r is only the divisor of alpha, as in PEFT, while LyCORIS has
+s = 1; there is no rank then whose root rsLoRA could take.
 """
 import math
 

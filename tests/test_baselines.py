@@ -43,7 +43,7 @@ def test_adalora_is_an_svd_by_hand():
 
 @pytest.mark.parametrize("b", [1, 2, 5])
 def test_dylora_at_rank_b_by_hand(b):
-    """h = W x + b + alpha / b times the first b ranks, in training at the drawn b, in evaluation at the cut."""
+    """h = W x + b + alpha / b times the first b ranks, in training at the drawn b, in evaluation at r or a cut."""
     layer, x = filled(DyLoRALinear(linear(), r=5, alpha=6)), torch.randn(7, 12, dtype=torch.float64)
     update = 6 / b * sum(torch.outer(layer.lora_B[:, k], layer.lora_A[k]) for k in range(b))
     h = x @ (layer.weight + update).T + layer.bias
@@ -56,14 +56,18 @@ def test_dylora_at_rank_b_by_hand(b):
     assert len(A) == b and close(layer.scaling * B @ A, update)
 
 
-def test_loha_by_hand():
-    """The forward sums over pairs, delta multiplies element by element: both are (W1a W1b) o (W2a W2b)."""
-    layer, x = filled(LoHaLinear(linear(), r=3, alpha=6)), torch.randn(7, 12, dtype=torch.float64)
+@pytest.mark.parametrize("r", [3, 4])
+def test_loha_by_hand(r):
+    """The forward sums over pairs as long as r^2 is below the sides, delta multiplies element by element: both are
+    (W1a W1b) o (W2a W2b), of rank r^2."""
+    layer, x = filled(LoHaLinear(linear(), r, alpha=2 * r)), torch.randn(7, 12, dtype=torch.float64)
     a1, b1, a2, b2 = layer.hada_w1_a, layer.hada_w1_b, layer.hada_w2_a, layer.hada_w2_b
     update = torch.stack([torch.stack([2 * (a1[i] @ b1[:, j]) * (a2[i] @ b2[:, j]) for j in range(12)])
                           for i in range(18)])
     assert close(layer(x), x @ (layer.weight + update).T + layer.bias) and close(layer.delta(), update)
-    assert torch.linalg.matrix_rank(update) == 9
+    assert torch.linalg.matrix_rank(update) == min(r**2, 12)
+    A, B = layer.as_lora()
+    assert len(A) == r**2 and close(2 * B @ A, update)
 
 
 @pytest.mark.parametrize("r, low", [(2, True), (3, False)])
@@ -83,6 +87,28 @@ def test_divisors_are_as_near_to_each_other_as_can_be():
     """768 = 24 * 32; a prime has only 1 and itself."""
     assert [divisors(d) for d in (768, 1024, 3072, 128, 127, 1)] == [(24, 32), (32, 32), (48, 64), (8, 16), (1, 127),
                                                                       (1, 1)]
+
+
+@pytest.mark.parametrize("adapter, own, zero, stds", [
+    (AdaLoRALinear, dict(init_rank=96), "lora_E", dict(lora_A=0.02, lora_B=0.02)),
+    (DyLoRALinear, {}, "lora_B", dict(lora_A=1 / math.sqrt(3 * 576))),
+    (LoHaLinear, {}, "hada_w2_a", dict(hada_w1_a=1 / math.sqrt(3 * 64), hada_w1_b=1 / math.sqrt(3 * 576),
+                                       hada_w2_b=1 / math.sqrt(3 * 576))),
+    (LoKrLinear, {}, "lokr_w1", dict(lokr_w2=1 / math.sqrt(3 * 24)))])
+def test_where_training_starts(adapter, own, zero, stds):
+    """One factor is zero; the others have the spread that the file says: U(-1, 1) / sqrt(n) has 1 / sqrt(3 n)."""
+    layer = adapter(nn.Linear(576, 400), 64, 16, **own)
+    trained = {name: p for name, p in layer.named_parameters() if name not in ("weight", "bias")}
+    assert trained.keys() == {zero, *stds} and not trained[zero].any()
+    for name, std in stds.items():
+        assert trained[name].std().item() == pytest.approx(std, rel=0.05), name
+
+
+def test_lokr_starts_its_small_factors_like_loras_A():
+    """W2a (c, r) within 1 / sqrt(r), W2b (r, d) within 1 / sqrt(d)."""
+    layer = LoKrLinear(nn.Linear(10000, 10000), 40, 16)
+    for p, n in ((layer.lokr_w2_a, 40), (layer.lokr_w2_b, 100)):
+        assert p.abs().max() <= n**-0.5 and p.std().item() == pytest.approx((3 * n) ** -0.5, rel=0.05)
 
 
 def test_dropout_falls_on_the_input_of_the_update_only():
@@ -133,10 +159,10 @@ def test_adalora_is_pefts_after_its_constants():
         loss = torch.zeros((), dtype=torch.float64)
     model.base_model.model.forward = lambda: Output()  # PEFT adds its term to the loss of what the model returns
     mean_norm = model.base_model.forward().loss / 0.5
-    A, B, I = layer.lora_A, layer.lora_B, torch.eye(5)  # noqa: E741
-    norms = [(A @ A.T - I).norm(), (B.T @ B - I).norm()]
+    A, B, one = layer.lora_A, layer.lora_B, torch.eye(5)
+    norms = [(A @ A.T - one).norm(), (B.T @ B - one).norm()]
     assert close(mean_norm, sum(norms) / 2, 1e-6)
-    assert close(layer.orthogonality(), sum(norm ** 2 for norm in norms), 1e-6)
+    assert close(layer.orthogonality(), sum(norm**2 for norm in norms), 1e-6)
 
 
 def test_the_importance_of_triplets_is_pefts():
@@ -156,6 +182,11 @@ def test_the_importance_of_triplets_is_pefts():
             q.grad = p.grad.clone()
         allocator.update_ipt(model)
         AdaLoRALinear.before_step([layer], step)
+        for name in "AEB":  # PEFT's keys are the names of its parameters
+            theirs_of = [next(t for key, t in kept.items() if f"lora_{name}" in key)
+                         for kept in (allocator.exp_avg_ipt, allocator.exp_avg_unc)]
+            assert close(getattr(layer, f"Ibar_{name}"), theirs_of[0])
+            assert close(getattr(layer, f"U_{name}"), theirs_of[1])
     for left in (5, 3, 1):
         scores = layer.scores()
         allocator.mask_to_budget(model, left)
@@ -198,6 +229,9 @@ def test_ranks_go_one_by_one_may_come_back_and_stand_at_the_end():
             before = alive
         elif 3 < step < first:
             assert alive.sum() == 24  # the gradient of E does not know the mask
+            for layer in layers:
+                A, B = layer.as_lora()
+                assert close(layer.scaling * B @ A, layer.delta())  # revived triplets count
         if step >= first:
             last.append(alive)
             assert alive.sum() == 16
@@ -206,20 +240,41 @@ def test_ranks_go_one_by_one_may_come_back_and_stand_at_the_end():
     assert AdaLoRALinear.ranks(layers) == [len(layer.as_lora()[0]) for layer in layers]
 
 
+def test_importance_is_seen_from_the_first_step_to_the_last_allocation():
+    """Ibar of E by hand, with the weights before the step, through the warm-up up to T - t_f, and not later."""
+    model, layers, optimizer, first = adapted(15)
+    hand, seen = torch.zeros(3, 1), []
+    for step in range(1, 16):
+        if step > 1:
+            optimizer.zero_grad()
+        model(*tokens())[1].backward()
+        E = layers[0].lora_E
+        if step <= first:
+            hand = 0.85 * hand + 0.15 * (E * E.grad).detach().abs()
+        layers[0].before_step(layers, step)
+        optimizer.step()
+        layers[0].after_step(layers, step)
+        assert close(layers[0].Ibar_E, hand) or not hand.any()
+        seen.append(layers[0].Ibar_E.clone())
+    assert first == 11 and seen[1].any() and not torch.equal(seen[9], seen[10]) and torch.equal(seen[10], seen[14])
+
+
 def test_the_loss_has_the_orthogonality_term():
-    """The gradient that the optimizer sees is that of C + gamma sum of R, by autograd over both."""
+    """The gradient that the optimizer sees in every step is that of C + gamma sum of O, by autograd over both."""
     model, layers, _, _ = adapted(20)
     for p in factors(layers):
         nn.init.normal_(p, std=0.3)
     some = tokens()
 
-    def R(layer):
-        A, B, I = layer.lora_A, layer.lora_B, torch.eye(3)  # noqa: E741
-        return torch.trace((A @ A.T - I) @ (A @ A.T - I).T) + torch.trace((B.T @ B - I) @ (B.T @ B - I).T)
-    whole = torch.autograd.grad(model(*some)[1] + 0.1 * sum(map(R, layers)), factors(layers))
-    model(*some)[1].backward()
-    layers[0].before_step(layers, 1)
-    assert all(close(p.grad, g) for p, g in zip(factors(layers), whole, strict=True))
+    def O(layer):  # noqa: E743
+        A, B, one = layer.lora_A, layer.lora_B, torch.eye(3)
+        return torch.trace((A @ A.T - one) @ (A @ A.T - one).T) + torch.trace((B.T @ B - one) @ (B.T @ B - one).T)
+    whole = torch.autograd.grad(model(*some)[1] + 0.1 * sum(map(O, layers)), factors(layers))
+    for step in (1, 2):
+        model.zero_grad()
+        model(*some)[1].backward()
+        layers[0].before_step(layers, step)
+        assert all(close(p.grad, g) for p, g in zip(factors(layers), whole, strict=True))
 
 
 def test_training_makes_the_factors_orthonormal():
@@ -240,7 +295,8 @@ def test_a_budget_that_does_not_fit_is_refused():
         layer.begin([layer], 10)
     for own, message in ((dict(init_rank=3), "init_rank 3 is not in 4..12"), (dict(init_rank=13), "init_rank 13"),
                          (dict(orth=-1.0), "orth -1.0"), (dict(orth=math.nan), "orth nan"),
-                         (dict(budget_every=0), "budget_every 0"), (dict(budget_final=-1), "budget_final -1")):
+                         (dict(budget_every=0), "budget_every 0"), (dict(budget_final=-1), "budget_final -1"),
+                         (dict(budget_every=1.5), "budget_every 1.5"), (dict(init_rank=4.5), "init_rank 4.5")):
         with pytest.raises(ValueError, match=message):
             AdaLoRALinear(linear(), 4, 6, **own)
     assert [AdaLoRALinear(linear(), r, 6).r for r in (1, 4, 5, 10, 12)] == [2, 6, 8, 12, 12]
@@ -294,21 +350,41 @@ def test_frozen_has_the_gradient_of_its_rank_alone():
     for frozen in (False, True):
         torch.manual_seed(0)
         layer, x = filled(DyLoRALinear(linear(), 4, 6, frozen=frozen)).train(), torch.randn(5, 12, dtype=torch.float64)
+        layer.begin([layer], 10)
         layer.draw(3)
         layer(x).square().sum().backward()
         layer.before_step([layer], 1)
-        grads[frozen] = layer.lora_A.grad.clone()
-    assert torch.equal(grads[True][2], grads[False][2]) and grads[False][:2].any() and not grads[False][3].any()
-    assert not grads[True][:2].any()
+        grads[frozen] = layer.lora_A.grad.clone(), layer.lora_B.grad.T.clone()
+    for one, other in zip(grads[True], grads[False], strict=True):
+        assert torch.equal(one[2], other[2]) and other[:2].any() and not other[3].any() and not one[:2].any()
 
 
 def test_a_cut_beyond_the_ranks_is_refused():
     """1..r."""
-    for cut in (0, 5):
-        with pytest.raises(ValueError, match=rf"cut {cut} is not in 1\.\.4"):
+    for cut, named in ((0, 0), (5, 5), ([2, 5], 5), ([2.5], 2.5), ([True], True)):
+        with pytest.raises(ValueError, match=rf"cut {named} is not in 1\.\.4"):
             DyLoRALinear(linear(), 4, 6, cut=cut)
     assert DyLoRALinear(linear(), 6, 6).merges == ["cut 6", "cut 1", "cut 2", "cut 4"]
-    assert DyLoRALinear(linear(), 8, 6, cut=2).merges == ["cut 2", "cut 1", "cut 4", "cut 8"]
+    assert DyLoRALinear(linear(), 8, 6, cut=2).merges == ["cut 2"]
+    assert DyLoRALinear(linear(), 8, 6, cut=[4, 1]).merges == ["cut 4", "cut 1"]
+
+
+@pytest.mark.parametrize("adapter", [AdaLoRALinear, DyLoRALinear])
+def test_a_loop_that_forgets_to_begin_is_told_so(adapter):
+    """A budget needs the length of the run, draws need a seed."""
+    with pytest.raises(RuntimeError, match="call begin first"):
+        adapter.before_step([adapter(linear(), 2, 6)], 1)
+
+
+def test_a_layer_that_a_step_does_not_use_is_no_trouble():
+    """Without a gradient importance rests, ranks are put back as they were."""
+    for layer in (AdaLoRALinear(linear(), 2, 6), DyLoRALinear(linear(), 2, 6, frozen=True)):
+        layer.orth = 0
+        layer.begin([layer], 10)
+        layer.before_step([layer], 1)
+        before = {name: p.clone() for name, p in layer.named_parameters()}
+        layer.after_step([layer], 1)
+        assert all(torch.equal(p, before[name]) for name, p in layer.named_parameters())
 
 
 # rsLoRA inside the others
@@ -322,7 +398,7 @@ def test_rank_stabilised_methods_scale_by_the_root():
     layer = rank_stabilised(DyLoRALinear)(linear(), 9, 6)
     assert layer.scaling == 2
     layer.draw(4)
-    assert layer.s_drawn.tolist() == [3] * 4 + [0] * 5
+    assert layer.s_b.tolist() == [3] * 4 + [0] * 5
     layer.cut_at(1)
     assert layer.scaling == 6
 

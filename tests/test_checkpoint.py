@@ -287,12 +287,17 @@ def test_a_bad_state_is_refused(tmp_path):
     key = "model.h.0.attn.q.lora_A"
     for change, message in (({key: None}, "lacks h.0.attn.q.lora_A"),
                             ({"model.more": torch.ones(1)}, "unexpected more"),
+                            ({key: torch.full((3, 16), torch.nan)}, "damaged.*lora_A holds NaN or inf"),
                             ({"rng.cpu": None}, "lacks rng.cpu"), ({"optimizer.3.exp_avg": None}, "lacks 3.exp_avg"),
                             ({"optimizer.3.exp_avg": torch.ones(1)}, r"3.exp_avg has shape \(1,\), not"),
                             ({key: torch.ones(2, 16)}, r"shape \(2, 16\), not \(3, 16\)")):
         save_file({k: v for k, v in {**tensors, **change}.items() if v is not None}, file, metadata)
         refused(message)
-    for bad in (None, {**metadata, "step": "2"}, {**metadata, "settings": "[]"}, {**metadata, "rows": "[]"}):
+    row = json.loads(metadata["rows"])[0]
+    rows = [[row, row], [{**row, "step": 2}, row], [{**row, "step": 0}], [{**row, "seconds": "1"}],
+            [{**row, "step": 0.5, "more": 1}, row]]
+    for bad in (None, {**metadata, "step": "2"}, {**metadata, "settings": "[]"}, {**metadata, "rows": "[]"},
+                *({**metadata, "rows": json.dumps(some)} for some in rows)):
         save_file(tensors, file, bad)
         refused("damaged")
 

@@ -35,7 +35,7 @@ def test_merged_is_unmerged(method, hparams, tiny):
     out = model.eval()(idx)[0]
     assert (out - base).abs().max() > 0.1
     exact = all(layer.exact_merge for layer in layers)
-    assert exact == (method != "reslora" or hparams["shortcut"] == "block")
+    assert exact == (hparams.get("shortcut", "block") == "block" and hparams.get("cut") is None)
     calibrated(model, layers)
     error = (lora.merge(model)(idx)[0] - out).abs().max()
     assert (error < 1e-12) == exact
@@ -115,6 +115,7 @@ def test_bad_surgery_leaves_the_model_as_it_was():
             (model, ["q", "value"], dict(r=2), "'value' matches no linear.*down, k, o, q, up, v"),
             (model, ["q"], dict(r=0), "rank 0 is not in 1..16"), (model, ["q"], dict(r=17), "rank 17 is not in 1..16"),
             (model, ["q"], dict(r=2.0), "rank 2.0"), (model, ["q"], dict(r=2, alpha=0), "alpha 0 is not above 0"),
+            (model, ["q"], dict(r=2, alpha=1e7), "alpha 10000000.0 is not above 0 and at most"),
             (model, ["q"], dict(r=2, dropout=1.0), "dropout 1.0"), (tied, ["0"], dict(r=2), "shares its weight"),
             (model, ["q", "attn.q"], dict(r=2), "meant by an earlier target"), (model, "qv", dict(r=2), "a list"),
             (model, [], dict(r=2), "a list"), (nn.Linear(4, 4), [""], dict(r=2), "matches no linear"),
