@@ -28,15 +28,17 @@ from metrics import METRICS, perplexity
 from model import MODELS, from_pretrained, locate
 
 # What fits half a minute on two CPU cores with the embedded models: steps, examples per step, learning rate. Full
-# fine-tuning wants a smaller rate than an adapter.
+# fine-tuning wants a smaller rate than an adapter, methods that start with smaller factors a larger one.
+SMALL_START = ("adalora_lr", "loha_lr", "lokr_lr")
 DEFAULTS = {
-    "restaurants": dict(steps=180, batch_size=32, lr=1e-2, full_lr=6e-3),
+    "restaurants": dict(steps=180, batch_size=32, lr=1e-2, full_lr=6e-3, **dict.fromkeys(SMALL_START, 3e-2)),
     "e2e": dict(steps=150, batch_size=32, lr=1e-2, full_lr=3e-3),
     "stdlib": dict(steps=100, batch_size=16, lr=5e-3, full_lr=2e-3),
     "text": dict(steps=100, batch_size=16, lr=5e-3, full_lr=2e-3),
     "world": dict(steps=100, batch_size=32, lr=5e-3, full_lr=3e-3),
     "opinions": dict(steps=100, batch_size=32, lr=5e-3, full_lr=3e-3),
-    "reviews": dict(steps=500, batch_size=64, lr=3e-3, full_lr=1e-3, head_lr=1e-2),
+    "reviews": dict(steps=500, batch_size=64, lr=3e-3, full_lr=1e-3, head_lr=1e-2,
+                    **dict.fromkeys(SMALL_START, 1e-2)),
     # For real models, not for half a minute: a first try. The papers train longer, their recipes are in runs/.
     "gsm8k": dict(epochs=3, batch_size=16, lr=5e-4, full_lr=5e-5),
     "glue": dict(epochs=3, batch_size=32, lr=4e-4, full_lr=2e-5),
