@@ -1,0 +1,151 @@
+"""generate.py: what a run folder writes, from the command line."""
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import tokens
+from test_train import command, few_records  # noqa: F401
+
+import data
+import generate
+import train
+from methods import METHODS
+from model import from_pretrained
+
+RECORD = "name : The Mill | food : Italian"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, base):
+    """A finished run of a method, made once for each set of flags."""
+    made = {}
+
+    def of(*flags):
+        if flags not in made:
+            made[flags] = tmp_path_factory.mktemp("run") / "out"
+            train.main(command(base, made[flags], *flags))
+        return made[flags]
+    return of
+
+
+def written(capsys, *argv):
+    """(what generate.py returns, what it prints)"""
+    capsys.readouterr()
+    found = generate.main([str(a) for a in argv])
+    return found, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "head"])
+def test_every_run_writes_merged_and_unmerged(run, capsys, method):
+    """The text streamed for a record is that of the merged model; the method's own layers, with the weights that the
+    run kept, give the unmerged one, the same for exact methods."""
+    folder = run("--method", method, "--save-merged", "--lr", "0.1")
+    idx = tokens(V=320)[0]
+    merged, settings, source = generate.load_run(folder)
+    torch.testing.assert_close(merged(idx)[0], from_pretrained(folder / "merged")(idx)[0], rtol=1e-4, atol=1e-5)
+    assert (merged(idx)[0] - from_pretrained(source)(idx)[0]).abs().max() > 1e-3
+    unmerged, _, _ = generate.load_run(folder, unmerged=True)
+    _, task = data.task("restaurants", source, unmerged, settings["context"])
+    args = train.parse(command(source, folder))
+    loss = train.evaluate(unmerged, task.encode(data.load("restaurants")["test"])[0], task, args)[0]
+    metrics = json.loads((folder / "result.json").read_text())["metrics"]
+    assert loss == pytest.approx(metrics["trained" if method == "full" else "unmerged"]["loss"], abs=1e-5)
+    texts = [written(capsys, folder, RECORD, "--max-new", "12", *flags)[1] for flags in ((), ("--unmerged",))]
+    assert texts[0] == texts[1] or method == "reslora"
+
+
+def test_a_dylora_run_writes_at_any_rank(run):
+    """--cut b is alpha / b times the first b ranks of what was trained; merged or not."""
+    folder = run("--method", "dylora", "--lr", "0.1")
+    idx, found = tokens(V=320)[0], []
+    for cut in (1, 2, 4):
+        merged, unmerged = (generate.load_run(folder, unmerged, cut)[0](idx)[0] for unmerged in (False, True))
+        torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-5)
+        found.append(merged)
+    assert (found[0] - found[1]).abs().max() > 1e-4
+    torch.testing.assert_close(found[2], generate.load_run(folder)[0](idx)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_split_is_written_scored_and_kept(run, capsys, monkeypatch):
+    """One line a record with its text and all its references, in the order of the split, whatever the batches; the
+    scores of the dataset and of translation."""
+    folder = run("--method", "lora")
+    real = data.load
+
+    def load(*args):
+        found = real(*args)
+        found["test"] += [(record, text + " indeed") for record, text in found["test"][:3]]
+        return found
+    monkeypatch.setattr(data, "load", load)
+    one, out = written(capsys, folder, "--batch-size", "1", "--max-new", "9", "--out", folder / "one.jsonl")
+    many, _ = written(capsys, folder, "--batch-size", "5", "--max-new", "9")
+    assert one == many and set(one) == {"slots", "names", "BLEU", "NIST", "ROUGE_L"}
+    rows = [json.loads(line) for line in open(folder / "predictions-test.jsonl")]
+    assert rows == [json.loads(line) for line in open(folder / "one.jsonl")]
+    test = load("restaurants")["test"]
+    assert [row["record"] for row in rows] == list(dict.fromkeys(record for record, _ in test))
+    assert rows[0]["references"] == [test[0][1], test[0][1] + " indeed"] and "12 records, 15 references" in out
+    few, _ = written(capsys, folder, "--first", "2", "--split", "validation", "--max-new", "3")
+    assert len(open(folder / "predictions-validation.jsonl").readlines()) == 2 and few["BLEU"] >= 0
+
+
+def test_streamed_text_is_the_text(run, capsys):
+    """What comes token by token is what decoding gives as a whole, characters of several tokens whole too; drawing
+    with a seed repeats itself; beams print theirs at the end."""
+    folder = run("--method", "lora")
+    for flags in ((), ("--temperature", "2", "--seed", "3"), ("--temperature", "2", "--top-k", "40", "--seed", "4"),
+                  ("--beams", "3", "--length-penalty", ".9")):
+        out = written(capsys, folder, RECORD, "--max-new", "40", *flags)[1]
+        assert out == written(capsys, folder, RECORD, "--max-new", "40", *flags)[1] and out.strip()
+    model, _, source = generate.load_run(folder)
+    tokenizer, _ = data.task("restaurants", source, model, 256)
+    prompt = generate.encode(tokenizer, RECORD, "restaurants")
+    ids = generate.decoding.generate(model, [prompt], 40, tokenizer.eot_token, temperature=2.0, seed=3)[0]
+    out = written(capsys, folder, RECORD, "--max-new", "40", "--temperature", "2", "--seed", "3")[1]
+    assert out == tokenizer.decode(ids).lstrip() + "\n"
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--beams", "0"], "--beams must be 1 or more, not 0"), (["--max-new", "0"], "--max-new must be 1 or more, not 0"),
+    (["--beams", "2", "--temperature", "1"], "choose one"), (["--temperature", "-1"], "--temperature -1.0"),
+    (["--temperature", "nan"], "--temperature nan"), (["--top-k", "5"], "says nothing without --temperature"),
+    (["--length-penalty", "1e9"], "--length-penalty"), (["--cut", "2"], "--cut 2 is for a DyLoRA run"),
+    (["--dataset", "reviews"], "is not one of texts to write"), (["--dataset", "stdlib"], "has no records"),
+    (["a text", "--dataset", "e2e"], "not both"), (["--split", "dev"], "invalid choice: 'dev'"),
+    (["x " * 900], "leaves no room in a context of 256"), (["--device", "tpu9"], "unknown device 'tpu9'"),
+    (["--data-dir", "."], "restaurants is generated"), (["--out", "/proc/none"], "/proc/none cannot be written")])
+def test_bad_flags(run, capsys, flags, message):
+    """One line, exit code 2."""
+    assert message in refused(capsys, run("--method", "lora"), *flags)
+
+
+def refused(capsys, *argv):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        generate.main([str(a) for a in argv])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith("generate.py: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_folders_that_are_no_run(run, tmp_path, base, capsys, small_roberta):
+    """Nothing there, no finished run, a damaged one, a classifier, a base that has changed since."""
+    assert "result.json does not exist" in refused(capsys, tmp_path, RECORD)
+    (tmp_path / "result.json").write_text("{}")
+    assert "holds no settings of a run" in refused(capsys, tmp_path, RECORD)
+    shutil.copytree(run("--method", "lora"), tmp_path / "run")
+    file = tmp_path / "run/adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "damaged" in refused(capsys, tmp_path / "run", RECORD)
+    (tmp_path / "run/resume.safetensors").unlink()
+    assert "resume.safetensors does not exist" in refused(capsys, tmp_path / "run", RECORD, "--unmerged")
+    flags = command(small_roberta, tmp_path / "label", "--dataset", "reviews")
+    train.main(flags)
+    assert "classifies reviews: it writes no texts" in refused(capsys, tmp_path / "label", RECORD)
+    shutil.copytree(base, tmp_path / "base")
+    train.main(command(tmp_path / "base", tmp_path / "other"))
+    model = from_pretrained(base)
+    model.wte.weight.data *= 1.5
+    model.save_pretrained(tmp_path / "base")
+    assert "has other weights than those" in refused(capsys, tmp_path / "other", RECORD)
