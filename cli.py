@@ -5,8 +5,14 @@ import re
 import shlex
 import sys
 from contextlib import nullcontext
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
+
+# One of several processes that torchrun has started, else the only one
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in
+                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,19 +37,33 @@ class Parser(argparse.ArgumentParser):
 
 
 def pick_device(name, dtype):
-    """(device, dtype, autocast context) of --device and --dtype."""
+    """(device, dtype, autocast context) of --device and --dtype; of several processes each has a GPU of its own."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and WORLD > 1:
+        name = f"cuda:{LOCAL_RANK}"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"unknown device {name!r}: choose cpu, cuda or mps") from None
     ready = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not ready.get(device.type, False):
+    if not ready.get(device.type, False) or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: this machine or this build of torch has none")
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     return device, dtype, torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+def join(device):
+    """Meet the other processes: gradients travel by nccl between GPUs, by gloo between CPUs. The first one writes."""
+    if WORLD == 1 or dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # the others wait while the first one evaluates, however long that takes
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
 
 
 def command(name, parse, run, argv=None):
@@ -69,3 +89,6 @@ def command(name, parse, run, argv=None):
         if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         end(f"--compile does not work on this machine: {' '.join(str(e).split()[:12])}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

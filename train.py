@@ -13,16 +13,19 @@ import math
 import platform
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 from tqdm import tqdm
 
 import checkpoint
 import data
 import decoding
 import lora
-from cli import Parser, command, pick_device
+from cli import RANK, WORLD, Parser, command, join, pick_device
 from methods import METHODS, adapt
 from metrics import METRICS, perplexity
 from model import MODELS, from_pretrained, locate
@@ -172,13 +175,25 @@ def make_optimizer(params, args):
 
 
 def batches(examples, task, args, skip=0):
-    """Endless (idx, targets, number of targets), epoch after epoch, from the batch number `skip` on."""
-    epoch = 0
+    """Endless, epoch after epoch, from step `skip` on: what this process computes of each optimizer step, as a list of
+    (idx, targets, share of all targets of the step), one item for each accumulation.
+
+    A step's examples do not depend on how they are dealt out: two processes, or two accumulations, with half the batch
+    each see what one sees with all of it.
+    """
+    epoch, parts = 0, args.grad_accum * WORLD
     while True:
-        order = data.epoch_batches(examples, args.batch_size, f"{args.seed}/{epoch}")
+        order = data.epoch_batches(examples, args.batch_size * parts, f"{args.seed}/{epoch}")
         for number, indices in list(enumerate(order))[skip:]:
-            idx, targets, _ = task.collate([examples[i] for i in indices], f"{args.seed}/{epoch}/{number}")
-            yield idx, targets, int((targets != -100).sum())
+            idx, targets, real = task.collate([examples[i] for i in indices], f"{args.seed}/{epoch}/{number}")
+            total, dealt = int((targets != -100).sum()), []
+            for part in range(RANK, parts, WORLD):
+                # the last batch of an epoch may be smaller than the number of parts: then an example counts nothing
+                rows, counts = (slice(part, None, parts), True) if part < len(indices) else (slice(1), False)
+                T = int(real[rows].sum(1).max())
+                some = targets[rows, :T] if targets.dim() > 1 else targets[rows]
+                dealt.append((idx[rows, :T], some, counts * int((some != -100).sum()) / total))
+            yield dealt
         skip, epoch = max(0, skip - len(order)), epoch + 1
 
 
@@ -274,8 +289,8 @@ class Run:
         self.train, self.val = self.examples["train"], self.examples["validation"]
         cut = sum(n for _, n in encoded.values())
         if args.epochs:
-            per_epoch = math.ceil(len(self.train) / args.batch_size)
-            args.steps = math.ceil(min(args.epochs * per_epoch / args.grad_accum, 10**8))
+            per_epoch = math.ceil(len(self.train) / (args.batch_size * args.grad_accum * WORLD))
+            args.steps = math.ceil(min(args.epochs * per_epoch, 10**8))
         args.eval_every = min(args.eval_every or math.ceil(args.steps / 10), args.steps)
 
         method = METHODS[args.method]
@@ -291,6 +306,7 @@ class Run:
         elsewhere = "resume", "out", "save_merged", "device", "amp", "epochs", "compile", *method.for_merging
         self.hparams = hparams
         self.settings = {k: v for k, v in {**vars(args), **hparams}.items() if k not in elsewhere}
+        self.settings["processes"] = WORLD
         self.settings["base_weights"] = checkpoint.fingerprint(self.source / "model.safetensors")
         files = (self.source / name for name in ("config.json", *checkpoint.TOKENIZERS))
         self.settings["base_files"] = checkpoint.fingerprint([f.read_bytes() for f in files if f.exists()])
@@ -303,8 +319,9 @@ class Run:
         chosen = "".join(f", {name} {','.join(map(str, value)) if isinstance(value, list) else value}"
                          for name, value in hparams.items() if value is not None)
         print(f"method   {args.method}{chosen}; {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
-        print(f"machine  {args.device}, {args.dtype}; "
-              f"{args.steps} steps of {args.batch_size * args.grad_accum} examples, learning rate {args.lr:g}")
+        print(f"machine  {args.device}, {args.dtype}" + f", {WORLD} processes" * (WORLD > 1)
+              + f"; {args.steps} steps of {args.batch_size * args.grad_accum * WORLD} examples, "
+              f"learning rate {args.lr:g}")
 
     def measure(self, model, split, some=None, scored=SCORED):
         """{metric: value} on a split, or on `some` examples of it; of decoded texts on the first `scored` of it."""
@@ -343,38 +360,37 @@ def fit(run):
     if args.resume:
         done, rows, best = checkpoint.load_state(state_file, model, optimizer, run.settings, run.first)
         print(f"resume   {args.out} after step {done}")
-        checkpoint.write_log(log_file, rows)  # it may be a step behind
-    forward = torch.compile(model) if args.compile else model
-    stream = batches(run.train, run.task, args, skip=done * args.grad_accum)
+        if RANK == 0:
+            checkpoint.write_log(log_file, rows)  # it may be a step behind
+    if RANK:
+        torch.manual_seed(hash((args.seed, RANK, done)))  # dropout of its own
+    # only what has a gradient travels; a method's own motions are the same in all processes, as the gradients are
+    forward = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
+    forward = torch.compile(forward) if args.compile else forward
+    stream = batches(run.train, run.task, args, skip=done)
     seconds, saved = rows[-1]["seconds"] if rows else 0.0, done
     pending, tokens, clock = [], 0, time.time()
-    bar = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, disable=None, unit="step")
+    bar = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, disable=RANK > 0 or None, unit="step")
     model.train()
     try:
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, args.steps, args)
-            micro = [next(stream) for _ in range(args.grad_accum)]
-            loss, targets_in_step = 0, sum(n for _, _, n in micro)
-            for idx, targets, n in micro:
-                with args.amp:
-                    _, mean = forward(to_device(idx, args.device), targets, args.label_smoothing)
-                part = mean * (n / targets_in_step)  # so that accumulating equals one large batch
-                part.backward()
-                loss, tokens = loss + part.detach(), tokens + idx.numel()
-            if Adapter:
-                Adapter.before_step(run.layers, step)
-            norm = torch.nn.utils.clip_grad_norm_(run.params, args.clip or math.inf)
-            optimizer.step()
-            optimizer.zero_grad()
-            if Adapter:
-                Adapter.after_step(run.layers, step)
-            pending.append(torch.stack([loss, norm]))
+            dealt = next(stream)
+            pending.append(one_step(run, forward, optimizer, dealt, step))
+            tokens += WORLD * sum(idx.numel() for idx, _, _ in dealt)
 
             due = step % args.eval_every == 0 or step == args.steps
             if step % LOG_EVERY and not due:
                 continue
-            readings = torch.stack(pending).tolist()  # the one place where the device is waited for
+            readings = torch.stack(pending)  # (steps, 2)
+            if WORLD > 1:
+                dist.all_reduce(readings)
+            readings = (readings / WORLD).tolist()  # the one place where the device is waited for
+            if RANK:
+                check_finite(readings, None, step, saved, args)
+                pending = []
+                continue
             speed = tokens / (time.time() - clock)
             seconds += time.time() - clock
             valued = run.validate() if due else {}
@@ -405,10 +421,33 @@ def fit(run):
         where = f"step {saved} is in {args.out}, --resume goes on from there" if saved else "nothing was saved"
         print(f"\ninterrupted; {where}", file=sys.stderr)
         raise SystemExit(130) from None
-    with torch.no_grad():
-        for name, t in checkpoint.changing(model).items():
-            t.copy_(best[name])
+    if RANK == 0:
+        with torch.no_grad():
+            for name, t in checkpoint.changing(model).items():
+                t.copy_(best[name])
     return rows
+
+
+def one_step(run, forward, optimizer, dealt, step):
+    """One optimizer step over this process's share of the batch. Returns (2,): its part of the loss, times the number
+    of processes, and the norm of the gradient of all."""
+    args, loss = run.args, 0
+    for idx, targets, share in dealt:
+        # gradients travel once, after the last accumulation
+        wait = forward.no_sync() if WORLD > 1 and idx is not dealt[-1][0] else nullcontext()
+        with wait, args.amp:
+            _, mean = forward(to_device(idx, args.device), targets, args.label_smoothing)
+        part = mean * (share * WORLD)  # processes are averaged, so that all is the mean over all targets
+        part.backward()
+        loss = loss + part.detach()
+    if run.Adapter:
+        run.Adapter.before_step(run.layers, step)
+    norm = nn.utils.clip_grad_norm_(run.params, args.clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad()
+    if run.Adapter:
+        run.Adapter.after_step(run.layers, step)
+    return torch.stack([loss, norm])
 
 
 def check_finite(readings, val_loss, step, saved, args):
@@ -455,18 +494,21 @@ def train(args):
     try:
         return one_run(args)
     finally:  # a run that left nothing leaves no folder either
-        if args.out.is_dir() and not any(args.out.iterdir()):
+        if RANK == 0 and args.out.is_dir() and not any(args.out.iterdir()):
             args.out.rmdir()
 
 
 def one_run(args):
     """Set up, train, merge, report."""
     started = time.time()
+    join(args.device)
     run = Run(args)
     # what cannot be resumed, or does not suit the method, is refused before anything is computed
     done = checkpoint.read_state(args.out / "resume.safetensors", run.settings)[1] if args.resume else 0
     if run.Adapter:
         run.first = run.Adapter.begin(run.layers, args.steps, done)
+    if RANK:
+        return fit(run)
     checkpoint.prepare(args.out)
     metrics = {"base": run.report(run.model)}  # B = 0: the base; a classifier with a fresh head guesses
     if not math.isfinite(metrics["base"]["loss"]):
