@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from data import bpe
 from lora import LoRALinear, replace
+from methods import adapt
 from model import (
     GPT,
     GPT2_NAMES,
@@ -229,14 +230,15 @@ def save_adapter(folder, model, base, dropout=0.0):
     write_json(folder / "adapter_config.json", config)
 
 
-def load_adapter(model, folder):
-    """Put an adapter folder, ours or PEFT's, into a model that has none: plain LoRA layers, and a head if there is one.
+def adapt_as(model, settings):
+    """`methods.adapt`, or with init_from in the settings the adapter of that folder."""
+    if settings.get("init_from"):
+        return LoRALinear, load_adapter(model, settings["init_from"], settings["dropout"])
+    return adapt(model, settings)
 
-    Returns the layers. A c_attn of GPT-2 becomes an adapter on each of q, k and v, with the same A and a third of B. A
-    linear that the file does not mention gets none; dropout is not taken over. Raises ValueError, and leaves the model
-    as it was, for half an adapter, unexpected or mis-shaped tensors, and what is no plain LoRA.
-    """
-    folder = Path(folder)
+
+def read_adapter(folder):
+    """(config, {name: tensor} without PEFT's prefix) of an adapter folder; ValueError for what is no plain LoRA."""
     config, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     for key, good in PLAIN.items():
         if config.get(key, good[0]) not in good:
@@ -250,6 +252,19 @@ def load_adapter(model, folder):
             raise ValueError(f"{path}: {key} holds NaN or inf")
         if "lora_" in key and (t.dim() != 2 or not t.numel()):
             raise ValueError(f"{path}: {key} has shape {tuple(t.shape)}, which is no matrix")
+    return config, tensors
+
+
+def load_adapter(model, folder, dropout=0.0):
+    """Put an adapter folder, ours or PEFT's, into a model that has none: plain LoRA layers, and a head if there is one.
+
+    Returns the layers. A c_attn of GPT-2 becomes an adapter on each of q, k and v, with the rows of A that its third of
+    B uses. A linear that the file does not mention gets none; its dropout is not taken over. Raises ValueError, and
+    leaves the model as it was, for half an adapter, unexpected or mis-shaped tensors, and what is no plain LoRA.
+    """
+    folder = Path(folder)
+    path = folder / "adapter_model.safetensors"
+    config, tensors = read_adapter(folder)
     head = {key.removeprefix("classifier."): tensors.pop(key) for key in list(tensors) if key.startswith("classifier.")}
     if head or model.classifier:
         check_keys(head, model.classifier.state_dict() if model.classifier else {}, f"{path}, head,")
@@ -272,12 +287,15 @@ def load_adapter(model, folder):
         linear, A, B = linears[name], tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"]
         scaling = peft_scaling(config, module, len(A), folder)
         if third is not None:
-            B = B.chunk(3)[third]
-        A, B = no_wider(A, B)
-        layers[name] = LoRALinear(linear, len(A), scaling * len(A)).train(linear.training)
-        with torch.no_grad():
-            layers[name].lora_A.copy_(A)
-            layers[name].lora_B.copy_(B)
+            trained, B = B.any(), B.chunk(3)[third]
+            used = B.any(0) if trained else slice(None)  # not what peft_lora padded with zeros
+            A, B = A[used], B[:, used]
+        if len(A):
+            A, B = no_wider(A, B)
+            layers[name] = LoRALinear(linear, len(A), scaling * len(A), dropout).train(linear.training)
+            with torch.no_grad():
+                layers[name].lora_A.copy_(A)
+                layers[name].lora_B.copy_(B)
     model.requires_grad_(False)
     for name, layer in layers.items():
         replace(model, name, layer)

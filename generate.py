@@ -16,7 +16,7 @@ import decoding
 import lora
 import metrics
 from cli import Parser, command, pick_device
-from methods import METHODS, adapt
+from methods import METHODS
 from model import from_pretrained, locate, read_json, write
 
 
@@ -84,7 +84,7 @@ def load_run(folder, unmerged=False, cut=None):
         checkpoint.load_adapter(model, folder)
         lora.merge(model)
     else:
-        adapter, layers = adapt(model, {**settings, **({} if cut is None else {"cut": cut})})
+        adapter, layers = checkpoint.adapt_as(model, {**settings, **({} if cut is None else {"cut": cut})})
         checkpoint.load_best(folder / "resume.safetensors", model)
         if cut is not None:
             adapter.calibrate(layers, None)

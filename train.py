@@ -26,7 +26,7 @@ import data
 import decoding
 import lora
 from cli import RANK, WORLD, Parser, command, join, pick_device
-from methods import METHODS, adapt
+from methods import METHODS
 from metrics import METRICS, perplexity
 from model import MODELS, from_pretrained, locate
 
@@ -69,6 +69,7 @@ def parse(argv):
     add("--rs", action="store_true", help="alpha times sqrt(r), rsLoRA's scale, for whatever method")
     add("--dropout", type=float, help="on the input of A (0)")
     add("--targets", help="which linears, of q,k,v,o,up,down (q,v, the papers' choice)")
+    add("--init-from", help="method lora: go on from an adapter folder, ours or PEFT's, with its ranks and targets")
     for name, method in METHODS.items():
         add = parser.add_argument_group(name).add_argument if method.flags else None
         for name, spec in method.flags.items():  # SUPPRESS: a flag that was not given leaves no trace
@@ -118,6 +119,12 @@ def parse(argv):
             raise ValueError(f"--{name.replace('_', '-')} is a flag of method {other}, not of {args.method}")
     if args.rs and (Adapter is None or Adapter.scale is not lora.LoRALinear.scale):
         raise ValueError(f"--rs is not for {args.method}: it gives the square root to adapters that scale by alpha / r")
+    if args.init_from:
+        if Adapter is not lora.LoRALinear:
+            raise ValueError(f"--init-from {args.init_from} is for method lora, not {args.method}")
+        for name in ("rank", "alpha", "targets", "rs"):
+            if getattr(args, name):
+                raise ValueError(f"--init-from {args.init_from} brings its own {name}: drop --{name}")
     if args.steps is not None and args.epochs is not None:
         raise ValueError("--steps and --epochs say the same thing: give one")
     for name, value in ADAPTER.items():
@@ -125,7 +132,7 @@ def parse(argv):
             if getattr(args, name) is not None:
                 print(f"note     --{name} says nothing to method {args.method}, which has no adapter")
             setattr(args, name, None)
-        elif getattr(args, name) is None:
+        elif getattr(args, name) is None and (name == "dropout" or not args.init_from):
             setattr(args, name, value)
     defaults = DEFAULTS[args.dataset.split("/")[0]]
     args.batch_size = defaults["batch_size"] if args.batch_size is None else args.batch_size
@@ -298,7 +305,7 @@ class Run:
         hparams = {name: value(args.steps) if callable(value) else value for name, value in hparams.items()}
         self.model.to(args.device)
         self.first = 1  # the first step whose weights may be kept
-        self.Adapter, self.layers = adapt(self.model, {**vars(args), **hparams})
+        self.Adapter, self.layers = checkpoint.adapt_as(self.model, {**vars(args), **hparams})
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         name_of = {m: name for name, m in self.model.named_modules()}
         self.names = [name_of[layer] for layer in self.layers]
@@ -307,6 +314,8 @@ class Run:
         self.hparams = hparams
         self.settings = {k: v for k, v in {**vars(args), **hparams}.items() if k not in elsewhere}
         self.settings["processes"] = WORLD
+        if args.init_from:
+            self.settings["init_weights"] = checkpoint.fingerprint(Path(args.init_from) / "adapter_model.safetensors")
         self.settings["base_weights"] = checkpoint.fingerprint(self.source / "model.safetensors")
         files = (self.source / name for name in ("config.json", *checkpoint.TOKENIZERS))
         self.settings["base_files"] = checkpoint.fingerprint([f.read_bytes() for f in files if f.exists()])

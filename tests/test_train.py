@@ -18,6 +18,7 @@ from test_checkpoint import peft_logits, relative
 
 import checkpoint
 import data
+import generate
 import train
 from data import bpe, reviews
 from methods import METHODS
@@ -349,6 +350,55 @@ def test_what_a_method_adds_to_the_gradient_is_clipped_with_it(tmp_path, base, m
     assert len(moved) == 6 and max(moved) < 0.0101
 
 
+@pytest.mark.parametrize("targets, config", [(["c_attn"], {}), (["c_attn", "mlp.c_proj"], dict(use_rslora=True))])
+def test_a_run_goes_on_from_an_adapter_that_peft_made(tmp_path, base, capsys, targets, config):
+    """--init-from: step 0 is PEFT's model, training lowers its loss, what comes out loads in PEFT again; the run
+    resumes, and generate.py knows where it came from."""
+    peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
+    import transformers
+    theirs = peft.get_peft_model(transformers.GPT2LMHeadModel.from_pretrained(base), peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM", **config))
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.3)
+    theirs.save_pretrained(tmp_path / "adapter")
+    flags = ["--model", base, "--init-from", tmp_path / "adapter", *FAST[2:], "--out", tmp_path / "out"]
+    flags = list(map(str, flags))
+    result = train.main(flags)
+    metrics = result["metrics"]
+    merged = theirs.merge_and_unload()
+    merged.save_pretrained(tmp_path / "peft")
+    shutil.copyfile(base / bpe.FILE, tmp_path / "peft" / bpe.FILE)
+    plain = train.main(["--model", str(tmp_path / "peft"), *FAST, "--out", str(tmp_path / "plain")])["metrics"]
+    assert metrics["base"]["loss"] == pytest.approx(plain["base"]["loss"], abs=1e-5)
+    assert metrics["merged"]["loss"] < metrics["base"]["loss"]
+    model, _, _ = generate.load_run(tmp_path / "out")
+    idx = tokens(V=320)[0]
+    assert relative(peft_logits(base, tmp_path / "out", idx)[0], model(idx)[0]) < 1e-5
+    assert relative(generate.load_run(tmp_path / "out", unmerged=True)[0](idx)[0], model(idx)[0]) < 1e-5
+    assert train.main([*flags, "--resume"])["metrics"] == metrics
+    for more, message in ((["--rank", "4"], "brings its own rank"), (["--rs"], "brings its own rs"),
+                          (["--method", "reslora"], "is for method lora, not reslora"),
+                          (["--init-from", str(tmp_path)], "adapter_config.json does not exist")):
+        assert message in refused(capsys, [*flags, *more])
+
+
+def test_an_exported_adapter_comes_back_as_it_was(tmp_path, base):
+    """q and v of GPT-2 go out as one c_attn of rank 2 r; coming back each has its own r rows again, and k none."""
+    result = train.main(command(base, tmp_path))
+    layers = checkpoint.load_adapter(model := from_pretrained(base), tmp_path)
+    assert {layer.r for layer in layers} == {4} and len(layers) == 4
+    names = {f"h.{i}.attn.{t}" for i in (0, 1) for t in "qv"}
+    assert {name for name, m in model.named_modules() if m in layers} == names
+    kept = {k.removeprefix("model."): t for k, t in load_file(tmp_path / "resume.safetensors").items()}
+    assert result["selected"]["step"] == 6
+    for name, layer in model.named_modules():
+        if layer in layers:
+            torch.testing.assert_close(layer.lora_A, kept[f"{name}.lora_A"])
+            torch.testing.assert_close(layer.lora_B, kept[f"{name}.lora_B"])
+
+
 def test_rs_is_rslora_and_goes_with_every_method(tmp_path, base):
     """--method rslora = --rs = alpha times sqrt(r)."""
     runs = [train.main(command(base, tmp_path / str(i), *flags))["metrics"] for i, flags in enumerate([
@@ -468,6 +518,7 @@ def test_a_new_run_replaces_an_old_one_whole(tmp_path, base):
 
 def refused(capsys, argv):
     """The one line on stderr of a command that must end with exit code 2."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as e:
         train.main([str(a) for a in argv])
     assert e.value.code == 2
