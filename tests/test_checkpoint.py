@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+import torch.nn as nn
 from conftest import (
     adapt,
     batch,
@@ -130,6 +131,18 @@ def test_an_adapter_made_by_peft_loads_here(tmp_path, targets, config):
     assert relative(base, expected) > 1e-3 and relative(model(idx)[0], expected) < 1e-5
     assert {p for layer in layers for p in (layer.lora_A, layer.lora_B)} | set(head_of(model)) == {
         p for p in model.parameters() if p.requires_grad}
+
+
+def test_an_untrained_adapter_loads_too(tmp_path):
+    """B = 0 in all of c_attn: q, k and v all get the file's A, a zero B, and the dropout that is asked for."""
+    model = tiny_gpt(torch.float32)
+    for layer in adapt(model, "lora", {}, targets=["q"], random=False):
+        nn.init.zeros_(layer.lora_B)
+    checkpoint.save_adapter(tmp_path, model, "some/base")
+    A = model.h[2].attn.q.lora_A.detach()
+    layers = checkpoint.load_adapter(fresh := tiny_gpt(torch.float32), tmp_path, dropout=0.3)
+    assert len(layers) == 12 and all(layer.dropout.p == 0.3 and not layer.lora_B.any() for layer in layers)
+    assert all(torch.equal(linear.lora_A, A) for linear in (fresh.h[2].attn.q, fresh.h[2].attn.k, fresh.h[2].attn.v))
 
 
 def test_a_bad_adapter_folder_is_refused(tmp_path):

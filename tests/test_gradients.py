@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn as nn
-from conftest import adapt, batch, both, every_variant, factors, head_of, tiny_gpt, tokens, train_steps
+from conftest import adapt, batch, both, every_variant, factors, head_of, tiny_gpt, tokens, train_steps, variants
 from test_equations import ALPHA, Chain, R, chain, equal
 
 import lora
@@ -55,6 +55,28 @@ def test_gradcheck(method, hparams, tiny):
     idx, targets = batch(model, 1, 4)
     layers = adapt(model, method, hparams, r=2)
     torch.autograd.gradcheck(lambda *_: model(idx, targets)[1], factors(layers), fast_mode=True)
+
+
+@pytest.mark.parametrize("method, hparams", [v for v in variants() if " 2" not in v.id and "-1" not in v.id])
+def test_a_compiled_model_has_the_same_gradients(method, hparams):
+    """Traced by torch.compile, with what travels between ResLoRA's layers and the ranks that DyLoRA draws, the loss and
+    all gradients are those of the plain model, step after step. (No code is generated: that takes minutes.)"""
+    model, some = tiny_gpt(n_layer=2), tokens()
+    layers = adapt(model, method, hparams)
+    compiled = torch.compile(model, backend="eager")
+    optimizer = torch.optim.SGD(factors(layers), 0.1)
+    layers[0].begin(layers, 5)
+    for step in range(1, 4):
+        plain = torch.autograd.grad(model(*some)[1], factors(layers))
+        loss = compiled(*some)[1]
+        assert equal(loss, model(*some)[1])
+        loss.backward()
+        assert all(equal(p.grad, g) for p, g in zip(factors(layers), plain, strict=True))
+        layers[0].before_step(layers, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        layers[0].after_step(layers, step)
+    torch._dynamo.reset()
 
 
 # Closed forms: g_n = dL/dh_n, rows instead of columns. dL/d(out) of the chain is 1 everywhere.

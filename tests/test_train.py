@@ -399,6 +399,27 @@ def test_an_exported_adapter_comes_back_as_it_was(tmp_path, base):
             torch.testing.assert_close(layer.lora_B, kept[f"{name}.lora_B"])
 
 
+def test_compiled_training_is_training(tmp_path, base, monkeypatch):
+    """--compile: the same metrics to 1e-4, saved under the same names. Traced by torch.compile, but without generating
+    code, which would take minutes."""
+    def few(*args, real=data.load):
+        return {split: pairs[:12] for split, pairs in real(*args).items()}
+    monkeypatch.setattr(data, "load", few)
+    flags, traced = ["--method", "reslora", "--steps", "2"], []
+    plain = train.main(command(base, tmp_path / "plain", *flags))["metrics"]
+
+    def trace(model, real=torch.compile):
+        traced.append(model)
+        return real(model, backend="eager")
+    monkeypatch.setattr(torch, "compile", trace)
+    found = train.main(command(base, tmp_path / "compiled", *flags, "--compile"))["metrics"]
+    assert traced and torch._dynamo.utils.counters["stats"]["calls_captured"] > 0
+    for stage, values in plain.items():
+        assert found[stage]["loss"] == pytest.approx(values["loss"], abs=1e-4)
+    assert weights(tmp_path / "plain").keys() == weights(tmp_path / "compiled").keys()
+    torch._dynamo.reset()
+
+
 def test_rs_is_rslora_and_goes_with_every_method(tmp_path, base):
     """--method rslora = --rs = alpha times sqrt(r)."""
     runs = [train.main(command(base, tmp_path / str(i), *flags))["metrics"] for i, flags in enumerate([
