@@ -111,7 +111,7 @@ def test_enough_beams_find_the_best_of_all_texts(penalty):
         lengths.add(len(best))
         found, = beam_search(model, [prompt], 4, stop, beams=64, length_penalty=penalty)
         assert found == [t for t in best if t != stop]
-    assert len(lengths) > 1
+    assert len(lengths) > 1 or penalty == 2.0  # which prefers the longest texts
 
 
 @pytest.mark.parametrize("beams, penalty", [(1, 1.0), (2, 0.0), (3, 0.9), (5, 0.9), (4, 2.0)])
@@ -133,4 +133,4 @@ def test_beam_search_is_that_of_transformers(tmp_path, beams, penalty):
                                   pad_token_id=stop)[0, len(prompt):].tolist()
             assert y == (out[:out.index(stop)] if stop in out else out)
             lengths.add(len(y))
-    assert len(lengths) > 2
+    assert len(lengths) > 2 or penalty == 2.0
