@@ -90,6 +90,30 @@ def test_a_split_is_written_scored_and_kept(run, capsys, monkeypatch):
     assert len(open(folder / "predictions-validation.jsonl").readlines()) == 2 and few["BLEU"] >= 0
 
 
+def test_texts_stay_beside_their_records(run, capsys, monkeypatch):
+    """Decoded sorted by length, in batches: a model that says its prompt again shows that none is mixed up."""
+    folder = run("--method", "lora")
+    monkeypatch.setattr(generate.decoding, "generate", lambda model, prompts, *rest, **how: prompts)
+    written(capsys, folder, "--batch-size", "5")
+    rows = [json.loads(line) for line in open(folder / "predictions-test.jsonl")]
+    assert len({row["text"] for row in rows}) == 12
+    assert all(row["text"] == f"<|endoftext|>{row['record']} ||" for row in rows)
+
+
+def test_the_weights_that_were_kept_are_those_that_write(tmp_path, base, monkeypatch):
+    """Not the last ones: after a better validation at step 2 of 6, the unmerged model is that of step 2."""
+    losses = iter([0, 1, 2, 3, 0, 0])
+
+    def rising(*args, real=train.evaluate):
+        loss, logits = real(*args)
+        return loss + next(losses), logits
+    monkeypatch.setattr(train, "evaluate", rising)
+    assert train.main(command(base, tmp_path, "--lr", "0.1"))["selected"]["step"] == 2
+    idx = tokens(V=320)[0]
+    merged, unmerged = (generate.load_run(tmp_path, unmerged)[0](idx)[0] for unmerged in (False, True))
+    torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-5)
+
+
 def test_streamed_text_is_the_text(run, capsys):
     """What comes token by token is what decoding gives as a whole, characters of several tokens whole too; drawing
     with a seed repeats itself; beams print theirs at the end."""

@@ -337,6 +337,25 @@ def test_adalora_resumes_in_every_phase_of_its_budget(tmp_path, base, killed, ev
     assert one.keys() == two.keys() and all(torch.equal(v, two[k]) for k, v in one.items())
 
 
+def test_a_log_that_is_a_step_behind_catches_up(tmp_path, base, monkeypatch):
+    """Killed between the last state and its log: resuming writes the log that an uninterrupted run has."""
+    whole = train.main(command(base, tmp_path / "a"))
+
+    def stop(path, rows, real=checkpoint.write_log):
+        if len(rows) == 3:
+            raise KeyboardInterrupt
+        real(path, rows)
+    monkeypatch.setattr(checkpoint, "write_log", stop)
+    with pytest.raises(SystemExit):
+        train.main(command(base, tmp_path / "b"))
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "load", lambda *a, real=data.load: {
+        split: pairs[:64 if split == "train" else 12] for split, pairs in real(*a).items()})
+    assert train.main(command(base, tmp_path / "b", "--resume"))["metrics"] == whole["metrics"]
+    logs = [[row["train_loss"] for row in csv.DictReader(open(tmp_path / x / "log.csv"))] for x in "ab"]
+    assert logs[0] == logs[1] and len(logs[0]) == 3
+
+
 def test_what_a_method_adds_to_the_gradient_is_clipped_with_it(tmp_path, base, monkeypatch):
     """The orthogonality term of AdaLoRA joins before clipping: SGD moves no factor farther than lr times --clip."""
     moved, real = [], torch.optim.SGD.step
