@@ -307,8 +307,7 @@ def test_adalora_ends_with_its_budget_and_says_where_the_ranks_are(tmp_path, bas
         f"{layer}.lora_E" for layer in result["ranks"]))
     layers = checkpoint.load_adapter(from_pretrained(base), tmp_path)
     exported = {len(layer.lora_A) for layer in layers}
-    q_and_v = [result["ranks"][f"h.{i}.attn.q"] + result["ranks"][f"h.{i}.attn.v"] for i in range(2)]
-    assert exported == set(q_and_v) - {0}
+    assert exported == set(result["ranks"].values()) - {0}
     again = train.main(command(base, tmp_path, *flags, "--resume"))
     assert again["selected"] == result["selected"] and again["ranks"] == result["ranks"]
 
