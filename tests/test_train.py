@@ -1,5 +1,6 @@
 """The command line, end to end, and every bad input with the line it must give."""
 import csv
+import functools
 import json
 import os
 import shutil
@@ -27,14 +28,21 @@ from model import RoBERTa, RobertaConfig, from_pretrained
 FAST = ["--rank", "4", "--steps", "6", "--batch-size", "8", "--eval-every", "2", "--lr", "1e-2"]
 
 
+generated = functools.cache(data.load)
+
+
+def cut_down(monkeypatch):
+    """The splits cut down, and those of generators made once."""
+    def load(name, data_dir=None, real=data.load):
+        found = generated(name) if name in data.GENERATED and not data_dir else real(name, data_dir)
+        return {split: pairs[:64 if split == "train" else 12] for split, pairs in found.items()}
+    monkeypatch.setattr(data, "load", load)
+
+
 @pytest.fixture(autouse=True)
 def few_records(monkeypatch):
-    """The splits cut down: a run in a second."""
-    real = data.load
-
-    def load(name, data_dir=None):
-        return {split: pairs[:64 if split == "train" else 12] for split, pairs in real(name, data_dir).items()}
-    monkeypatch.setattr(data, "load", load)
+    """A run in a second."""
+    cut_down(monkeypatch)
 
 
 def command(base, out, *flags):
@@ -328,8 +336,7 @@ def test_adalora_resumes_in_every_phase_of_its_budget(tmp_path, base, killed, ev
     with pytest.raises(SystemExit):
         train.main(command(base, tmp_path / "b", *flags))
     monkeypatch.undo()
-    monkeypatch.setattr(data, "load", lambda *a, real=data.load: {
-        split: pairs[:64 if split == "train" else 12] for split, pairs in real(*a).items()})
+    cut_down(monkeypatch)
     resumed = train.main(command(base, tmp_path / "b", *flags, "--resume"))
     assert resumed["metrics"] == whole["metrics"] and resumed["ranks"] == whole["ranks"]
     one, two = weights(tmp_path / "a"), weights(tmp_path / "b")
@@ -348,8 +355,7 @@ def test_a_log_that_is_a_step_behind_catches_up(tmp_path, base, monkeypatch):
     with pytest.raises(SystemExit):
         train.main(command(base, tmp_path / "b"))
     monkeypatch.undo()
-    monkeypatch.setattr(data, "load", lambda *a, real=data.load: {
-        split: pairs[:64 if split == "train" else 12] for split, pairs in real(*a).items()})
+    cut_down(monkeypatch)
     assert train.main(command(base, tmp_path / "b", "--resume"))["metrics"] == whole["metrics"]
     logs = [[row["train_loss"] for row in csv.DictReader(open(tmp_path / x / "log.csv"))] for x in "ab"]
     assert logs[0] == logs[1] and len(logs[0]) == 3
@@ -517,8 +523,7 @@ def test_a_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(tmp_path, b
         train.main(command(base, tmp_path / "b", *flags))
     assert e.value.code == 130
     monkeypatch.undo()
-    monkeypatch.setattr(data, "load", lambda *a, real=data.load: {
-        split: pairs[:64 if split == "train" else 12] for split, pairs in real(*a).items()})
+    cut_down(monkeypatch)
     resumed = train.main(command(base, tmp_path / "b", *flags, "--resume"))
     assert resumed["metrics"] == whole["metrics"]
     one, two = weights(tmp_path / "a"), weights(tmp_path / "b")
