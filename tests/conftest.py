@@ -19,6 +19,16 @@ from data import bpe, restaurants, reviews  # noqa: E402
 from methods import METHODS  # noqa: E402
 from model import GPT, GPTConfig, RoBERTa, RobertaConfig  # noqa: E402
 
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="many more kills and a thousand cases of each fuzz")
+
+
+@pytest.fixture
+def long(request):
+    return request.config.getoption("--long")
+
+
 REAL = os.environ.get("REAL_DATA")  # a folder with sst2/ and roberta-base-vocab/vocab.json
 needs_real = pytest.mark.skipif(not (REAL and os.environ.get("TIKTOKEN_CACHE_DIR")), reason="RoBERTa's vocabulary: set "
                                 "REAL_DATA and TIKTOKEN_CACHE_DIR to folders that hold it")

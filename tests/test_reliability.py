@@ -1,0 +1,321 @@
+"""Nothing that happens to a run, and nothing that is typed or read, breaks it: it succeeds or says in a line why not.
+
+    python -m pytest tests/test_reliability.py --long       25 kills and 25 full disks, a thousand cases of each fuzz
+"""
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, adapt, tiny_gpt
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_checkpoint import optimizer_of
+from test_train import command, cut_down, few_records  # noqa: F401
+
+import checkpoint
+import data
+import generate
+import train
+from data import bpe
+from methods import METHODS
+from model import from_pretrained
+
+
+def cases(test):
+    """Run a hypothesis test over 40 cases, always the same ones, or with --long over a thousand."""
+    long = "--long" in sys.argv
+    return settings(max_examples=1000 if long else 40, derandomize=not long, deadline=None, database=None,
+                    suppress_health_check=list(HealthCheck))(test)
+
+
+# Killed, and a full disk
+
+RUN = "--steps", "40", "--eval-every", "2"
+
+
+def start(argv, log, before=lambda: None):
+    """train.py in a process of its own, a fork of this one: its number. What it prints goes to `log`."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1), os.dup2(out, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        before()
+        train.main(argv)
+        code = 0
+    except SystemExit as e:
+        code = e.code
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+
+def check_readable(folder, flags):
+    """Whatever stands in a run folder is whole: the state loads, the adapter loads, the JSON is JSON."""
+    for path in folder.rglob("*"):
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        if path.suffix == ".safetensors":
+            checkpoint.read_safetensors(path)
+    if (folder / "result.json").exists() and "dylora" not in flags:
+        generate.load_run(folder)
+
+
+@pytest.mark.parametrize("method", ["reslora", "adalora"])
+def test_killed_at_any_moment_and_resumed(tmp_path, base, method, long):
+    """kill -9 while training and while writing, again and again: the folder is readable after each, and the run that
+    comes through in the end has the metrics of an undisturbed one."""
+    rng, flags = random.Random(0), [*RUN, "--method", method, "--save-merged"]
+    whole, begun = train.main(command(base, tmp_path / "whole", *flags)), time.time()
+    train.main(command(base, tmp_path / "warm", *flags))
+    seconds, kills, folder = time.time() - begun, 0, tmp_path / "run"
+    while kills < (25 if long else 4):
+        if (folder / "result.json").exists():
+            shutil.rmtree(folder)
+        resume = ["--resume"] * (folder / "resume.safetensors").exists()
+        pid = start(command(base, folder, *flags, *resume), tmp_path / "log")
+        time.sleep(rng.uniform(0, 1.1 * seconds))
+        os.kill(pid, signal.SIGKILL)
+        kills += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        check_readable(folder, flags)
+    if not (folder / "result.json").exists():
+        resume = ["--resume"] * (folder / "resume.safetensors").exists()
+        train.main(command(base, folder, *flags, *resume))
+    assert json.loads((folder / "result.json").read_text())["metrics"] == whole["metrics"]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, base, long):
+    """No file may grow beyond a random size, as on a disk that is full: one line, exit code 2, no part of a file, and
+    a resumed run ends like an undisturbed one."""
+    rng, flags, failed = random.Random(0), [*RUN, "--method", "reslora"], 0
+    whole = train.main(command(base, tmp_path / "whole", *flags))
+    most = max(path.stat().st_size for path in (tmp_path / "whole").iterdir())
+    while failed < (25 if long else 4):
+        folder, size = tmp_path / str(failed), int(rng.uniform(0.02, 1) * most)
+
+        def limit(size=size):
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        log = tmp_path / "log"
+        code = os.waitstatus_to_exitcode(os.waitpid(start(command(base, folder, *flags), log, limit), 0)[1])
+        if code == 0:
+            continue
+        failed += 1
+        said = log.read_text() if log.stat().st_size < size else ""  # the log has the same limit
+        assert code == 2 and "Traceback" not in said, said
+        if folder.exists():
+            assert not list(folder.glob("*.part"))
+            check_readable(folder, flags)
+        resume = ["--resume"] * (folder / "resume.safetensors").exists()
+        assert train.main(command(base, folder, *flags, *resume))["metrics"] == whole["metrics"]
+
+
+# Fuzz
+
+NUMBERS = ["0", "1", "2", "3", "5", "-1", "0.5", "1e-3", "nan", "inf", "-inf", "1e400", "1e30", "99999999999999999999",
+           "", "x", "1,2", "½", "0x10"]
+WORDS = ["q", "q,v", "v,q,k,o,up,down", "q,q", ",", "cpu", "cuda", "sgd", "adamw", "linear", "input", "block", "middle",
+         "none", "weight", "regression,none", "auto", "float32", "restaurants", "stdlib", "reviews", "/", ".", "..",
+         "\0", "é", "--rank", "@nowhere"]
+# left alone: what would take minutes, or write elsewhere
+LEFT = {"--steps", "--epochs", "--grad-accum", "--compile", "--max-new", "--beams", "--out", "--help"}
+
+
+def flags_of(parse):
+    """The flags of a command, from its own parser."""
+    seen = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(parser, *args):
+        seen.extend(s for action in parser._actions for s in action.option_strings if s.startswith("--"))
+        raise Stop
+    real, train.Parser.parse_args = train.Parser.parse_args, stop
+    try:
+        parse([])
+    except Stop:
+        return sorted(set(seen) - LEFT)
+    finally:
+        train.Parser.parse_args = real
+
+
+TRAIN, WRITE = flags_of(train.parse), flags_of(generate.parse)
+
+
+def ends_well(main, argv, capsys):
+    """Success, or one line on stderr and exit code 2."""
+    capsys.readouterr()
+    try:
+        main(argv)
+        return True
+    except SystemExit as e:
+        err = capsys.readouterr().err
+        assert e.code == 2 and err.count("\n") == 1 and err.split(":")[0] in ("train.py", "generate.py"), (argv, err)
+        return False
+
+
+@cases
+@given(flags=st.lists(st.tuples(st.sampled_from(TRAIN), st.sampled_from(NUMBERS + WORDS + list(METHODS))), max_size=3),
+       bare=st.lists(st.sampled_from(["--rs", "--frozen", "--save-merged", "--resume"]), max_size=1))
+def test_any_flags_of_train(flags, bare, base, tmp_path, capsys, monkeypatch):
+    """Up to three random flags with random values: a whole run in two steps, or a line."""
+    monkeypatch.setattr(train, "SCORED", 0)
+    argv = command(base, tmp_path / "out", "--steps", "2", *bare)
+    for name, value in flags:
+        argv += [name] if name in ("--rs", "--frozen", "--save-merged", "--resume") else [f"{name}={value}"]
+    before = set((tmp_path / "out").glob("*"))
+    if not ends_well(train.main, argv, capsys):
+        assert {p.name for p in set((tmp_path / "out").glob("*")) - before} <= {"log.csv", "resume.safetensors"}
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.fixture
+def finished(base, tmp_path):
+    """A finished run."""
+    train.main(command(base, tmp_path / "finished"))
+    return tmp_path / "finished"
+
+
+@cases
+@given(flags=st.lists(st.tuples(st.sampled_from(WRITE), st.sampled_from(NUMBERS + WORDS)), max_size=3),
+       texts=st.lists(st.text(max_size=30), max_size=2))
+def test_any_flags_and_texts_of_generate(flags, texts, finished, capsys):
+    """Random flags, values and prompts: texts, or a line."""
+    argv = [str(finished), "--max-new", "3", "--first", "2", "--out", str(finished / "texts.jsonl")]
+    argv = argv[:3] if texts else argv
+    for name, value in flags:
+        argv += [name] if name == "--unmerged" else [f"{name}={value}"]
+    ends_well(generate.main, [*argv, "--", *texts], capsys)
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+anything = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+    st.text(max_size=5), inner, max_size=3), max_leaves=6)
+row = st.fixed_dictionaries({}, optional={"meaning_representation": anything, "human_reference": anything,
+                                          "more": anything})
+line = st.binary(max_size=20) | row.map(lambda r: json.dumps(r).encode()) | st.builds(
+    lambda a, b: json.dumps({"meaning_representation": a, "human_reference": b}).encode(), st.text(), st.text())
+
+
+@cases
+@given(lines=st.lists(line, max_size=4))
+def test_any_lines_of_jsonl(lines, base, tmp_path):
+    """Bytes, JSON, rows with anything in them: examples, or a ValueError that names the file."""
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_bytes(b"\n".join(lines))
+    try:
+        pairs = data.load("e2e", tmp_path)
+    except ValueError as e:
+        assert "jsonl" in str(e) and "\n" not in str(e)
+        return
+    task = data.tasks.Write(bpe.load(base, 320), 64)
+    try:
+        examples, _ = task.encode(pairs["train"])
+    except ValueError as e:
+        assert "leaves no room" in str(e)
+        return
+    idx, targets, _ = task.collate(examples)
+    assert idx.shape == targets.shape and 0 <= idx.min() and idx.max() < 320
+
+
+def damaged(content, where, how):
+    """Bytes with some of their beginning, where the header is, changed."""
+    content = bytearray(content)
+    for place, byte in zip(where, how, strict=False):
+        content[place % min(len(content), 600)] = byte
+    return bytes(content)
+
+
+def unchanged(model, act):
+    """True if act() works; a ValueError must leave the model as it was."""
+    modules, before = list(model.modules()), {k: v.clone() for k, v in model.state_dict().items()}
+    try:
+        act()
+        return True
+    except ValueError as e:
+        assert "\n" not in str(e).strip() or len(str(e)) > 0
+        assert list(model.modules()) == modules
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        return False
+
+
+bytes_of_a_header = dict(where=st.lists(st.integers(0, 10**6), max_size=4),
+                         how=st.lists(st.integers(0, 255), max_size=4))
+
+
+@cases
+@given(**bytes_of_a_header, change=st.dictionaries(st.sampled_from(
+    ["peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "bias",
+     "use_dora", "fan_in_fan_out", "init_lora_weights"]), anything, max_size=2), cut=st.integers(0, 3000) | st.none())
+def test_any_adapter_folder(where, how, change, cut, tmp_path):
+    """Random values in adapter_config.json, random bytes in the header, a file cut short: a whole adapter that computes
+    something finite, or a ValueError and the model untouched."""
+    model = tiny_gpt(torch.float32, n_layer=1)
+    adapt(model, "lora", {})
+    checkpoint.save_adapter(tmp_path, model, "some/base")
+    config, tensors = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    tensors.write_bytes(damaged(tensors.read_bytes(), where, how)[:cut])
+    fresh = tiny_gpt(torch.float32, n_layer=1)
+    if unchanged(fresh, lambda: checkpoint.load_adapter(fresh, tmp_path)):
+        assert fresh(torch.arange(5)[None])[0].shape == (1, 5, 61)
+
+
+@cases
+@given(**bytes_of_a_header, cut=st.integers(0, 6000) | st.none())
+def test_any_state(where, how, cut, tmp_path):
+    """The same for resume.safetensors."""
+    model = tiny_gpt(torch.float32, n_layer=1)
+    adapt(model, "lora", {})
+    optimizer, file = optimizer_of(model), tmp_path / "resume.safetensors"
+    model(torch.arange(5)[None])[0].sum().backward()
+    optimizer.step()
+    checkpoint.save_state(file, model, optimizer, 1, {"rank": 3}, [dict(step=1, val_loss=1.0, seconds=1.0)])
+    file.write_bytes(damaged(file.read_bytes(), where, how)[:cut])
+    unchanged(model, lambda: checkpoint.load_state(file, model, optimizer, {"rank": 3}))
+
+
+@cases
+@given(change=st.dictionaries(st.sampled_from(
+    ["model", "method", "dataset", "rank", "alpha", "targets", "dropout", "rs", "base_weights", "context", "data_dir",
+     "init_from"]), anything, max_size=2))
+def test_any_result_json(change, finished, capsys):
+    """Settings that nobody wrote: texts, or a line."""
+    file = finished / "result.json"
+    good = file.read_text()
+    try:
+        file.write_text(json.dumps({"settings": {**json.loads(good)["settings"], **change}}))
+        for flags in ((), ("--unmerged",)):
+            ends_well(generate.main, [str(finished), "--max-new", "3", "a text", *flags], capsys)
+    finally:
+        file.write_text(good)
+
+
+def test_nothing_that_is_read_can_run_code():
+    """JSON and safetensors are the only formats: no pickle, no torch.load, no eval anywhere; a pickle under the name of
+    a state is refused."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("baselines/*.py")]:
+        text = path.read_text().replace(".eval()", "")
+        assert not any(word in text for word in ("torch.load", "pickle.load", "eval(", "exec(", "yaml.load")), path
+
+
+def test_a_pickle_is_no_state(tmp_path, base):
+    """torch.save's files are pickles."""
+    model = from_pretrained(base)
+    for name in ("resume.safetensors", "adapter_model.safetensors"):
+        torch.save(model.state_dict(), tmp_path / name)
+        with pytest.raises(ValueError, match="damaged"):
+            checkpoint.read_safetensors(tmp_path / name)
+    assert math.isfinite(sum(p.sum().item() for p in model.parameters()))
