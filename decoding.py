@@ -47,10 +47,14 @@ class Cached:
         self.x = self.model.hidden(token[:, None], self.cache[:, :, :, :self.seen], self.pos)[:, 0]
         self.pos = (self.pos + 1).clamp(max=self.S - 1)
 
-    def select(self, rows):
-        """Keep these rows (B',), some perhaps several times."""
-        self.cache = self.cache.index_select(2, rows)
-        self.pos, self.x = self.pos[rows], self.x[rows]
+    def repeat(self, K):
+        """Every row K times, side by side: B becomes B K."""
+        self.cache, self.pos, self.x = (t.repeat_interleave(K, dim) for t, dim in
+                                        ((self.cache, 2), (self.pos, 0), (self.x, 0)))
+
+    def overwrite(self, rows, sources):
+        """What the rows have read becomes what the sources have: lists of numbers of rows of the same prompt."""
+        self.cache[:, :, rows, :self.seen] = self.cache[:, :, sources, :self.seen]
 
 
 @torch.no_grad()
@@ -101,7 +105,7 @@ def beam_search(model, prompts, max_new, stop, beams, length_penalty=1.0):
     """
     cached, B, K = Cached(model, prompts, max_new), len(prompts), beams
     device = cached.x.device
-    cached.select(torch.arange(B, device=device).repeat_interleave(K))
+    cached.repeat(K)
     scores = torch.full((B, K), -torch.inf, device=device)
     scores[:, 0] = 0.0  # at first all beams are equal
     going = [[[] for _ in range(K)] for _ in prompts]  # [B][K] token lists
@@ -113,7 +117,7 @@ def beam_search(model, prompts, max_new, stop, beams, length_penalty=1.0):
         # of K beams at most K extensions end, so K of 2 K go on
         best, where = (scores[..., None] + logp).flatten(1).topk(min(2 * K, K * V))
         best, parents, tokens = best.tolist(), (where // V).tolist(), (where % V).tolist()
-        chosen, kept = [], []
+        chosen, rows, sources = [], [], []
         for b in range(B):
             ranked = [(p, i, going[b][k], k) for p, i, k in zip(best[b], tokens[b], parents[b], strict=True)]
             alive = [(p, i, [*y, i], k) for p, i, y, k in ranked if i != stop][:K]
@@ -127,12 +131,22 @@ def beam_search(model, prompts, max_new, stop, beams, length_penalty=1.0):
                 full = len(ended[b]) == K and ended[b][-1][0] >= alive[0][0] / length ** length_penalty
                 if full or length == cached.room[b]:
                     open_rows.discard(b)
-            going[b] = [y for _, _, y, _ in alive]
-            kept += [b * K + k for _, _, _, k in alive]
-            chosen.append([(p, i) for p, i, _, _ in alive])
+            # the first child of a beam takes its place, so that only the others' pasts must be copied
+            firsts, others = {}, []
+            for beam in alive:
+                if beam[3] in firsts:
+                    others.append(beam)
+                else:
+                    firsts[beam[3]] = beam
+            placed = [firsts[k] if k in firsts else others.pop(0) for k in range(K)]
+            rows += [b * K + k for k in range(K) if k not in firsts]
+            sources += [b * K + placed[k][3] for k in range(K) if k not in firsts]
+            going[b] = [y for _, _, y, _ in placed]
+            chosen.append([(p, i) for p, i, _, _ in placed])
         if not open_rows:
             break
         scores = torch.tensor([[p for p, _ in row] for row in chosen], device=device)
-        cached.select(torch.tensor(kept, device=device))
+        if rows:
+            cached.overwrite(rows, sources)
         cached.read(torch.tensor([[i for _, i in row] for row in chosen], device=device).flatten())
     return [found[0][1] for found in ended]
