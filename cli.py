@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv=None):
         try:
-            return super().parse_args(argv)
+            return self.parse_intermixed_args(argv)  # flags may stand before, between and behind the rest
         except RecursionError:
             raise ValueError("a file of flags includes itself") from None
 

@@ -19,6 +19,11 @@ from cli import Parser, command, pick_device
 from methods import METHODS
 from model import from_pretrained, locate, read_json, write
 
+NONE = type(None)  # of full fine-tuning, or not given
+SETTINGS = dict(model=[str], method=[str], dataset=[str], base_weights=[str], rs=[bool], rank=[int, NONE],
+                alpha=[float, int, NONE], dropout=[float, int, NONE], targets=[str, NONE], data_dir=[str, NONE],
+                init_from=[str, NONE])
+
 
 def parse(argv):
     """Flags -> a namespace; ValueError for what does not fit together."""
@@ -68,10 +73,18 @@ def load_run(folder, unmerged=False, cut=None):
     the method's own layers with the weights that the run kept. ValueError for a folder without a finished run.
     """
     settings = read_json(folder / "result.json").get("settings")
-    known = {"model", "method", "dataset", "base_weights", "rank", "alpha", "dropout", "targets", "rs", "context"}
-    if not isinstance(settings, dict) or known - settings.keys() or settings["method"] not in METHODS:
+    if not isinstance(settings, dict):
         raise ValueError(f"{folder / 'result.json'} holds no settings of a run")
+    for name, kinds in SETTINGS.items():
+        if type(settings.get(name)) not in kinds:
+            raise ValueError(f"{folder / 'result.json'}: {name} {settings.get(name)!r} is no setting of a run")
+    if settings["method"] not in METHODS or settings["dataset"] not in data.DATASETS:
+        raise ValueError(f"{folder} is a run of method {settings['method']!r} on {settings['dataset']!r}, "
+                         "which are not known here")
     method = METHODS[settings["method"]]
+    lacking = [name for name in ("rank", "alpha", "dropout", "targets") if settings.get(name) is None]
+    if method.adapter and lacking and not settings.get("init_from"):
+        raise ValueError(f"{folder / 'result.json'}: a run of {settings['method']} needs {lacking[0]}")
     if data.labels(settings["dataset"]):
         raise ValueError(f"{folder} classifies {settings['dataset']}: it writes no texts")
     if cut is not None and "cut" not in method.flags:

@@ -114,6 +114,14 @@ def test_the_weights_that_were_kept_are_those_that_write(tmp_path, base, monkeyp
     torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-5)
 
 
+def test_texts_and_flags_in_any_order(run, capsys):
+    """Flags before, between and behind the texts."""
+    folder = run("--method", "lora")
+    texts = [written(capsys, *argv)[1] for argv in ((folder, RECORD, "x", "--max-new", "3"),
+             ("--max-new", "3", folder, RECORD, "x"), (folder, "--max-new", "3", RECORD, "x"))]
+    assert texts[0] == texts[1] == texts[2] and texts[0].count("\n") == 2
+
+
 def test_streamed_text_is_the_text(run, capsys):
     """What comes token by token is what decoding gives as a whole, characters of several tokens whole too; drawing
     with a seed repeats itself; beams print theirs at the end."""

@@ -123,35 +123,41 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, base, long):
 
 # Fuzz
 
-NUMBERS = ["0", "1", "2", "3", "5", "-1", "0.5", "1e-3", "nan", "inf", "-inf", "1e400", "1e30", "99999999999999999999",
-           "", "x", "1,2", "½", "0x10"]
-WORDS = ["q", "q,v", "v,q,k,o,up,down", "q,q", ",", "cpu", "cuda", "sgd", "adamw", "linear", "input", "block", "middle",
-         "none", "weight", "regression,none", "auto", "float32", "restaurants", "stdlib", "reviews", "/", ".", "..",
-         "\0", "é", "--rank", "@nowhere"]
+# Of each kind of flag values that may do, and for all of them what seldom does
+INTS, FLOATS = ["1", "2", "3", "4", "8", "0", "-1"], ["0.1", "1", "1e-3", "2.5", "0", "-1", "nan", "1e30"]
+WORDS = ["q", "q,v", "v,q,k,o,up,down", "q,q", "1,2", "input", "weight", "regression,none", "cpu", "restaurants",
+         "stdlib", *METHODS]
+JUNK = ["", "x", ",", "½", "0x10", "inf", "-inf", "1e400", "99999999999999999999", "/", ".", "..", "\0", "é", "--rank",
+        "@nowhere", "cuda", "reviews"]
 # left alone: what would take minutes, or write elsewhere
 LEFT = {"--steps", "--epochs", "--grad-accum", "--compile", "--max-new", "--beams", "--out", "--help"}
 
 
 def flags_of(parse):
-    """The flags of a command, from its own parser."""
-    seen = []
+    """A strategy for lists of flags with values, from a command's own parser."""
+    actions = []
 
     class Stop(Exception):
         pass
 
     def stop(parser, *args):
-        seen.extend(s for action in parser._actions for s in action.option_strings if s.startswith("--"))
+        actions.extend(parser._actions)
         raise Stop
     real, train.Parser.parse_args = train.Parser.parse_args, stop
     try:
         parse([])
     except Stop:
-        return sorted(set(seen) - LEFT)
+        pass
     finally:
         train.Parser.parse_args = real
-
-
-TRAIN, WRITE = flags_of(train.parse), flags_of(generate.parse)
+    some = {}
+    for action in actions:
+        for name in set(action.option_strings) - LEFT - {"-h"}:
+            good = list(action.choices or {int: INTS, float: FLOATS}.get(action.type, WORDS))
+            some[name] = st.just(None) if action.nargs == 0 else st.sampled_from(good) | st.sampled_from(good + JUNK)
+    one = st.sampled_from(sorted(some)).flatmap(lambda name: some[name].map(
+        lambda value: name if value is None else f"{name}={value}"))
+    return st.lists(one, max_size=3)
 
 
 def ends_well(main, argv, capsys):
@@ -167,16 +173,12 @@ def ends_well(main, argv, capsys):
 
 
 @cases
-@given(flags=st.lists(st.tuples(st.sampled_from(TRAIN), st.sampled_from(NUMBERS + WORDS + list(METHODS))), max_size=3),
-       bare=st.lists(st.sampled_from(["--rs", "--frozen", "--save-merged", "--resume"]), max_size=1))
-def test_any_flags_of_train(flags, bare, base, tmp_path, capsys, monkeypatch):
-    """Up to three random flags with random values: a whole run in two steps, or a line."""
+@given(flags=flags_of(train.parse), method=st.sampled_from(sorted(METHODS)))
+def test_any_flags_of_train(flags, method, base, tmp_path, capsys, monkeypatch):
+    """A method and up to three random flags: a whole run in two steps, or a line."""
     monkeypatch.setattr(train, "SCORED", 0)
-    argv = command(base, tmp_path / "out", "--steps", "2", *bare)
-    for name, value in flags:
-        argv += [name] if name in ("--rs", "--frozen", "--save-merged", "--resume") else [f"{name}={value}"]
     before = set((tmp_path / "out").glob("*"))
-    if not ends_well(train.main, argv, capsys):
+    if not ends_well(train.main, command(base, tmp_path / "out", "--steps", "2", "--method", method, *flags), capsys):
         assert {p.name for p in set((tmp_path / "out").glob("*")) - before} <= {"log.csv", "resume.safetensors"}
     assert not list(tmp_path.rglob("*.part"))
 
@@ -189,15 +191,11 @@ def finished(base, tmp_path):
 
 
 @cases
-@given(flags=st.lists(st.tuples(st.sampled_from(WRITE), st.sampled_from(NUMBERS + WORDS)), max_size=3),
-       texts=st.lists(st.text(max_size=30), max_size=2))
+@given(flags=flags_of(generate.parse), texts=st.lists(st.text(max_size=30), max_size=2))
 def test_any_flags_and_texts_of_generate(flags, texts, finished, capsys):
     """Random flags, values and prompts: texts, or a line."""
-    argv = [str(finished), "--max-new", "3", "--first", "2", "--out", str(finished / "texts.jsonl")]
-    argv = argv[:3] if texts else argv
-    for name, value in flags:
-        argv += [name] if name == "--unmerged" else [f"{name}={value}"]
-    ends_well(generate.main, [*argv, "--", *texts], capsys)
+    some = [] if texts else ["--first", "2", "--out", finished / "texts.jsonl"]
+    ends_well(generate.main, [str(a) for a in (finished, "--max-new", "3", *some, *flags, "--", *texts)], capsys)
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)

@@ -1,0 +1,55 @@
+"""Seconds for 128 new tokens: with the cache, without it, and `transformers`' generate, on the shipped GPT.
+
+    python runs/decode_time.py [threads]      alternating in one process, medians; all three must write the same tokens
+"""
+import statistics
+import sys
+import time
+
+import torch
+import transformers
+from cells import ROOT  # noqa: F401  (the project's files can be imported from here on)
+
+import decoding
+from model import MODELS, from_pretrained
+
+NEW, PROMPT, REPEATS = 128, 30, 7
+if len(sys.argv) > 1:
+    torch.set_num_threads(int(sys.argv[1]))
+model = from_pretrained("tiny-gpt").eval()
+theirs = transformers.GPT2LMHeadModel.from_pretrained(MODELS["tiny-gpt"], dtype=torch.float32).eval()
+torch.manual_seed(0)
+
+
+@torch.no_grad()
+def uncached(prompts):
+    ids = torch.tensor(prompts)
+    for _ in range(NEW):
+        ids = torch.cat([ids, model(ids)[0][:, -1].argmax(-1, keepdim=True)], 1)
+    return ids[:, PROMPT:].tolist()
+
+
+for prompts, beams in ((1, 1), (16, 1), (1, 10), (8, 4)):
+    some = torch.randint(0, 2000, (prompts, PROMPT)).tolist()
+
+    def cached(some, beams=beams):
+        return (decoding.generate(model, some, NEW, -1) if beams == 1 else
+                decoding.beam_search(model, some, NEW, -1, beams, 0.9))
+
+    def peer(some, beams=beams):
+        idx = torch.tensor(some)
+        return theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=NEW, do_sample=False,
+                               num_beams=beams, length_penalty=0.9, eos_token_id=None, pad_token_id=0)[:, PROMPT:].tolist()
+    ways = {"cached": cached, "transformers": peer, **({"uncached": uncached} if beams == 1 else {})}
+    seconds = {name: [] for name in ways}
+    for _ in range(REPEATS):
+        texts = []
+        for name, way in ways.items():
+            begun = time.time()
+            texts.append(way(some))
+            seconds[name].append(time.time() - begun)
+        assert all(text == texts[0] for text in texts)
+    median = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    print(f"{prompts:2} prompts, {beams:2} beams: " + ", ".join(
+        f"{name} {value:.3f} s" + f" ({value / median['cached']:.2f} x)" * (name != "cached")
+        for name, value in median.items()))
