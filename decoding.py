@@ -32,9 +32,10 @@ class Cached:
         config, B = model.config, len(prompts)
         self.cache = model.wte.weight.new_zeros(config.n_layer, 2, B, self.S, config.n_head,
                                                 config.n_embd // config.n_head)
+        self.equal = len(set(map(len, prompts))) == 1  # then all rows stand at the same place
         self.pos = torch.tensor([[len(p)] for p in prompts], device=device)  # (B, 1): where the next token belongs
         idx = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=device)
-        x = model.hidden(idx, self.cache[:, :, :, :T], torch.arange(T, device=device).expand(B, T))
+        x = model.hidden(idx, self.cache[:, :, :, :T], 0)
         self.x = x.gather(1, (self.pos - 1)[..., None].expand(-1, -1, x.size(2)))[:, 0]  # (B, C), the last real tokens
 
     def logits(self):
@@ -43,8 +44,9 @@ class Cached:
 
     def read(self, token):
         """Take in the next tokens (B,). A row that is done writes into its last place, where it no longer reads."""
+        place = self.seen if self.equal and self.seen < self.S else self.pos
         self.seen = min(self.seen + 1, self.S)
-        self.x = self.model.hidden(token[:, None], self.cache[:, :, :, :self.seen], self.pos)[:, 0]
+        self.x = self.model.hidden(token[:, None], self.cache[:, :, :, :self.seen], place)[:, 0]
         self.pos = (self.pos + 1).clamp(max=self.S - 1)
 
     def repeat(self, K):

@@ -36,7 +36,7 @@ MODELS = {"tiny-gpt": ROOT / "data/tiny-gpt", "tiny-roberta": ROOT / "data/tiny-
 class Attention(nn.Module):
     """(B, T, C) -> (B, T, C). mask (B, 1, 1 or T, S): True where a position may be looked at; None: causal.
 
-    cache (2, B, S, nh, hs), at (rows, positions): keys and values of what was seen, and where x's go.
+    cache (2, B, S, nh, hs), at: keys and values of what was seen, and the index (rows, positions) where x's go.
     """
 
     def __init__(self, C, n_head):
@@ -53,7 +53,7 @@ class Attention(nn.Module):
             cache[0][at], cache[1][at] = k.to(cache.dtype), v.to(cache.dtype)
             k, v = cache  # (B, S, nh, hs)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T or S, hs)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
         return self.o(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -132,7 +132,8 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None, pos=None):
         """(B, T) token ids -> (B, T, C), before the last LayerNorm.
 
-        With a cache (L, 2, B, S, nh, hs), `pos` (B, T) says where each token stands; it looks at all up to there.
+        With a cache (L, 2, B, S, nh, hs), `pos` (B, T) says where each token stands; it looks at all up to there. Or
+        `pos` is a number: 0 for whole prompts that fill the cache, S - 1 for one more token a row.
         """
         if idx.size(1) > self.context:
             raise ValueError(f"{idx.size(1)} tokens do not fit the model's context of {self.context}")
@@ -141,8 +142,13 @@ class GPT(nn.Module):
             for block in self.h:
                 x = block(x)
             return x
-        x, at = self.wte(idx) + self.wpe(pos), (torch.arange(len(idx), device=idx.device)[:, None], pos)
-        mask = (torch.arange(cache.size(3), device=idx.device) <= pos[..., None])[:, None]  # (B, 1, T, S)
+        if isinstance(pos, int):  # slices and no mask: many small operations less
+            at, mask = (slice(None), slice(pos, None)), None
+            x = self.wte(idx) + self.wpe.weight[pos:pos + idx.size(1)]
+        else:
+            at = torch.arange(len(idx), device=idx.device)[:, None], pos
+            mask = (torch.arange(cache.size(3), device=idx.device) <= pos[..., None])[:, None]  # (B, 1, T, S)
+            x = self.wte(idx) + self.wpe(pos)
         for block, kept in zip(self.h, cache, strict=True):
             x = block(x, mask, kept, at)
         return x

@@ -39,7 +39,8 @@ for prompts, beams in ((1, 1), (16, 1), (1, 10), (8, 4)):
     def peer(some, beams=beams):
         idx = torch.tensor(some)
         return theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=NEW, do_sample=False,
-                               num_beams=beams, length_penalty=0.9, eos_token_id=None, pad_token_id=0)[:, PROMPT:].tolist()
+                               num_beams=beams, length_penalty=0.9, eos_token_id=None,
+                               pad_token_id=0)[:, PROMPT:].tolist()
     ways = {"cached": cached, "transformers": peer, **({"uncached": uncached} if beams == 1 else {})}
     seconds = {name: [] for name in ways}
     for _ in range(REPEATS):
