@@ -36,6 +36,7 @@ from model import (
 TOKENIZERS = bpe.FILE, "vocab.json", "merges.txt"  # the last two are what `transformers` reads
 STATE = "resume.safetensors", "log.csv"
 RESULTS = ("result.json", "curve.png", "ranks.png", "adapter_config.json", "adapter_model.safetensors",
+           *(f"predictions-{split}.jsonl" for split in ("train", "validation", "test")),
            *(f"merged/{name}" for name in ("config.json", "model.safetensors", *TOKENIZERS)))
 PREFIX = "base_model.model."  # PEFT's, before every key
 # The first value is also what an absent key means. With others the adapter is no plain LoRA: PEFT's pissa, olora, corda
@@ -68,6 +69,11 @@ def fingerprint(content):
         with open(content, "rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()[:16]
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def fingerprint_adapter(folder):
+    """The same of an adapter folder: its weights and its config, which holds the scale."""
+    return "-".join(fingerprint(Path(folder) / f"adapter_{name}") for name in ("config.json", "model.safetensors"))
 
 
 def write_json(path, content):

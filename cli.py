@@ -16,12 +16,13 @@ RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default 
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags are written in full; @FILE reads flags from a file, # begins a comment there. Errors are ValueErrors."""
+    """Flags are written in full. With `files` @FILE reads flags from a file, # begins a comment there. Errors are
+    ValueErrors."""
 
-    def __init__(self, name, description):
+    def __init__(self, name, description, files=True):
         super().__init__(name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False, fromfile_prefix_chars="@",
-                         epilog="@FILE reads flags from a file, one a line.")
+                         allow_abbrev=False, fromfile_prefix_chars="@" if files else None,
+                         epilog="@FILE reads flags from a file, one a line." if files else None)
 
     def convert_arg_line_to_args(self, line):
         return shlex.split(re.sub(r"(^|\s)#.*", "", line))

@@ -27,12 +27,12 @@ SETTINGS = dict(model=[str], method=[str], dataset=[str], base_weights=[str], rs
 
 def parse(argv):
     """Flags -> a namespace; ValueError for what does not fit together."""
-    parser = Parser("generate.py", __doc__)
+    parser = Parser("generate.py", __doc__, files=False)
     parser.add_argument("run", type=Path, help="a run folder of train.py")
     parser.add_argument("texts", nargs="*", help="records, or beginnings where the run learned plain text")
     add = parser.add_argument_group("instead of texts").add_argument
     add("--dataset", help="write for every record of a split (the run's own)")
-    add("--split", default="test", choices=("train", "validation", "test"))
+    add("--split", choices=("train", "validation", "test"), help="(test)")
     add("--data-dir", help="read the dataset from this folder")
     add("--first", type=int, help="only so many records")
     add("--out", type=Path, help="predictions, one JSON object a line (predictions-<split>.jsonl in the run folder)")
@@ -49,7 +49,7 @@ def parse(argv):
     add("--batch-size", type=int, default=32, help="records at a time (32)")
     add("--device", default="auto", help="cpu, cuda, mps (cuda, else cpu)")
     args = parser.parse_args(argv)
-    if args.texts and (args.dataset or args.out or args.first or args.data_dir):
+    if args.texts and (args.dataset or args.split or args.out or args.first or args.data_dir):
         raise ValueError("give texts, or a dataset with --dataset, --split, --data-dir, --first and --out, not both")
     for name in ("max_new", "beams", "batch_size", "first"):
         if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
@@ -60,6 +60,18 @@ def parse(argv):
         raise ValueError(f"--beams {args.beams} search, --temperature {args.temperature} draws: choose one")
     if args.top_k and not args.temperature:
         raise ValueError(f"--top-k {args.top_k} says nothing without --temperature")
+    if args.beams > 100:
+        raise ValueError(f"--beams must be at most 100, not {args.beams}")
+    if not 0 <= args.seed < 2**62:
+        raise ValueError(f"--seed must be in 0..2^62 - 1, not {args.seed}")
+    args.split = args.split or "test"
+    if args.out is not None:
+        if args.out.is_dir() or not args.out.parent.is_dir():
+            raise ValueError(f"--out {args.out} is no place for a file")
+        if args.out.resolve() in [(args.run / name).resolve() for name in checkpoint.STATE + checkpoint.RESULTS
+                                  if not name.startswith("predictions")]:
+            raise ValueError(f"--out {args.out} is a file of the run itself")
+    args.out = args.out or args.run / f"predictions-{args.split}.jsonl"
     if not -100 <= args.length_penalty <= 100:
         raise ValueError(f"--length-penalty {args.length_penalty} is not in -100..100")
     args.device, _, _ = pick_device(args.device, "float32")
@@ -83,6 +95,7 @@ def load_run(folder, unmerged=False, cut=None):
                          "which are not known here")
     method = METHODS[settings["method"]]
     lacking = [name for name in ("rank", "alpha", "dropout", "targets") if settings.get(name) is None]
+    lacking += [name for name in method.flags if name not in settings]
     if method.adapter and lacking and not settings.get("init_from"):
         raise ValueError(f"{folder / 'result.json'}: a run of {settings['method']} needs {lacking[0]}")
     if data.labels(settings["dataset"]):
@@ -97,7 +110,13 @@ def load_run(folder, unmerged=False, cut=None):
         checkpoint.load_adapter(model, folder)
         lora.merge(model)
     else:
-        adapter, layers = checkpoint.adapt_as(model, {**settings, **({} if cut is None else {"cut": cut})})
+        init = settings.get("init_from")
+        if init and checkpoint.fingerprint_adapter(init) != settings.get("init_weights"):
+            raise ValueError(f"{init}, from which {folder} went on, has changed since")
+        try:
+            adapter, layers = checkpoint.adapt_as(model, {**settings, **({} if cut is None else {"cut": cut})})
+        except TypeError as e:
+            raise ValueError(f"{folder / 'result.json'} holds a setting of the wrong kind: {e}") from None
         checkpoint.load_best(folder / "resume.safetensors", model)
         if cut is not None:
             adapter.calibrate(layers, None)
@@ -175,18 +194,19 @@ def generate(args):
     if dataset in data.PLAIN:
         raise ValueError(f"{dataset} has no records to write for: give the beginnings of texts")
     of = {}  # record -> its references
-    for record, text in data.load(dataset, args.data_dir or settings.get("data_dir"))[args.split]:
+    where = args.data_dir or (settings.get("data_dir") if dataset == settings["dataset"] else None)
+    for record, text in data.load(dataset, where)[args.split]:
         of.setdefault(record, []).append(text)
     records = list(of)[:args.first]
     texts, references = write_many(model, tokenizer, records, args, dataset), [of[record] for record in records]
-    out = args.out or args.run / f"predictions-{args.split}.jsonl"
     rows = [json.dumps(dict(record=record, text=text, references=some)) + "\n"
             for record, text, some in zip(records, texts, references, strict=True)]
-    write(out, lambda part: part.write_text("".join(rows)))
+    write(args.out, lambda part: part.write_text("".join(rows)))
     for record, text in list(zip(records, texts, strict=True))[:3]:
         print(f"{record}\n  -> {text}")
     found = judge(dataset, records, texts, references)
-    print(f"\n{dataset} ({args.split}): {len(records)} records, {sum(map(len, references))} references; texts in {out}")
+    sizes = f"{len(records)} records, {sum(map(len, references))} references"
+    print(f"\n{dataset} ({args.split}): {sizes}; texts in {args.out}")
     print("".join(f"{name:>10}" for name in found))
     print("".join(f"{value:10.4f}" for value in found.values()))
     return found

@@ -50,6 +50,7 @@ ADAPTER = dict(rank=8, alpha=16.0, dropout=0.0, targets="q,v")  # defaults of ev
 LOG_EVERY = 10  # steps between two readings of the loss; reading it makes a GPU wait
 EVAL_EXAMPLES = 128  # validation texts per point of the curve; the losses of the report are of the whole test split
 EVAL_LABELLED = 1000  # the same where texts are classified: an accuracy needs more of them
+EVAL_BATCH = 32  # whatever --batch-size is: it has a part in which words are masked
 SCORED = 64  # records decoded where the dataset can score a text; for a report by such a metric, all of the test split
 DECODED = 16  # at a time: their cache holds 2 L C numbers per token
 CALIBRATION = 16  # training batches for merging
@@ -119,7 +120,7 @@ def parse(argv):
             raise ValueError(f"--{name.replace('_', '-')} is a flag of method {other}, not of {args.method}")
     if args.rs and (Adapter is None or Adapter.scale is not lora.LoRALinear.scale):
         raise ValueError(f"--rs is not for {args.method}: it gives the square root to adapters that scale by alpha / r")
-    if args.init_from:
+    if args.init_from is not None:
         if Adapter is not lora.LoRALinear:
             raise ValueError(f"--init-from {args.init_from} is for method lora, not {args.method}")
         for name in ("rank", "alpha", "targets", "rs"):
@@ -132,7 +133,7 @@ def parse(argv):
             if getattr(args, name) is not None:
                 print(f"note     --{name} says nothing to method {args.method}, which has no adapter")
             setattr(args, name, None)
-        elif getattr(args, name) is None and (name == "dropout" or not args.init_from):
+        elif getattr(args, name) is None and (name == "dropout" or args.init_from is None):
             setattr(args, name, value)
     defaults = DEFAULTS[args.dataset.split("/")[0]]
     args.batch_size = defaults["batch_size"] if args.batch_size is None else args.batch_size
@@ -215,9 +216,9 @@ def evaluate(model, examples, task, args):
     model.eval()
     total, count, found = 0, 0, []
     near = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))  # neighbours in length: little padding
-    for i in range(0, len(near), args.batch_size):
-        # of masked words: the seed fixes which, so that models are comparable, but not batch sizes
-        idx, targets, _ = task.collate([examples[j] for j in near[i:i + args.batch_size]], f"evaluation/{i}")
+    for i in range(0, len(near), EVAL_BATCH):
+        # of masked words: the seed fixes which, so that models are comparable
+        idx, targets, _ = task.collate([examples[j] for j in near[i:i + EVAL_BATCH]], f"evaluation/{i}")
         n = int((targets != -100).sum())
         with args.amp:
             logits, mean = model(to_device(idx, args.device), targets)
@@ -270,9 +271,10 @@ class Run:
         self.args = args
         torch.manual_seed(args.seed)
         self.source = locate(args.model)
-        if self.source.resolve() in (args.out.resolve(), (args.out / "merged").resolve()):
-            raise ValueError(f"--model {args.model} lies in the run folder {args.out}, which this run replaces: "
-                             "choose another --out")
+        for flag, folder in (("model", self.source), ("init-from", args.init_from)):
+            if folder is not None and Path(folder).resolve() in (args.out.resolve(), (args.out / "merged").resolve()):
+                raise ValueError(f"--{flag} {folder} lies in the run folder {args.out}, which this run replaces: "
+                                 "choose another --out")
         self.labels = data.labels(args.dataset)  # names; one for a regression, none where texts are predicted
         self.model = from_pretrained(self.source, len(self.labels))
         if not self.labels and self.model.fresh_head and not METHODS[args.method].trains_base:
@@ -314,8 +316,11 @@ class Run:
         self.hparams = hparams
         self.settings = {k: v for k, v in {**vars(args), **hparams}.items() if k not in elsewhere}
         self.settings["processes"] = WORLD
+        if args.model not in MODELS and Path(args.model).is_dir():
+            self.settings["model"] = str(self.source.resolve())  # from wherever the run is read
         if args.init_from:
-            self.settings["init_weights"] = checkpoint.fingerprint(Path(args.init_from) / "adapter_model.safetensors")
+            self.settings["init_from"] = str(Path(args.init_from).resolve())
+            self.settings["init_weights"] = checkpoint.fingerprint_adapter(args.init_from)
         self.settings["base_weights"] = checkpoint.fingerprint(self.source / "model.safetensors")
         files = (self.source / name for name in ("config.json", *checkpoint.TOKENIZERS))
         self.settings["base_files"] = checkpoint.fingerprint([f.read_bytes() for f in files if f.exists()])
@@ -374,7 +379,7 @@ def fit(run):
     if RANK:
         torch.manual_seed(hash((args.seed, RANK, done)))  # dropout of its own
     # only what has a gradient travels; a method's own motions are the same in all processes, as the gradients are
-    forward = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if WORLD > 1 else model
+    forward = nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False) if WORLD > 1 else model
     forward = torch.compile(forward) if args.compile else forward
     stream = batches(run.train, run.task, args, skip=done)
     seconds, saved = rows[-1]["seconds"] if rows else 0.0, done

@@ -146,7 +146,10 @@ def test_streamed_text_is_the_text(run, capsys):
     (["--dataset", "reviews"], "is not one of texts to write"), (["--dataset", "stdlib"], "has no records"),
     (["a text", "--dataset", "e2e"], "not both"), (["--split", "dev"], "invalid choice: 'dev'"),
     (["x " * 900], "leaves no room in a context of 256"), (["--device", "tpu9"], "unknown device 'tpu9'"),
-    (["--data-dir", "."], "restaurants is generated"), (["--out", "/proc/none"], "/proc/none cannot be written")])
+    (["--data-dir", "."], "restaurants is generated"), (["--out", "/proc/none"], "/proc/none cannot be written"),
+    (["--beams", "101"], "--beams must be at most 100"), (["--seed", "-1"], "--seed must be in 0..2^62 - 1, not -1"),
+    (["--out", "."], "--out . is no place for a file"), (["--out", "no/such"], "--out no/such is no place for a file"),
+    (["a text", "--split", "test"], "not both")])
 def test_bad_flags(run, capsys, flags, message):
     """One line, exit code 2."""
     assert message in refused(capsys, run("--method", "lora"), *flags)
@@ -159,6 +162,51 @@ def refused(capsys, *argv):
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.startswith("generate.py: ") and err.count("\n") == 1, err
     return err
+
+
+def test_predictions_never_replace_the_run(run, capsys):
+    """The names of the run's own files are refused."""
+    folder = run("--method", "lora")
+    for name in ("result.json", "resume.safetensors", "log.csv"):
+        assert "is a file of the run itself" in refused(capsys, folder, "--out", folder / name)
+
+
+def test_a_tiny_temperature_is_greedy(run):
+    """No overflow: the likeliest token."""
+    model, _, _ = generate.load_run(run("--method", "lora"))
+    one, two = (generate.decoding.generate(model, [[5, 4]], 5, -1, temperature=t) for t in (0.0, 1e-40))
+    assert one == two
+
+
+def test_a_run_is_found_from_elsewhere(tmp_path, base, capsys, monkeypatch):
+    """--model and --init-from by relative paths; an adapter that has changed since is refused, as is --out in it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base, "base")
+    train.main(command("base", "first"))
+    flags = ["--model", "base", "--init-from", "first", "--steps", "2", "--batch-size", "4"]
+    train.main([*flags, "--out", "second"])
+    monkeypatch.chdir("/")
+    assert written(capsys, tmp_path / "second", RECORD, "--max-new", "3", "--unmerged")
+    config = tmp_path / "first/adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": ', '"lora_alpha": 2'))
+    assert "has changed since" in refused(capsys, tmp_path / "second", RECORD, "--unmerged")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--out", "first"])
+    assert "--init-from first lies in the run folder" in capsys.readouterr().err and config.exists()
+
+
+def test_a_setting_that_is_missing_or_of_another_kind(tmp_path, base, capsys):
+    """A line that names it."""
+    train.main(command(base, tmp_path, "--method", "reslora"))
+    result = json.loads((tmp_path / "result.json").read_text())
+    for change, message in (({"pre_num": "x"}, "wrong kind"), ({"shortcut": None}, "shortcut None is not one of"),
+                            ({"rank": None}, "needs rank")):
+        (tmp_path / "result.json").write_text(json.dumps({"settings": {**result["settings"], **change}}))
+        assert message in refused(capsys, tmp_path, RECORD, "--unmerged")
+    del result["settings"]["shortcut"]
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert "needs shortcut" in refused(capsys, tmp_path, RECORD, "--unmerged")
 
 
 def test_folders_that_are_no_run(run, tmp_path, base, capsys, small_roberta):
