@@ -48,12 +48,12 @@ class LoKrLinear(LoRALinear):
 
     def forward(self, x):
         """(..., d_in) -> (..., d_out)"""
-        # X W2^T, or X W2b^T W2a^T
         X = self.drop(x).unflatten(-1, (self.lokr_w1.shape[1], -1))  # (..., b, d)
+        # X W2^T, or X W2b^T W2a^T
         if self.lokr_w2 is None:
             X = F.linear(F.linear(X, self.lokr_w2_b), self.lokr_w2_a)  # (..., b, c)
         else:
-            X = F.linear(X, self.lokr_w2)
+            X = F.linear(X, self.lokr_w2)  # (..., b, c)
         # h = W x + b + s W1 (X W2^T)
         return F.linear(x, self.weight, self.bias) + ((self.scaling * self.lokr_w1) @ X).flatten(-2)
 

@@ -1,6 +1,6 @@
 """One DyLoRA r 32 cut at every rank, beside LoRA r 32 truncated to it by SVD and LoRA trained at it.
 
-    python runs/dylora.py [--seeds 3] [--jobs 2]      writes results/dylora.csv; 20 minutes on two cores
+    python runs/dylora.py [--seeds 3] [--jobs 2]      writes results/dylora.csv
 
 On restaurants. Each row at the one of RATES with the lowest validation loss (seed 0; of DyLoRA at its full rank, of the
 truncated LoRA before truncation). Losses are nats per target token on the test split.
