@@ -7,7 +7,8 @@ RoBERTa  Liu et al. 2019, arXiv:1907.11692: reads in both directions, LayerNorm 
 
 Three things differ from the usual code: q, k and v are separate linears in both (GPT-2 stores them fused as `c_attn`;
 they are split on loading), so that an adapter on "q" and "v" is an adapter on q and v; the vocabulary is projected onto
-only at positions that have a target; and the base has no dropout of its own, which the published configs set to 0.1.
+only at positions that have a target, a few of them at a time; and the base has no dropout of its own, which the
+published configs set to 0.1.
 
 Shapes: B batch, T time, C channels, nh heads, hs = C / nh, V vocabulary, L labels, S length of the cache.
 """
@@ -79,6 +80,63 @@ def picked(x, targets):
     where = (targets != -100).nonzero().flatten()  # (N,)
     x = x.flatten(0, 1).index_select(0, where.to(x.device, non_blocking=True))
     return x, targets[where].to(x.device, non_blocking=True)
+
+
+CHUNK = 2**25  # logits at a time: 134 MB in fp32, where 2,048 tokens of GPT-2 have 412 MB, thrice to autograd
+
+
+class VocabularyLoss(torch.autograd.Function):
+    """Mean cross entropy in nats of logits z = x W^T + b (N, V), of which at most CHUNK numbers are in memory at once.
+
+    x (N, C), W (V, C), b (V,) or None, targets (N,). With e = exp(z - max z), s = sum e and, for label smoothing eps,
+    q = (1 - eps) onehot + eps / V
+
+        loss = mean(log s + max z - sum q z)        N dloss/dz = softmax(z) - q = (e - s q) / s
+
+    The gradient needs nothing but the logits, so forward computes it while they are there, in their place: no product
+    is done twice, and backward finds dloss/dx (N, C) ready. A frozen W costs nothing.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, b, targets, eps, train):
+        N, V, loss = len(x), len(W), 0
+        dx, dW, db = (torch.zeros_like(t) if train and needed else None
+                      for t, needed in zip((x, W, b), ctx.needs_input_grad[:3], strict=True))
+        n = max(1, CHUNK // V)
+        for i in range(0, N, n):
+            x_n, t = x[i:i + n], targets[i:i + n, None]
+            z = F.linear(x_n, W, b)  # (n, V)
+            z = z.to(torch.promote_types(z.dtype, torch.float32))
+            # q z = (1 - eps) z_t + eps mean z
+            qz = (1 - eps) * z.gather(1, t) + (eps * z.mean(1, keepdim=True) if eps else 0)
+            top = z.amax(1, keepdim=True)
+            e = z.sub_(top).exp_()
+            s = e.sum(1, keepdim=True)
+            loss = loss + (s.log() + top - qz).sum() / N
+            if dx is None and dW is None and db is None:
+                continue
+            # s N dloss/dz = e - s q; the factor 1 / (s N) goes to the smaller tensors
+            dz = e.scatter_add_(1, t, (eps - 1) * s)
+            dz = dz.sub_(eps / V * s) if eps else dz
+            if dx is not None:
+                dx[i:i + n] = dz @ W / (s * N)
+            if dW is not None:
+                dW += dz.T @ (x_n / (s * N))
+            if db is not None:
+                db += (dz / (s * N)).sum(0)
+        ctx.save_for_backward(dx, dW, db)
+        return loss
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return *(None if d is None else gradient * d for d in ctx.saved_tensors), None, None, None
+
+
+def vocabulary_loss(x, W, b, targets, label_smoothing=0.0):
+    """VocabularyLoss; NaN, as F.cross_entropy says, where there is no target at all."""
+    if not len(x):
+        return x.sum() * math.nan
+    return VocabularyLoss.apply(x, W, b, targets, label_smoothing, torch.is_grad_enabled())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,15 +216,14 @@ class GPT(nn.Module):
         return F.linear(self.ln_f(x), self.wte.weight)
 
     def forward(self, idx, targets=None, label_smoothing=0.0):
-        """Logits of every position (B, T, V) and None, or with targets (B, T) the logits of the N positions that have
-        one (N, V) and their mean cross entropy in nats; -100 marks a position without a target.
+        """(logits of every position (B, T, V), None), or with targets (B, T) (None, the mean cross entropy in nats of
+        the positions that have one); -100 marks a position without a target.
         """
         x = self.hidden(idx)
         if targets is None:
             return self.head(x), None
         x, targets = picked(x, targets)
-        logits = self.head(x)
-        return logits, F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        return None, vocabulary_loss(self.ln_f(x), self.wte.weight, None, targets, label_smoothing)
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and model.safetensors as `transformers` reads and writes them for GPT-2."""
@@ -215,8 +272,12 @@ class LMHead(nn.Module):
         nn.init.normal_(self.dense.weight, std=0.02)
         nn.init.zeros_(self.dense.bias)
 
+    def features(self, x):
+        """(..., C) -> (..., C), what the embedding is multiplied with."""
+        return self.layer_norm(F.gelu(self.dense(x)))
+
     def forward(self, x, wte):
-        return F.linear(self.layer_norm(F.gelu(self.dense(x))), wte.weight, self.bias)
+        return F.linear(self.features(x), wte.weight, self.bias)
 
 
 class Classifier(nn.Module):
@@ -274,8 +335,7 @@ class RoBERTa(nn.Module):
         """(logits, loss); without labels the loss is None.
 
         Classifier: logits (B, L), labels (B,) whole numbers, the mean cross entropy in nats. Regression: logits (B, 1),
-        labels (B,) real numbers, the mean squared error. Masked LM: as GPT, logits (B, T, V), or with labels (B, T),
-        -100 where nothing is asked, (N, V).
+        labels (B,) real numbers, the mean squared error. Masked LM: as GPT, -100 where nothing is asked.
         """
         x = self.hidden(idx)
         if self.classifier:
@@ -289,7 +349,8 @@ class RoBERTa(nn.Module):
             if labels is None:
                 return self.lm_head(x, self.wte), None
             x, labels = picked(x, labels)
-            logits = self.lm_head(x, self.wte)
+            head = self.lm_head
+            return None, vocabulary_loss(head.features(x), self.wte.weight, head.bias, labels, label_smoothing)
         return logits, F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
     def save_pretrained(self, folder, dtype=None):

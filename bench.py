@@ -1,0 +1,475 @@
+"""Time and memory of a training step with every method, beside transformers + peft and beside the floor.
+
+    python bench.py                                         a minute on a CPU, needs nothing
+    python bench.py --preset gpt2-small --peer peft         beside transformers + peft (requirements-dev.txt)
+    python bench.py --peer peft --e2e FOLDER                also examples per second on real E2E text
+
+One process; all rows have the same random weights and batch and take turns, so that what else the machine does hits all
+of them; medians over the rounds, ratios round by round. A step is train.py's own: forward, backward, clipping, AdamW.
+The floor is what the matrix products that LoRA cannot avoid take by themselves, timed in the same rounds at their own
+shapes: forward and input gradients of all linears (not of the first block's q, k, v), of attention (the causal half)
+and of the vocabulary, and the low-rank terms. Reading the weights twice, from memory, is timed beside it.
+"""
+import copy
+import json
+import math
+import platform
+import random
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+import data
+import lora
+import train
+from cli import Parser, command, pick_device
+from methods import METHODS, adapt
+from model import GPT, MODELS, ROOT, GPTConfig, RoBERTa, RobertaConfig, read_json, write
+
+# name: (config, batch, tokens per text)
+PRESETS = {
+    "tiny": (GPTConfig(vocab_size=2048, n_positions=256, n_embd=256, n_layer=4, n_head=8), 8, 128),
+    "gpt2-small": (GPTConfig(), 8, 256),
+    "gpt2-medium": (GPTConfig(n_embd=1024, n_layer=24, n_head=16), 8, 256),
+    "roberta-base": (RobertaConfig(), 8, 128),
+    "roberta-large": (RobertaConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+                                    intermediate_size=4096), 8, 128),
+}
+LABELS = 2
+# row: what it changes in the settings
+ROWS = {
+    "forward only": None, "lora": {}, "lora qkv": dict(targets="q,k,v"), "rslora": dict(method="rslora"),
+    **{f"reslora {shortcut} m {m}": dict(method="reslora", shortcut=shortcut, pre_num=m)
+       for shortcut in ("input", "block", "middle") for m in (1, 4)},
+    "deltalora": dict(method="deltalora", delta_start=0),
+    **{name: dict(method=name) for name in ("adalora", "dylora", "loha", "lokr", "full")},
+}
+PEER = "transformers + peft"
+E2E_STEPS = 24
+FIRST_STEP = {  # a fresh process: imports, model from a folder, adapters, one step
+    "ours": "import torch; from model import from_pretrained; import lora, methods, train\n"
+            "model = from_pretrained(folder); lora.apply(model, lora.LoRALinear, ['q', 'v'], r=16, alpha=16)\n"
+            "loss = lambda idx: model(idx, idx)[1]",
+    PEER: "import torch; from peft import LoraConfig, get_peft_model\n"
+          "from transformers import GPT2LMHeadModel, logging; logging.set_verbosity_error(); logging.disable_progress_bar()\n"
+          "model = get_peft_model(GPT2LMHeadModel.from_pretrained(folder), LoraConfig(r=16, lora_alpha=16,\n"
+          "    target_modules=['c_attn'], fan_in_fan_out=True))\n"
+          "loss = lambda idx: model(input_ids=idx, labels=idx).loss",
+}
+
+
+def parse(argv):
+    parser = Parser("bench.py", __doc__, files=False)
+    add = parser.add_argument
+    add("--preset", default="tiny", help=f"shapes of the model: {', '.join(PRESETS)} (tiny)")
+    add("--rows", default=",".join(ROWS), type=lambda names: names.split(","), help="which, by commas (all)")
+    add("--peer", choices=("peft",), help="measure transformers + peft beside ours")
+    add("--e2e", help="folder of real E2E text: examples per second of whole epochs' batches")
+    add("--rank", type=int, default=16, help="(16)")
+    add("--batch-size", type=int, help="texts (by preset)")
+    add("--context", type=int, help="tokens per text (by preset)")
+    add("--rounds", type=int, default=9, help="measured ones, after a warm-up (9)")
+    add("--device", default="auto", help="cpu, cuda (cuda, else cpu)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the arithmetic (bfloat16 on cuda)")
+    add("--compile", action="store_true", help="torch.compile our models")
+    add("--out", type=Path, help="results/bench-<machine>.json")
+    args = parser.parse_args(argv)
+    if args.preset not in PRESETS:
+        raise ValueError(f"unknown preset {args.preset!r}: choose from {', '.join(PRESETS)}")
+    for name in args.rows:
+        if name not in ROWS:
+            raise ValueError(f"unknown row {name!r}: choose from {', '.join(ROWS)}")
+    if "lora" not in args.rows:
+        raise ValueError("--rows needs lora, with which the others are compared")
+    config, batch, context = PRESETS[args.preset]
+    args.config, args.gpt = config, isinstance(config, GPTConfig)
+    args.batch_size, args.context = args.batch_size or batch, args.context or context
+    limit = config.n_positions if args.gpt else config.max_position_embeddings - 2
+    for name, low, high in (("rounds", 1, 1000), ("batch_size", 1, 4096), ("context", 4, limit), ("rank", 1, 256)):
+        if not low <= getattr(args, name) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is not in {low}..{high}")
+    if args.e2e and not args.gpt:
+        raise ValueError(f"--e2e is for a GPT, not for {args.preset}")
+    args.device, args.dtype, args.amp = pick_device(args.device, args.dtype)
+    args.machine, slug = machine(args)
+    args.out = args.out or ROOT / f"results/bench-{slug}.json"
+    args.argv = sys.argv[1:] if argv is None else argv
+    # what train.py's step and optimizer read
+    vars(args).update(lr=1e-3, optimizer="adamw", weight_decay=0.01, clip=1.0, label_smoothing=0.0, seed=0,
+                      grad_accum=1)
+    return args
+
+
+def machine(args):
+    """("AMD EPYC, 2 threads", "amd-epyc-2-threads")"""
+    if args.device.type == "cuda":
+        name = torch.cuda.get_device_name(args.device)
+    else:
+        info = Path("/proc/cpuinfo")
+        found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+        name = f"{found[1].strip() if found else platform.machine()}, {torch.get_num_threads()} threads"
+    return name, re.sub(r"\W+", "-", name.lower()).strip("-")
+
+
+def wait(device):
+    """Until a GPU has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured: each row is a function without arguments
+
+def batch_of(args):
+    """(idx, targets) as our models take them: a GPT predicts every next token, a RoBERTa tells classes apart."""
+    idx = torch.randint(4, args.config.vocab_size, (args.batch_size, args.context))
+    if args.gpt:
+        return idx, torch.cat([idx[:, 1:], torch.full_like(idx[:, :1], -100)], 1)
+    return idx, torch.randint(0, LABELS, (args.batch_size,))
+
+
+def adapted(base, change, args):
+    """(model, class, layers): a copy of the base with one row's adapters. What no row changes is shared by all."""
+    settings = {"method": "lora", "rank": args.rank, "alpha": 16.0, "dropout": 0.0, "targets": "q,v", "rs": False}
+    settings.update(change)
+    method = METHODS[settings["method"]]
+    own = {name: spec.get("default") for name, spec in method.flags.items()}
+    own = {name: value(10**6) if callable(value) else value for name, value in own.items()}
+    moves = method.trains_base or method.adapter.moves_weight
+    model = copy.deepcopy(base, {} if moves else {id(p): p for p in base.parameters()}).requires_grad_(moves)
+    if model.classifier and not moves:
+        model.classifier = copy.deepcopy(base.classifier, {})
+    return model, *adapt(model, {**own, **settings})
+
+
+def our_step(model, Adapter, layers, args):
+    """(one optimizer step of train.py on given batches, its optimizer)"""
+    params = [p for p in model.parameters() if p.requires_grad]
+    run = SimpleNamespace(args=args, params=params, Adapter=Adapter, layers=layers)
+    optimizer = train.make_optimizer(params, args)
+    forward = torch.compile(model) if args.compile else model
+    step = 0
+    if Adapter:
+        Adapter.begin(layers, 10**6)
+
+    def one(dealt):
+        nonlocal step
+        step += 1
+        train.one_step(run, forward, optimizer, dealt, step)
+    model.train()
+    return one, optimizer
+
+
+def their_step(folder, args):
+    """The same for transformers + peft, as their users write it; dropout off, as ours has none."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # its own, of its own code
+    if args.gpt:
+        off = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+        model = transformers.GPT2LMHeadModel.from_pretrained(folder, **off)
+        lora_config = LoraConfig(r=args.rank, lora_alpha=16, target_modules=["c_attn"], fan_in_fan_out=True)
+    else:
+        off = dict(hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+        model = transformers.RobertaForSequenceClassification.from_pretrained(folder, **off)
+        lora_config = LoraConfig(r=args.rank, lora_alpha=16, target_modules=["query", "value"], task_type="SEQ_CLS")
+    model = get_peft_model(model, lora_config).to(args.device).train()
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = train.make_optimizer(params, args)
+
+    def one(given):
+        with args.amp:
+            loss = model(**given).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(params, args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return one, optimizer, model
+
+
+def floor(args):
+    """[(how often, (m, k), (k, n))] of the matrix products that a step of LoRA on q and v cannot avoid; attention's are
+    batches of them."""
+    c, r, B, T = args.config, args.rank, args.batch_size, args.context
+    C, L, heads, inner = ((c.n_embd, c.n_layer, c.n_head, c.n_inner or 4 * c.n_embd) if args.gpt else
+                          (c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.intermediate_size))
+    N, hs = B * T, C // heads
+    often = [(4 * L + 4 * L - 3, (N, C), (C, C)),  # q, k, v, o; their input gradients, but for the first q, k, v
+             (2 * L, (N, C), (C, inner)), (2 * L, (N, inner), (inner, C)),
+             # the six low-rank terms of q and of v: u = A x, B u, and the gradients of u, of x, of A and of B
+             (2 * L, (N, C), (C, r)), (2 * L, (N, r), (r, C)), (2 * L, (N, C), (C, r)), (2 * L - 2, (N, r), (r, C)),
+             (2 * L, (r, N), (N, C)), (2 * L, (C, N), (N, r)),
+             # scores and weighted values; the gradients of q, k, v and of the weights
+             ((0.5 if args.gpt else 1) * 3 * L, (B * heads, T, hs), (B * heads, hs, T)),
+             ((0.5 if args.gpt else 1) * 3 * L, (B * heads, T, T), (B * heads, T, hs))]
+    if args.gpt:
+        asked = B * (T - 1)  # the last tokens have no next one
+        often += [(1, (asked, C), (C, c.vocab_size)), (1, (asked, c.vocab_size), (c.vocab_size, C))]
+    return often
+
+
+def gflop(args):
+    return sum(often * 2 * math.prod(a) * b[-1] for often, a, b in floor(args)) / 1e9
+
+
+def floor_timers(base, args):
+    """{row: a function that returns its seconds}: each shape of `floor`, timed up to four times and counted as often as
+    the step has it; and all weights read twice."""
+    like = dict(dtype=torch.bfloat16 if args.dtype == "bfloat16" else torch.float32, device=args.device)
+    products = [(often, torch.randn(a, **like), torch.randn(*b[:-2], b[-1], b[-2], **like).transpose(-1, -2),
+                 torch.empty(*a[:-1], b[-1], **like)) for often, a, b in floor(args)]
+    weights = [p.detach().to(like["dtype"]) for p in base.parameters()]
+
+    def timed(f, *given, **out):
+        wait(args.device)
+        start = time.perf_counter()
+        f(*given, **out)
+        wait(args.device)
+        return time.perf_counter() - start
+
+    def multiply():
+        total = 0.0
+        for often, a, b, out in products:
+            times = min(4, math.ceil(often))
+            total += often / times * sum(timed(torch.matmul, a, b, out=out) for _ in range(times))
+        return total
+    return {"floor": multiply, "weights": lambda: timed(lambda: [w.sum() for w in weights for _ in range(2)])}
+
+
+def peak(step, model, optimizer, args):
+    """Bytes of tensors at the highest point of a step: weights, optimizer, and what the step adds."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers(), *(
+        t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)))}
+    standing = sum(t.nbytes for t in tensors.values())
+    if args.device.type == "cuda":
+        wait(args.device)
+        before = torch.cuda.memory_allocated(args.device)
+        torch.cuda.reset_peak_memory_stats(args.device)
+        step()
+        wait(args.device)
+        return standing + torch.cuda.max_memory_allocated(args.device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    now = highest = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return standing + highest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+def take_turns(rows, args, label, other=()):
+    """{row: [seconds of each round]}; `other` are functions that return their seconds themselves."""
+    seconds = {name: [] for name in (*rows, *dict(other))}
+    warm_up = 3 if args.compile or args.device.type == "cuda" else 1
+    for number in tqdm(range(warm_up + args.rounds), desc=label, unit="round", disable=None):
+        for name in random.Random(number).sample(list(rows), len(rows)):  # nobody always follows the same neighbour
+            wait(args.device)
+            start = time.perf_counter()
+            rows[name]()
+            wait(args.device)
+            seconds[name].append(time.perf_counter() - start)
+        for name, timer in dict(other).items():
+            seconds[name].append(timer())
+        if number == warm_up - 1:
+            seconds = {name: [] for name in seconds}
+    return seconds
+
+
+def ratio(a, b):
+    """Median of a / b, round by round."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def steps(base, args, folder):
+    """[{row, ms, tokens per second, peak memory, ratios, share of the floor}]"""
+    idx, targets = batch_of(args)
+    rows, measured = {}, {}
+    for name in args.rows:
+        if ROWS[name] is None:
+            def forward(model=base):
+                with torch.no_grad(), args.amp:
+                    model(idx.to(args.device), targets)
+            rows[name] = forward
+            continue
+        model, Adapter, layers = adapted(base, ROWS[name], args)
+        one, optimizer = our_step(model, Adapter, layers, args)
+        rows[name] = lambda one=one: one([(idx, targets, 1.0)])
+        measured[name] = model, optimizer
+    if args.peer:
+        one, optimizer, model = their_step(folder, args)
+        # transformers shifts a language model's labels itself
+        given = dict(input_ids=idx, labels=idx if args.gpt else targets)
+        given = {key: t.to(args.device) for key, t in given.items()}
+        rows[PEER] = lambda: one(given)
+        measured[PEER] = model, optimizer
+    seconds = take_turns(rows, args, "steps", floor_timers(base, args))
+    table = []
+    for name in seconds:
+        median = statistics.median(seconds[name])
+        trains = name in measured
+        table.append({
+            "row": name, "ms": 1e3 * median, "tokens/s": args.batch_size * args.context / median if trains else None,
+            "peak GB": peak(rows[name], *measured[name], args) / 1e9 if trains else None,
+            "trained": sum(p.numel() for p in measured[name][0].parameters() if p.requires_grad) if trains else None,
+            "of lora": ratio(seconds[name], seconds["lora"]),
+            "of peer": ratio(seconds[name], seconds[PEER]) if args.peer else None,
+            # full fine-tuning computes more than LoRA's floor
+            "of floor": ratio(seconds["floor"], seconds[name]) if trains and name != "full" else None,
+        })
+    return table
+
+
+def inference(base, args):
+    """{row: (ms of a forward of one text without gradients, ratio to the base)}"""
+    idx = batch_of(args)[0][:1].to(args.device)
+    model, _, layers = adapted(base, {}, args)
+    for layer in layers:
+        nn.init.normal_(layer.lora_B, std=0.01)
+    # merging writes into the weights, which are shared
+    models = {"base": base, "unmerged": model, "merged": lora.merge(copy.deepcopy(model))}
+    rows = {name: lambda m=m: m(idx) for name, m in models.items()}
+    for m in models.values():
+        m.eval()
+    with torch.no_grad(), args.amp:
+        seconds = take_turns(rows, args, "inference")
+    return {name: (1e3 * statistics.median(s), ratio(s, seconds["base"])) for name, s in seconds.items()}
+
+
+def end_to_end(base, args, folder):
+    """{"ours" or the peer: examples per second} over the same number of batches of real E2E text: ours as train.py
+    composes them, theirs shuffled and padded to the longest of the batch, as their collators do."""
+    tokenizer = data.bpe.load(MODELS["tiny-gpt"] if args.preset == "tiny" else folder, args.config.vocab_size)
+    task = data.tasks.Write(tokenizer, min(args.config.n_positions, 256))
+    examples, _ = task.encode(data.load("e2e", args.e2e)["train"])
+    size = train.DEFAULTS["e2e"]["batch_size"]
+    loop = SimpleNamespace(**{**vars(args), "batch_size": size, "rounds": max(args.rounds, E2E_STEPS)})
+    model, Adapter, layers = adapted(base, {}, args)
+    one, _ = our_step(model, Adapter, layers, args)
+    ours = train.batches(examples, task, loop)
+    rows = {"ours": lambda: one(next(ours))}
+    if args.peer:
+        theirs, _, _ = their_step(folder, args)
+        order = iter(torch.utils.data.DataLoader(examples, size, shuffle=True, collate_fn=lambda batch: batch,
+                                                 generator=torch.Generator().manual_seed(0)))
+
+        def their_one():
+            batch = next(order)
+            longest = max(len(ids) for ids, _ in batch)
+            ids, mask = torch.zeros(len(batch), longest, dtype=torch.long), torch.zeros(len(batch), longest)
+            labels = torch.full_like(ids, -100)
+            for i, (text, start) in enumerate(batch):
+                ids[i, :len(text)] = torch.tensor(text)
+                mask[i, :len(text)] = 1
+                labels[i, start:len(text)] = torch.tensor(text[start:])
+            theirs({key: t.to(args.device) for key, t in
+                    dict(input_ids=ids, attention_mask=mask, labels=labels).items()})
+        rows[PEER] = their_one
+    # batches differ in length, so the mean and not the median
+    return {name: size / statistics.mean(s) for name, s in take_turns(rows, loop, "real e2e").items()}
+
+
+def first_steps(args, folder):
+    """{"ours" or the peer: seconds from the start of a Python process to the end of its first step}, medians."""
+    found = {}
+    for name, code in FIRST_STEP.items():
+        if name == "ours" or args.peer:
+            code = (f"folder = {str(folder)!r}\n{code}\nidx = torch.randint(0, 100, (2, 64))\n"
+                    "optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])\n"
+                    "loss(idx).backward(); optimizer.step()")
+            found[name] = []
+            for _ in range(3):
+                start = time.perf_counter()
+                subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT)
+                found[name].append(time.perf_counter() - start)
+    return {name: statistics.median(s) for name, s in found.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+def print_table(found):
+    floor_ms = next(row["ms"] for row in found["steps"] if row["row"] == "floor")
+    print(f"\nfloor: {found['GFLOP']:,.1f} GFLOP at {found['GFLOP'] / floor_ms * 1e3:,.0f} GFLOP/s")
+    columns = {"ms": "{:,.1f}", "tokens/s": "{:,.0f}", "peak GB": "{:.2f}", "trained": "{:,}", "of lora": "{:.2f}",
+               "of peer": "{:.2f}", "of floor": "{:.2f}"}
+    print(f"{'':22}" + "".join(f"{name:>12}" for name in columns))
+    for row in found["steps"]:
+        cells = ("" if row[name] is None else form.format(row[name]) for name, form in columns.items())
+        print(f"{row['row']:22}" + "".join(f"{cell:>12}" for cell in cells))
+    for name, (ms, of) in found["inference"].items():
+        print(f"inference {name:12} {ms:12.1f} ms{of:11.2f} of the base")
+    for what, unit in (("e2e", "examples/s on real E2E"), ("first step", "s to the first step")):
+        for name, value in found.get(what, {}).items():
+            print(f"{name:22}{value:12.2f} {unit}")
+
+
+def draw(path, title, table):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = [row for row in table if row["tokens/s"]][::-1]
+    figure, axis = plt.subplots(figsize=(7, 0.3 * len(rows) + 1.2), layout="constrained")
+    colours = ["0.55" if row["row"] == PEER else "C0" if row["row"] == "lora" else "#9ecae1" for row in rows]
+    bars = axis.barh([row["row"] for row in rows], [row["ms"] for row in rows], color=colours)
+    axis.bar_label(bars, [f"{row['ms']:,.0f}" for row in rows], padding=3)
+    floor_ms = next(row["ms"] for row in table if row["row"] == "floor")
+    axis.axvline(floor_ms, color="k", ls="--", lw=1)
+    axis.annotate("LoRA's matrix products alone", (floor_ms, len(rows) - 0.4), xytext=(3, 0),
+                  textcoords="offset points", fontsize=8, annotation_clip=False)
+    axis.set(xlabel="ms a step (median)", title=title, xlim=(0, 1.1 * max(row["ms"] for row in rows)))
+    axis.title.set_size(10)
+    axis.spines[["top", "right"]].set_visible(False)
+    write(path, lambda part: figure.savefig(part, dpi=150, format="png"))
+    plt.close(figure)
+
+
+def bench(args):
+    """Everything for one preset. The file keeps one entry for each preset, a compiled one apart."""
+    torch.manual_seed(0)
+    kept = read_json(args.out) if args.out.exists() else {}
+    print(f"{args.preset}: {args.batch_size} x {args.context} tokens, r {args.rank}, {args.dtype}, {args.machine}")
+    base = (GPT(args.config) if args.gpt else RoBERTa(args.config, LABELS)).requires_grad_(False)
+    found = {"command": "python bench.py " + shlex.join(args.argv), "torch": torch.__version__, "machine": args.machine,
+             "batch": [args.batch_size, args.context], "rank": args.rank, "dtype": args.dtype, "rounds": args.rounds,
+             "GFLOP": gflop(args)}
+    with tempfile.TemporaryDirectory() as folder:
+        base.save_pretrained(folder)
+        base = base.to(args.device)
+        found["steps"] = steps(base, args, folder)
+        found["inference"] = inference(base, args)
+        if args.gpt:
+            found["first step"] = first_steps(args, folder)
+        if args.e2e:
+            found["e2e"] = end_to_end(base, args, folder)
+    print_table(found)
+    name = args.preset + " compiled" * args.compile
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write(args.out, lambda part: part.write_text(json.dumps({**kept, name: found}, indent=1) + "\n"))
+    draw(args.out.with_name(f"{args.out.stem}-{name.replace(' ', '-')}.png"),
+         f"{name}, {args.batch_size} x {args.context} tokens, r {args.rank}\n{args.machine}", found["steps"])
+    print(f"everything is in {args.out}")
+
+
+def main(argv=None):
+    return command("bench.py", parse, bench, argv)
+
+
+if __name__ == "__main__":
+    main()
