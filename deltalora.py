@@ -58,7 +58,7 @@ class DeltaLoRALinear(LoRALinear):
 
     @staticmethod
     @torch.no_grad()
-    def after_step(layers, step):
+    def after_step(layers, step, run=None):
         """W += lambda s (B_t A_t - B_{t-1} A_{t-1}), in place, as one product of rank 2 r: no d x d temporary.
 
         Written with the differences of the factors, so that no two large products cancel:

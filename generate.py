@@ -118,6 +118,8 @@ def load_run(folder, unmerged=False, cut=None):
         except TypeError as e:
             raise ValueError(f"{folder / 'result.json'} holds a setting of the wrong kind: {e}") from None
         checkpoint.load_best(folder / "resume.safetensors", model)
+        if adapter:
+            adapter.begin(layers, settings["steps"], settings["steps"])  # a run with merge_at has ended as LoRA
         if cut is not None:
             adapter.calibrate(layers, None)
         if cut is not None and not unmerged:

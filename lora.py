@@ -95,8 +95,8 @@ class LoRALinear(nn.Module):
         """Called before each real optimizer step, counted from 1, when all gradients are there and not yet clipped."""
 
     @staticmethod
-    def after_step(layers, step):
-        """Called after each real optimizer step."""
+    def after_step(layers, step, run=None):
+        """Called after each real optimizer step; `run` as in calibrate, for a method that merges while it trains."""
 
     @staticmethod
     def ranks(layers):

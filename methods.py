@@ -34,6 +34,7 @@ METHODS = {
         "pre_num": dict(type=int, default=1, help="how many earlier layers join in; -1: all, 0: plain LoRA (1)"),
         "merge": dict(type=lambda names: names.split(","), default=["regression"],
                       help=f"{'|'.join(MERGES)}; more, after commas, are measured beside it (regression)"),
+        "merge_at": dict(type=float, help="merge by regression after this share of the steps, finish as plain LoRA"),
     }, for_merging=("merge",)),
     "deltalora": Method(DeltaLoRALinear, {
         "delta_lambda": dict(type=float, default=2.0, help="how far W follows the delta of B A (2)"),

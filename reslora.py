@@ -37,6 +37,10 @@ merging changes a number M that the model gives by s g^T B (z - P x) at each tok
 s |B^T g| |z - P x|. So where calibration is given such an M, the least squares weigh each token by what depends on it:
 
     minimise over P   E w |z_n - P x_n|^2,    w = |B_n^T g_n|^2     =>     P_n = E[w z x^T] E[w x x^T]^-1
+
+What merging costs can also be trained away, which is ours too: with merge_at = 0.9 the layers of `input` and `middle`
+are merged by regression after nine tenths of the steps, and the last tenth trains the plain LoRA, A* and B, that they
+have become. What is deployed is then exactly what was trained last.
 """
 from itertools import pairwise
 
@@ -53,10 +57,11 @@ class ResLoRALinear(LoRALinear):
     """LoRALinear with a shortcut from the `pre_num` earlier layers of its chain (-1: all of them).
 
     merge: how `calibrate` approximates `input` and `middle`, a name of MERGES or a list of them, the first is kept.
+    merge_at: the share of the steps, in (0, 1), after which these become plain LoRA; None: never.
     Layers must be called in chain order, each once per forward: activation checkpointing and nn.DataParallel do not.
     """
 
-    def __init__(self, linear, r, alpha, dropout=0.0, shortcut="input", pre_num=1, merge="regression"):
+    def __init__(self, linear, r, alpha, dropout=0.0, shortcut="input", pre_num=1, merge="regression", merge_at=None):
         super().__init__(linear, r, alpha, dropout)
         if shortcut not in SHORTCUTS:
             raise ValueError(f"shortcut {shortcut!r} is not one of {', '.join(SHORTCUTS)}")
@@ -66,6 +71,11 @@ class ResLoRALinear(LoRALinear):
         self.merges = [merge] if isinstance(merge, str) else list(merge)
         for how in self.merges:
             self.check_merge(how)
+        if merge_at is not None and not 0 < merge_at < 1:
+            raise ValueError(f"merge_at {merge_at} is not a share of the steps, above 0 and below 1")
+        if merge_at is not None and shortcut == "block":
+            raise ValueError("merge_at is for the shortcuts input and middle: block merges exactly at the end")
+        self.merge_at, self.merge_step = merge_at, None
         self.earlier = []  # the layers n-1, n-2, …, n-m' of the chain; a plain list registers no submodules
         self.inbox, self.outbox, self.sends = [], [], 0  # see `exchange`
         self.register_buffer("A_star", None, persistent=False)  # (r, d_in), what `calibrate` found
@@ -149,10 +159,34 @@ class ResLoRALinear(LoRALinear):
         return self.scaling * (B @ A)
 
     @staticmethod
-    def after_step(layers, step):
-        """A step makes an earlier calibration stale."""
+    def begin(layers, steps, done=0):
+        """With merge_at: the step at which the layers become LoRA, before which no weights may be kept."""
+        if layers[0].merge_at is None:
+            return 1
+        at = max(1, round(layers[0].merge_at * steps))
+        for layer in layers:
+            layer.merge_step = at
+            if done >= at:
+                layer.cut()
+        return at
+
+    def cut(self):
+        """Take the shortcut away: what is left is the plain LoRA of lora_A and lora_B."""
+        self.earlier, self.sends = [], 0
+
+    @staticmethod
+    @torch.no_grad()
+    def after_step(layers, step, run=None):
+        """A step makes an earlier calibration stale; the one of merge_at puts A* in the place of A."""
         for layer in layers:
             layer.A_star = None
+        if step == layers[0].merge_step:
+            ResLoRALinear.calibrate(layers, run, "regression")
+            for layer in layers:
+                if not layer.exact_merge:
+                    layer.lora_A.copy_(layer.A_star)
+            for layer in layers:
+                layer.cut()
 
     @staticmethod
     @torch.no_grad()

@@ -259,6 +259,7 @@ def calibration(model, examples, task, args):
             if label:  # logits (B, L)
                 M = (logits if logits.size(1) == 1 else logits.amax(1) - logits.mean(1)).sum()
         yield real.to(args.device), M
+    model.train()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -460,7 +461,7 @@ def one_step(run, forward, optimizer, dealt, step):
     optimizer.step()
     optimizer.zero_grad()
     if run.Adapter:
-        run.Adapter.after_step(run.layers, step)
+        run.Adapter.after_step(run.layers, step, lambda: calibration(run.model, run.train, run.task, args))
     return torch.stack([loss, norm])
 
 

@@ -121,7 +121,7 @@ class AdaLoRALinear(LoRALinear):
 
     @staticmethod
     @torch.no_grad()
-    def after_step(layers, step):
+    def after_step(layers, step, run=None):
         """Choose b(t) triplets where it is time to, and mask the others."""
         one, last = layers[0], layers[0].steps - layers[0].budget_final
         if one.budget_warmup < step <= last and (step % one.budget_every == 0 or step == last):

@@ -103,7 +103,7 @@ class DyLoRALinear(LoRALinear):
 
     @staticmethod
     @torch.no_grad()
-    def after_step(layers, step):
+    def after_step(layers, step, run=None):
         """Put the ranks back that this step did not train; draw for the next."""
         for layer in layers:
             A, B = layer.before

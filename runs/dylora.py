@@ -6,8 +6,11 @@ On restaurants. Each row at the one of RATES with the lowest validation loss (se
 truncated LoRA before truncation). Losses are nats per target token on the test split.
 """
 import argparse
+import sys
+from pathlib import Path
 
-from cells import ROOT, cell, pool, validation, write_csv
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from compare import ROOT, cell, pool, validation, write_csv  # noqa: E402
 
 RATES = (1.2e-2, 2.4e-2, 4.8e-2)
 CUTS = (1, 2, 4, 8, 16, 32)
@@ -31,6 +34,7 @@ def truncated(lr, seed):
     import checkpoint
     import train
     from model import from_pretrained
+    train.SCORED = 0  # as in compare.cell
     out = ROOT / "out" / name("lora", FULL, lr, seed)
     run = train.Run(train.parse(["--rank", str(FULL), "--lr", str(lr), "--seed", str(seed), "--out", str(out)]))
     trained = from_pretrained(run.source)
@@ -55,7 +59,7 @@ def main():
     kinds = [("dylora", FULL), *(("lora", rank) for rank in CUTS)]
     with pool(args.jobs) as workers:
         list(workers.map(train_one, *zip(*[(*kind, lr, 0) for kind in kinds for lr in RATES], strict=True)))
-        best = {kind: min(RATES, key=lambda lr, kind=kind: validation(name(*kind, lr, 0))) for kind in kinds}
+        best = {kind: min(RATES, key=lambda lr, kind=kind: validation(name(*kind, lr, 0))[0]) for kind in kinds}
         keys = [(*kind, best[kind], seed) for kind in kinds for seed in range(args.seeds)]
         metrics = dict(zip(keys, workers.map(train_one, *zip(*keys, strict=True)), strict=True))
         cuts = list(workers.map(truncated, [best["lora", FULL]] * args.seeds, range(args.seeds)))
@@ -68,7 +72,7 @@ def main():
                   "LoRA trained at the rank": (best["lora", b], metrics["lora", b, best["lora", b], seed]["merged"])}
             rows += [dict(adapter=adapter, rank=b, lr=lr, seed=seed, **{k: round(v, 5) for k, v in values.items()})
                      for adapter, (lr, values) in by.items()]
-    write_csv("dylora.csv", rows)
+    write_csv(ROOT / "results/dylora.csv", rows)
     print("| | " + " | ".join(f"r {b}" for b in CUTS) + " |\n" + "|---" * (len(CUTS) + 1) + "|")
     for adapter in dict.fromkeys(row["adapter"] for row in rows):
         print(f"| {adapter}", end=" |")

@@ -7,8 +7,11 @@ Learning rates: a low one, as the papers use, the one of RATES at which plain Lo
 and seed, and so of the same data order. A loss is nats per target token on the test split.
 """
 import argparse
+import sys
+from pathlib import Path
 
-from cells import ROOT, cell, pool, validation, write_csv
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from compare import ROOT, cell, mean, pool, validation, write_csv  # noqa: E402
 
 DATASETS = "restaurants", "e2e"
 LOW, RATES = 1e-3, (1.2e-2, 2.4e-2, 4.8e-2, 9.6e-2)
@@ -19,8 +22,6 @@ RANK = 16
 
 def losses_of_one(dataset, lr, seed, structure, data_dir, steps):
     """One run; its losses."""
-    import train
-    train.SCORED = 1  # the table is of losses: spend no time on decoding
     out = "merges/" + "-".join(map(str, (dataset, lr, seed, *(structure or ("lora",)))))
     flags = ["--dataset", dataset, "--rank", RANK, "--lr", lr, "--seed", seed]
     flags += ["--data-dir", data_dir] if dataset == "e2e" else []
@@ -33,7 +34,7 @@ def losses_of_one(dataset, lr, seed, structure, data_dir, steps):
     metrics = cell(out, flags)["metrics"]
     losses = {stage.removeprefix("merged by "): values["loss"] for stage, values in metrics.items()}
     losses["regression"] = losses.pop("merged")
-    losses["validation"] = validation(out)
+    losses["validation"] = validation(out)[0]
     return losses
 
 
@@ -66,13 +67,9 @@ def main():
             rows.append(dict(dataset=name, lr=lr, seed=seed, shortcut=structure[0], pre_num=structure[1], rank=RANK,
                              base=losses["base"], lora=lora, unmerged=losses["unmerged"],
                              **{how: losses.get(how, "") for how in MERGES}))
-    write_csv("merges.csv", rows)
+    write_csv(ROOT / "results/merges.csv", rows)
     print_table(rows)
     draw(rows, best)
-
-
-def mean(values):
-    return sum(values) / len(values)
 
 
 def groups(rows):

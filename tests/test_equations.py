@@ -106,6 +106,7 @@ def test_rslora_is_lora_with_alpha_times_sqrt_r():
         nn.init.ones_(b.lora_B)
         x = torch.randn(5, 6)
         torch.testing.assert_close(a(x), b(x))
+    assert RsLoRALinear.forward is LoRALinear.forward  # so it costs what LoRA costs
 
 
 def test_scales():

@@ -210,6 +210,37 @@ def test_regression_has_the_least_error_of_all_merges_on_its_calibration_data(sh
 
 
 @pytest.mark.parametrize("shortcut, m", APPROXIMATE)
+def test_merging_while_training_leaves_the_plain_lora_of_the_regression(shortcut, m):
+    """merge_at 0.5 of four steps: after the second the layers are LoRALinears with A* and B in all they compute, before
+    it they are ResLoRA; a run that has more steps behind it starts as LoRA."""
+    model = tiny_gpt()
+    layers = adapt(model, "reslora", dict(shortcut=shortcut, pre_num=m, merge_at=0.5))
+    idx = tokens(8, 12)[0]
+    assert layers[0].begin(layers, 4) == 2
+    layers[0].after_step(layers, 1, run_over(model, idx))
+    assert not layers[1].exact_merge
+    layers[0].calibrate(layers, run_over(model, idx))
+    expected = [[t.clone() for t in layer.as_lora()] for layer in layers]
+    before = model(idx)[0]
+    layers[0].after_step(layers, 2, run_over(model, idx))
+    assert (model(idx)[0] - before).abs().max() > 1e-3
+    plain = tiny_gpt()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "lora_" not in k})
+    for layer, (A, B) in zip(adapt(plain, "lora", {}), expected, strict=True):
+        layer.lora_A.data.copy_(A)
+        layer.lora_B.data.copy_(B)
+    torch.testing.assert_close(model(idx)[0], plain(idx)[0])
+    again = adapt(tiny_gpt(), "reslora", dict(shortcut=shortcut, pre_num=m, merge_at=0.5))
+    again[0].begin(again, 4, done=2)
+    assert all(layer.exact_merge for layer in again)
+    for bad in (0, 1.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="not a share of the steps"):
+            adapt(tiny_gpt(), "reslora", dict(merge_at=bad))
+    with pytest.raises(ValueError, match="block merges exactly"):
+        adapt(tiny_gpt(), "reslora", dict(shortcut="block", merge_at=0.5))
+
+
+@pytest.mark.parametrize("shortcut, m", APPROXIMATE)
 def test_a_classifiers_regression_weighs_tokens_by_what_the_output_hears_of_them(shortcut, m):
     """With a number M beside the mask, A* solves the least squares weighted by |B^T dM/dh|^2: by lstsq on rows scaled
     with its root, gradients by autograd of our own; and it is another A* than the unweighted one."""

@@ -1,9 +1,11 @@
 """What the README says of the code is true."""
+import json
 import re
 
 import torch.nn as nn
 from conftest import ROOT, factors
 
+import bench
 import lora
 from methods import METHODS
 
@@ -24,6 +26,34 @@ def test_the_table_of_methods():
         assert int(re.search(r"[\d,]+", trained)[0].replace(",", "")) == sum(p.numel() for p in factors(layers)), file
         assert ("approximately" in merges) == (file == "reslora.py") and "exactly" in merges
     assert "590,592" in README and sum(p.numel() for p in nn.Linear(768, 768).parameters()) == 590592
+
+
+def test_the_table_of_times_is_what_was_measured():
+    """Each cell, and the numbers below the table, are in results/."""
+    found = json.loads((ROOT / "results/bench-amd-epyc-2-threads.json").read_text())
+    rows = {name: {row["row"]: row for row in preset["steps"]} for name, preset in found.items()}
+    text = README[README.index("### Time and memory"):]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    table = [cells for cells in table if len(cells) == 11]
+    columns = {"ms": "{:,.1f}", "of lora": "{:.2f}", "of peer": "{:.2f}", "peak GB": "{:.2f}", "of floor": "{:.2f}"}
+    assert len(table) == 1 + len(bench.ROWS) + 1
+    for name, *cells in table[1:]:
+        of = [rows[preset].get(name, {}).get(column) for preset in ("tiny", "gpt2-small") for column in columns]
+        assert cells == ["" if value is None else form.format(value)
+                         for value, form in zip(of, [*columns.values()] * 2, strict=True)], name
+    for preset, form in (("tiny", "{:.1f}"), ("gpt2-small", "{:.2f}")):
+        ours, theirs = (form.format(value) for value in found[preset]["e2e"].values())
+        assert f"{ours} examples" in text or f"{ours} against" in text
+        assert f"against {theirs} for {preset.split()[0]}" in " ".join(text.split())
+    peer = bench.PEER
+    assert f"takes {rows['tiny compiled']['lora']['of peer']:.2f} of the peer's" in text
+    base = rows["roberta-base"]
+    assert f"{base['lora']['of peer']:.2f} of the peer's time, {base['lora']['of floor']:.2f} of it" in text
+    assert f"near the floor too ({base[peer]['of floor']:.2f})" in text
+    first = found["tiny"]["first step"]
+    assert f"{first['ours']:.1f} s against {first[peer]:.1f} s for tiny" in text
+    for preset in found.values():
+        assert preset["command"].startswith("python bench.py")
 
 
 def test_every_file_that_the_readme_names_exists():

@@ -502,7 +502,12 @@ def test_the_recipes_are_valid_and_can_be_changed_behind(recipe, monkeypatch):
 
 # Resuming
 
-@pytest.mark.parametrize("method, hparams", [v for v in variants() if "-1" not in v.id], ids=str)
+# of merge_at: merged before the last checkpoint, at it, after it
+MERGE_AT = [pytest.param("reslora", dict(shortcut="middle", pre_num=1, merge_at=at), id=f"reslora merge_at {at}")
+            for at in (0.34, 0.67, 0.83)]
+
+
+@pytest.mark.parametrize("method, hparams", [*(v for v in variants() if "-1" not in v.id), *MERGE_AT], ids=str)
 def test_a_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(tmp_path, base, method, hparams, monkeypatch):
     """Killed after a checkpoint, with dropout where the method has it: same weights bit for bit, metrics and log."""
     flags = ["--method", method]
@@ -531,6 +536,26 @@ def test_a_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(tmp_path, b
     logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(tmp_path / x / "log.csv"))]
             for x in "ab"]
     assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("dataset", ["restaurants", "reviews"])
+def test_merged_on_the_way_is_merged_exactly(tmp_path, base, small_roberta, dataset):
+    """--merge-at: weights from before it are never kept, what the run ends with is a plain LoRA, and merging costs it
+    nothing; without it the same run loses something."""
+    source = base if dataset == "restaurants" else small_roberta
+    flags = ["--dataset", dataset, "--method", "reslora", "--shortcut", "middle", "--lr", "0.05"]
+    found = train.main(command(source, tmp_path / "a", *flags, "--merge-at", "0.6"))
+    loss = {stage: values["loss"] for stage, values in found["metrics"].items()}
+    assert found["selected"]["step"] >= 4
+    assert loss["merged"] == pytest.approx(loss["unmerged"], abs=1e-5) and abs(loss["base"] - loss["merged"]) > 1e-3
+    never = train.main(command(source, tmp_path / "b", *flags))["metrics"]
+    never = {stage: values["loss"] for stage, values in never.items()}
+    assert abs(never["merged"] - never["unmerged"]) > 1e-4
+    if dataset == "restaurants":
+        model, _, _ = generate.load_run(tmp_path / "a", unmerged=True)
+        merged, _, _ = generate.load_run(tmp_path / "a")
+        idx = tokens(V=320)[0]
+        torch.testing.assert_close(model(idx)[0], merged(idx)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_kill_9_in_the_middle_and_resume(tmp_path, base):

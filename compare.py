@@ -1,0 +1,298 @@
+"""A grid of train.py's runs, fair and resumable: rows x ranks x learning rates x seeds -> one csv and one picture.
+
+    python compare.py out/demo --row "LoRA: --method lora" --row "block: --method reslora --shortcut block" \\
+        --lr 1.2e-2 2.4e-2 --seeds 3 --best-lr -- --dataset restaurants --rank 16
+
+What stands behind -- goes to every run. With --best-lr each row, at each rank, tries all rates on the first seed, and
+the one with the best validation gets the other seeds; the csv keeps every run, `best` marks those rates. A finished run
+is never repeated: stop it, start it again. runs/*.sh are the comparisons of the README.
+"""
+import contextlib
+import csv
+import json
+import multiprocessing
+import os
+import re
+import shlex
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cli import Parser, command
+from model import ROOT, write
+
+# The same for a method in every picture, in grey and without colours too: colour, marker, line
+STYLES = {"lora": ("C0", "o", "-"), "rslora": ("C1", "s", "--"), "input": ("C2", "^", "-"),
+          "block": ("C4", "D", "--"), "middle": ("C3", "v", "-."), "deltalora": ("C5", "X", "--"),
+          "adalora": ("C6", "p", ":"), "dylora": ("C7", "h", ":"), "loha": ("C8", "<", "-."), "lokr": ("C9", ">", "-."),
+          "full": ("0.35", "P", ":")}
+
+
+def parse(argv):
+    parser = Parser("compare.py", __doc__)
+    add = parser.add_argument
+    add("to", type=Path, help="PATH of PATH.csv and PATH.png")
+    add("--row", action="append", required=True, help='"LABEL: flags of train.py", one for each line of the table')
+    add("--lr", nargs="+", type=float, required=True, help="rates; a row may have its own, with --lr in its flags")
+    add("--rank", nargs="+", type=int, help="ranks")
+    add("--seeds", type=int, default=1, help="how many, from 0 (1)")
+    add("--best-lr", action="store_true", help="all seeds only at the rate with the best validation of seed 0")
+    add("--quick", action="store_true", help="one seed, at the rates that PATH.csv calls best; into out/quick")
+    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each (cores)")
+    add("--plot", choices=("rows", "rank", "lr", "step"), default="rows", help="what the picture's axis is (rows)")
+    add("--metric", default="merged loss", help="what it shows: a column of the csv (merged loss)")
+    add("--title", default="")
+    add("--forgetting", help="a dataset whose loss is measured before and after, the pretraining text")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    own = argv[:argv.index("--")] if "--" in argv else argv
+    args = parser.parse_args(own)
+    args.flags = argv[len(own) + 1:]
+    if args.seeds < 1 or args.jobs < 1:
+        raise ValueError("--seeds and --jobs must be 1 or more")
+    args.rows = {}
+    for row in args.row:
+        label, colon, flags = row.partition(":")
+        if not colon or label.strip() in args.rows:
+            raise ValueError(f"--row {row!r} is not 'LABEL: flags', with a label of its own")
+        args.rows[label.strip()] = shlex.split(flags)
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+
+def cell(out, flags, forgetting=None):
+    """One run of train.py into out/<out>; its result.json. A finished run with the same flags is read back."""
+    import train
+    train.SCORED = 0  # the tables are of losses and accuracies: no time for decoding
+    out, flags = ROOT / "out" / out, list(map(str, flags))
+    done, wanted = out / "cell.json", [*flags, f"forgetting {forgetting}"]
+    if not (done.exists() and json.loads(done.read_text())["flags"] == wanted):
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out.with_name(out.name + ".txt"), "w") as said, contextlib.redirect_stdout(said):
+            train.train(train.parse([*flags, "--out", str(out)]))
+            also = losses_on(out, forgetting) if forgetting else {}
+        write(done, lambda part: part.write_text(json.dumps({"flags": wanted, "also": also})))
+    return {**json.loads((out / "result.json").read_text()), "also": json.loads(done.read_text())["also"]}
+
+
+def losses_on(out, dataset):
+    """{"base" or "merged": loss on the validation split of another dataset} of a finished run."""
+    import generate
+    import train
+    from model import from_pretrained
+    merged, settings, source = generate.load_run(out)
+    args = train.parse(["--device", "cpu", "--dataset", dataset])
+    found = {}
+    for name, model in (("base", from_pretrained(source)), ("merged", merged)):
+        _, task = train.data.task(dataset, source, model, settings["context"])
+        examples = task.encode(train.data.load(dataset)["validation"])[0][:64]
+        found[f"{name} loss on {dataset}"] = train.evaluate(model, examples, task, args)[0]
+    return found
+
+
+def validation(out):
+    """(value, better high?) of the checkpoint that a run kept, by the metric that chose it."""
+    selected = json.loads((ROOT / "out" / out / "result.json").read_text())["selected"]
+    metric = selected["by"].removeprefix("validation ")
+    with open(ROOT / "out" / out / "log.csv") as f:
+        kept = next(row for row in csv.DictReader(f) if int(row["step"]) == selected["step"])
+    return float(kept[f"val_{metric}"]), metric != "loss"
+
+
+def pool(jobs):
+    """Processes for `jobs` runs at a time, one thread each."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # before a worker imports torch
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+
+
+def folder(args, label, rank, lr, seed):
+    """Of a run, below out/."""
+    slug = re.sub(r"\W+", "-", label).strip("-").lower()
+    return f"compare/{args.to.name}/{slug}" + f"-r{rank}" * (rank is not None) + f"-lr{lr:g}-s{seed}"
+
+
+def flags_of(args, label, rank, lr, seed):
+    own = args.rows[label]
+    rate = [] if "--lr" in own else ["--lr", f"{lr:g}"]
+    return [*args.flags, *own, *(["--rank", rank] if rank is not None else []), *rate, "--seed", seed]
+
+
+def tidy(args, key, result, best):
+    """The csv row of a run: what was run, what was chosen, what came out."""
+    label, rank, lr, seed = key
+    settings, out = result["settings"], folder(args, *key)
+    with open(ROOT / "out" / out / "log.csv") as f:
+        log = list(csv.DictReader(f))
+    late = log[-max(1, len(log) // 10):]  # the last tenth
+    row = {"row": label, "dataset": settings["dataset"], "method": settings["method"], "rank": settings["rank"],
+           "lr": settings["lr"], "seed": seed, "best": int(best), "trained": result["parameters"]["trainable"],
+           "kept step": result["selected"]["step"], result["selected"]["by"]: round(validation(out)[0], 5),
+           "late training loss": round(sum(float(r["train_loss"]) for r in late) / len(late), 5),
+           "late gradient norm": round(sum(float(r["grad_norm"]) for r in late) / len(late), 5)}
+    for stage, values in result["metrics"].items():
+        names = ("unmerged", "merged") if stage == "trained" else (stage,)  # full fine-tuning: nothing to merge
+        row.update({f"{name} {metric}": round(value, 5) for name in names for metric, value in values.items()})
+    row.update({name: round(value, 5) for name, value in result["also"].items()})
+    flags = list(map(str, flags_of(args, *key)))
+    if "--data-dir" in flags:
+        flags[flags.index("--data-dir") + 1] = "FOLDER"  # wherever it is
+    return {**row, "training seconds": result["seconds"]["training"], "flags": shlex.join(flags)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The grid
+
+def run_all(workers, args, keys, bar):
+    """{key: result.json} of the runs `keys`; the first that fails stops the rest."""
+    jobs = {workers.submit(cell, folder(args, *key), flags_of(args, *key), args.forgetting): key for key in keys}
+    found = {}
+    try:
+        for job in as_completed(jobs):
+            found[jobs[job]] = job.result()
+            bar.update()
+    except BaseException:
+        workers.shutdown(cancel_futures=True)
+        raise
+    return {key: found[key] for key in keys}
+
+
+def compare(args):
+    """Run what has not been run, write PATH.csv and PATH.png; returns the rows."""
+    ranks, to = args.rank or [None], args.to
+    rates = {(label, rank): [float(own[own.index("--lr") + 1])] if "--lr" in (own := args.rows[label]) else args.lr
+             for label in args.rows for rank in ranks}
+    if args.quick:
+        known = read(to.with_suffix(".csv")) if to.with_suffix(".csv").exists() else []
+        for key in rates:
+            best = [float(r["lr"]) for r in known if r["best"] == "1" and r["row"] == key[0]
+                    and key[1] in (None, int(r["rank"] or 0))]
+            rates[key] = [best[0] if best else rates[key][len(rates[key]) // 2]]
+        args.seeds, to = 1, ROOT / "out/quick" / to.name
+    first = [(*key, lr, 0) for key, some in rates.items() for lr in some]
+    more = len(rates) if args.best_lr else len(first)
+    bar = tqdm(total=len(first) + more * (args.seeds - 1), unit="run", desc=to.name)
+    with bar, pool(args.jobs) as workers:
+        results = run_all(workers, args, first, bar)
+        best = {}
+        for key, some in rates.items():
+            def value(lr, key=key):
+                found, high = validation(folder(args, *key, lr, 0))
+                return -found if high else found
+            best[key] = min(some, key=value)
+        chosen = [(*key, lr) for key, some in rates.items() for lr in ([best[key]] if args.best_lr else some)]
+        results.update(run_all(workers, args, [(*key, seed) for key in chosen for seed in range(1, args.seeds)], bar))
+    rows = [tidy(args, key, result, best[key[:2]] == key[2]) for key, result in results.items()]
+    write_csv(to.with_suffix(".csv"), rows)
+    draw(args, to.with_suffix(".png"), rows)
+    report(args, rows)
+    return rows
+
+
+def write_csv(path, rows):
+    """[{column: value}] -> a file; a column that only some rows have stays empty in the others."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write_to(part):
+        with open(part, "w", newline="") as f:
+            table = csv.DictWriter(f, columns, restval="", lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+    write(path, write_to)
+
+
+def read(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def groups(rows, *columns):
+    """{values of the columns: rows}, in order."""
+    found = {}
+    for row in rows:
+        found.setdefault(tuple(row[c] for c in columns), []).append(row)
+    return found
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def report(args, rows):
+    """Markdown: each row at its best rate, mean and range over the seeds."""
+    name = args.metric
+    print(f"\n| | rank | rate | seeds | trained | {name} |\n|---|---|---|---|---|---|")
+    for (label, rank, lr), same in groups([r for r in rows if r["best"]], "row", "rank", "lr").items():
+        print(f"| {label} | {rank or ''} | {lr:g} | {len(same)} | {same[0]['trained']:,} | {spread(same, name)} |")
+
+
+def spread(rows, name):
+    """"0.171 (0.165-0.180)", or one number for one seed."""
+    values = [float(r[name]) for r in rows]
+    more = f" ({min(values):.3f}-{max(values):.3f})" * (len(values) > 1)
+    return f"{mean(values):.3f}{more}"
+
+
+def style(row):
+    """(colour, marker, line) of a row's method; ResLoRA's by its shortcut."""
+    key = row["method"]
+    if key == "reslora":
+        key = next((s for s in ("block", "middle") if f"--shortcut {s}" in row["flags"]), "input")
+    return STYLES.get(key, ("k", "x", "-"))
+
+
+def draw(args, path, rows):
+    """The picture: against rank, rate or step a line with the range of its seeds, or one point for each seed."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    shown = rows if args.plot == "lr" else [r for r in rows if r["best"]]
+    labels = groups(shown, "row")
+    tall = 0.34 * len(labels) + 1.3 if args.plot == "rows" else 3.8
+    figure, axis = plt.subplots(figsize=(6.4, tall), layout="constrained")
+    unit = " (nats per target token)" if args.metric.endswith("loss") else ""
+    used = set()
+    for y, ((label,), same) in enumerate(labels.items()):
+        colour, marker, line = style(same[0])
+        look = dict(color=colour, marker=marker, fillstyle="none" if colour in used else "full", ms=6)
+        used.add(colour)  # a method's second row is hollow
+        if args.plot == "rows":
+            axis.plot([r[args.metric] for r in same], [y] * len(same), ls="", alpha=0.85, **look)
+            continue
+        if args.plot == "step":
+            logs = [read(ROOT / "out" / folder(args, label, args.rank and r["rank"], r["lr"], r["seed"]) / "log.csv")
+                    for r in same]
+            points = {int(at[0]["step"]): [float(r["train_loss"]) for r in at] for at in zip(*logs, strict=True)}
+        else:
+            points = {value: [float(r[args.metric]) for r in at] for (value,), at in groups(same, args.plot).items()}
+        x = sorted(points)
+        axis.plot(x, [mean(points[v]) for v in x], ls=line, label=label, **{**look, "ms": 0 if len(x) > 12 else 6})
+        axis.fill_between(x, [min(points[v]) for v in x], [max(points[v]) for v in x], color=colour, alpha=0.15, lw=0)
+    if args.plot == "rows":
+        axis.set_yticks(range(len(labels)), [label for (label,) in labels])
+        axis.invert_yaxis()
+        axis.set_xlabel(args.metric + unit + ", a mark for each seed")
+        axis.grid(axis="x", alpha=0.3)
+    else:
+        names = {"rank": "rank r", "lr": "learning rate", "step": "step"}
+        axis.set(xlabel=names[args.plot], ylabel=("training loss" if args.plot == "step" else args.metric) + unit)
+        if args.plot != "step":
+            axis.set_xscale("log", base=2 if args.plot == "rank" else 10)
+        if args.plot == "rank":
+            axis.set_xticks(sorted({r["rank"] for r in shown}), [str(v) for v in sorted({r["rank"] for r in shown})])
+        axis.legend(frameon=False, fontsize=9)
+    axis.set_title(args.title, fontsize=10, loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+    write(path, lambda part: figure.savefig(part, dpi=150, format="png"))
+    plt.close(figure)
+
+
+def main(argv=None):
+    return command("compare.py", parse, compare, argv)
+
+
+if __name__ == "__main__":
+    main()

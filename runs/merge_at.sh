@@ -1,0 +1,21 @@
+#!/bin/sh
+# ResLoRA merged after nine tenths of the steps and finished as LoRA, merged at the end, and LoRA: five paired seeds.
+# sh runs/merge_at.sh [--quick]      restaurants; with E2E=FOLDER (runs/e2e_split.py) real E2E text too
+set -e
+cd "$(dirname "$0")/.."
+grid() {
+    # shellcheck disable=SC2086
+    python compare.py "results/merge-at-$1" $QUICK --lr 1.2e-2 2.4e-2 4.8e-2 --seeds 5 --best-lr \
+        --title "$1: what is deployed, test loss after merging" \
+        --row "LoRA: --method lora" \
+        --row "input, merged at the end: --method reslora" \
+        --row "input, merged at .9: --method reslora --merge-at 0.9" \
+        -- --dataset $1 --rank 16 --eval-every 30 $2
+}
+QUICK=$1
+grid restaurants ""
+if [ -n "$E2E" ]; then
+    grid e2e "--data-dir $E2E"
+else
+    echo "note: E2E=FOLDER adds the real E2E text; python runs/e2e_split.py makes the folder" >&2
+fi

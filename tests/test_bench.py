@@ -1,0 +1,105 @@
+"""bench.py measures what it says."""
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench
+from model import GPT, GPTConfig, RoBERTa, RobertaConfig
+
+TINY = {"tiny": (GPTConfig(vocab_size=80, n_positions=16, n_embd=16, n_layer=2, n_head=2), 2, 8),
+        "roberta-base": (RobertaConfig(vocab_size=80, max_position_embeddings=18, hidden_size=16, num_hidden_layers=2,
+                                       num_attention_heads=2, intermediate_size=24), 2, 8)}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    for name, preset in TINY.items():
+        monkeypatch.setitem(bench.PRESETS, name, preset)
+
+
+def made(preset, *flags):
+    args = bench.parse(["--preset", preset, "--rank", "3", *flags])
+    return args, (GPT(args.config) if args.gpt else RoBERTa(args.config, 2)).requires_grad_(False)
+
+
+@pytest.mark.parametrize("preset", TINY)
+def test_a_lora_step_computes_the_floors_products_and_no_other(preset):
+    """Torch's count of the operations of a step is the floor's, attention aside (its kernel counts no causal half), and
+    the head of a classifier."""
+    args, base = made(preset)
+    one, _ = bench.our_step(*bench.adapted(base, {}, args), args)
+    idx, targets = bench.batch_of(args)
+    with FlopCounterMode(display=False) as counter:
+        one([(idx, targets, 1.0)])
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    linear = [(often, a, b) for often, a, b in bench.floor(args) if len(a) == 2]
+    expected = sum(often * 2 * m * k * b[-1] for often, (m, k), b in linear)
+    if not args.gpt:  # two linears, 16 -> 16 and 16 -> 2, for 2 texts: forward, gradient of the input and of the weight
+        expected += 3 * 2 * (2 * 16 * 16 + 2 * 16 * 2)
+    assert counted == expected
+
+
+def test_rows_share_the_base_and_leave_it_alone():
+    """Adapters of all rows stand on one copy of the weights; what moves weights has its own."""
+    args, base = made("tiny")
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    idx, targets = bench.batch_of(args)
+    for name, change in bench.ROWS.items():
+        if change is None:
+            continue
+        model, Adapter, layers = bench.adapted(base, change, args)
+        shared = model.h[0].attn.q.weight.data_ptr() == base.h[0].attn.q.weight.data_ptr()
+        assert shared == (name not in ("deltalora", "full"))
+        start = {key: p.clone() for key, p in model.named_parameters()}
+        one, _ = bench.our_step(model, Adapter, layers, args)
+        one([(idx, targets, 1.0)])
+        one([(idx, targets, 1.0)])
+        assert any(not torch.equal(p, start[key]) for key, p in model.named_parameters()), name
+    assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
+
+
+def test_the_peak_is_the_highest_point_of_what_stands_in_memory():
+    """Two tensors of 4 MB at once on a model of 400 bytes are 8 MB and 400 bytes, however many come one by one."""
+    args, _ = made("tiny")
+    model = torch.nn.Linear(99, 1).requires_grad_(False)
+
+    def step():
+        for _ in range(5):
+            a = torch.empty(10**6)
+            b = torch.empty(10**6)
+            del a, b
+    found = bench.peak(step, model, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), args)
+    assert found == 8_000_000 + 400
+
+
+@pytest.mark.parametrize("preset", TINY)
+def test_the_report_has_every_row(tmp_path, capsys, preset):
+    """One entry for each preset, kept beside those of other presets; ratios of a row to itself are 1; a picture."""
+    pytest.importorskip("peft", reason="the peer; pip install -r requirements-dev.txt")
+    out = tmp_path / "bench-x.json"
+    out.write_text('{"gpt2-small": 1}')
+    bench.main(["--preset", preset, "--rank", "3", "--rounds", "1", "--peer", "peft", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert found.keys() == {"gpt2-small", preset}
+    rows = {row["row"]: row for row in found[preset]["steps"]}
+    assert rows.keys() == {*bench.ROWS, bench.PEER, "floor", "weights"}
+    assert rows["lora"]["of lora"] == 1 == rows[bench.PEER]["of peer"]
+    # q and v of ours have as many numbers as c_attn of GPT-2 has there
+    assert rows["lora"]["trained"] == rows[bench.PEER]["trained"]
+    assert (tmp_path / f"bench-x-{preset}.png").stat().st_size > 5000
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*rows, "inference merged"))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--preset", "gpt3"], "unknown preset 'gpt3'"), (["--rows", "lora,qlora"], "unknown row 'qlora'"),
+    (["--rows", "full"], "needs lora"), (["--rounds", "0"], "--rounds 0 is not in"), (["--context", "99"], "in 4..16"),
+    (["--preset", "roberta-base", "--e2e", "x"], "--e2e is for a GPT"), (["--e2e", "nowhere"], "nowhere"),
+])
+def test_bad_input_is_one_line(capsys, flags, message):
+    with pytest.raises(SystemExit) as e:
+        bench.main(flags)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert e.value.code == 2 and len(said) == 1 and message in said[0]
