@@ -119,7 +119,7 @@ class VocabularyLoss(torch.autograd.Function):
             dz = e.scatter_add_(1, t, (eps - 1) * s)
             dz = dz.sub_(eps / V * s) if eps else dz
             if dx is not None:
-                dx[i:i + n] = dz @ W / (s * N)
+                dx[i:i + n] = dz.to(W.dtype) @ W / (s * N)
             if dW is not None:
                 dW += dz.T @ (x_n / (s * N))
             if db is not None:

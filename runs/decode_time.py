@@ -5,13 +5,14 @@
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
 import transformers
-from cells import ROOT  # noqa: F401  (the project's files can be imported from here on)
 
-import decoding
-from model import MODELS, from_pretrained
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import decoding  # noqa: E402
+from model import MODELS, from_pretrained  # noqa: E402
 
 NEW, PROMPT, REPEATS = 128, 30, 7
 if len(sys.argv) > 1:
