@@ -6,11 +6,14 @@
 
 One process; all rows have the same random weights and batch and take turns, so that what else the machine does hits all
 of them; medians over the rounds, ratios round by round. A step is train.py's own: forward, backward, clipping, AdamW.
-The floor is what the matrix products that LoRA cannot avoid take by themselves, timed in the same rounds at their own
-shapes: forward and input gradients of all linears (not of the first block's q, k, v), of attention (the causal half)
-and of the vocabulary, and the low-rank terms. Reading the weights twice, from memory, is timed beside it.
+The peer runs as it is loaded, its cache of keys and values on. The floor is what the matrix products that LoRA cannot
+avoid take by themselves, timed in the same rounds at their own shapes: forward and input gradients of all linears (not
+of the first block's q, k, v), of attention (the causal half) and of the vocabulary, and the low-rank terms. Reading the
+weights twice, from memory, is timed beside it.
 """
 import copy
+import importlib.util
+import itertools
 import json
 import math
 import platform
@@ -30,6 +33,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
+import checkpoint
 import data
 import lora
 import train
@@ -76,7 +80,7 @@ def parse(argv):
     add("--preset", default="tiny", help=f"shapes of the model: {', '.join(PRESETS)} (tiny)")
     add("--rows", default=",".join(ROWS), type=lambda names: names.split(","), help="which, by commas (all)")
     add("--peer", choices=("peft",), help="measure transformers + peft beside ours")
-    add("--e2e", help="folder of real E2E text: examples per second of whole epochs' batches")
+    add("--e2e", help="folder of real E2E text: examples per second, whatever their lengths")
     add("--rank", type=int, default=16, help="(16)")
     add("--batch-size", type=int, help="texts (by preset)")
     add("--context", type=int, help="tokens per text (by preset)")
@@ -102,9 +106,13 @@ def parse(argv):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is not in {low}..{high}")
     if args.e2e and not args.gpt:
         raise ValueError(f"--e2e is for a GPT, not for {args.preset}")
+    if args.peer and not all(map(importlib.util.find_spec, ("transformers", "peft"))):
+        raise ValueError("--peer peft needs transformers and peft: pip install -r requirements-dev.txt")
     if args.e2e:
         data.load("e2e", args.e2e)  # what cannot be read is said before anything is measured
     args.device, args.dtype, args.amp = pick_device(args.device, args.dtype)
+    if args.device.type == "mps":
+        raise ValueError("--device mps: only cpu and cuda are timed")
     args.machine, slug = machine(args)
     args.out = args.out or ROOT / f"results/bench-{slug}.json"
     args.argv = sys.argv[1:] if argv is None else argv
@@ -209,15 +217,15 @@ def floor(args):
     c, r, B, T = args.config, args.rank, args.batch_size, args.context
     C, L, heads, inner = ((c.n_embd, c.n_layer, c.n_head, c.n_inner or 4 * c.n_embd) if args.gpt else
                           (c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.intermediate_size))
-    N, hs = B * T, C // heads
+    N, hs, half = B * T, C // heads, 0.5 if args.gpt else 1  # a GPT's tokens look at half of the others
     often = [(4 * L + 4 * L - 3, (N, C), (C, C)),  # q, k, v, o; their input gradients, but for the first q, k, v
              (2 * L, (N, C), (C, inner)), (2 * L, (N, inner), (inner, C)),
              # the six low-rank terms of q and of v: u = A x, B u, and the gradients of u, of x, of A and of B
              (2 * L, (N, C), (C, r)), (2 * L, (N, r), (r, C)), (2 * L, (N, C), (C, r)), (2 * L - 2, (N, r), (r, C)),
              (2 * L, (r, N), (N, C)), (2 * L, (C, N), (N, r)),
-             # scores and weighted values; the gradients of q, k, v and of the weights
-             ((0.5 if args.gpt else 1) * 3 * L, (B * heads, T, hs), (B * heads, hs, T)),
-             ((0.5 if args.gpt else 1) * 3 * L, (B * heads, T, T), (B * heads, T, hs))]
+             # scores and their gradient's; weighted values and the gradients of q, k, v, but for the first k
+             (half * 2 * L, (B * heads, T, hs), (B * heads, hs, T)),
+             (half * (4 * L - 1), (B * heads, T, T), (B * heads, T, hs))]
     if args.gpt:
         asked = B * (T - 1)  # the last tokens have no next one
         often += [(1, (asked, C), (C, c.vocab_size)), (1, (asked, c.vocab_size), (c.vocab_size, C))]
@@ -236,20 +244,26 @@ def floor_timers(base, args):
                  torch.empty(*a[:-1], b[-1], **like)) for often, a, b in floor(args)]
     weights = [p.detach().to(like["dtype"]) for p in base.parameters()]
 
-    def timed(f, *given, **out):
-        wait(args.device)
-        start = time.perf_counter()
-        f(*given, **out)
-        wait(args.device)
-        return time.perf_counter() - start
-
     def multiply():
         total = 0.0
         for often, a, b, out in products:
             times = min(4, math.ceil(often))
-            total += often / times * sum(timed(torch.matmul, a, b, out=out) for _ in range(times))
+            wait(args.device)
+            start = time.perf_counter()
+            for _ in range(times):
+                torch.matmul(a, b, out=out)
+            wait(args.device)
+            total += often / times * (time.perf_counter() - start)
         return total
-    return {"floor": multiply, "weights": lambda: timed(lambda: [w.sum() for w in weights for _ in range(2)])}
+
+    def read():
+        wait(args.device)
+        start = time.perf_counter()
+        for w in (*weights, *weights):
+            w.sum()
+        wait(args.device)
+        return time.perf_counter() - start
+    return {"floor": multiply, "weights": read}
 
 
 def peak(step, model, optimizer, args):
@@ -277,19 +291,20 @@ def peak(step, model, optimizer, args):
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 
-def take_turns(rows, args, label, other=()):
+def take_turns(rows, args, label, other={}):  # noqa: B006  (it is only read)
     """{row: [seconds of each round]}; `other` are functions that return their seconds themselves."""
-    seconds = {name: [] for name in (*rows, *dict(other))}
+    seconds = {name: [] for name in (*rows, *other)}
     warm_up = 3 if args.compile or args.device.type == "cuda" else 1
     for number in tqdm(range(warm_up + args.rounds), desc=label, unit="round", disable=None):
-        for name in random.Random(number).sample(list(rows), len(rows)):  # nobody always follows the same neighbour
-            wait(args.device)
-            start = time.perf_counter()
-            rows[name]()
-            wait(args.device)
-            seconds[name].append(time.perf_counter() - start)
-        for name, timer in dict(other).items():
-            seconds[name].append(timer())
+        for name in random.Random(number).sample(list(seconds), len(seconds)):  # nobody always has the same neighbour
+            if name in rows:
+                wait(args.device)
+                start = time.perf_counter()
+                rows[name]()
+                wait(args.device)
+                seconds[name].append(time.perf_counter() - start)
+            else:
+                seconds[name].append(other[name]())
         if number == warm_up - 1:
             seconds = {name: [] for name in seconds}
     return seconds
@@ -356,21 +371,24 @@ def inference(base, args):
 
 
 def end_to_end(base, args, folder):
-    """{"ours" or the peer: examples per second} over the same number of batches of real E2E text: ours as train.py
-    composes them, theirs shuffled and padded to the longest of the batch, as their collators do."""
+    """{"ours" or the peer: examples per second} over the same texts of real E2E: in our batches as train.py composes
+    them, in theirs shuffled; both are padded to the longest of a batch."""
     tokenizer = data.bpe.load(MODELS["tiny-gpt"] if args.preset == "tiny" else folder, args.config.vocab_size)
     task = data.tasks.Write(tokenizer, min(args.config.n_positions, 256))
     examples, _ = task.encode(data.load("e2e", args.e2e)["train"])
     size = train.DEFAULTS["e2e"]["batch_size"]
-    loop = SimpleNamespace(**{**vars(args), "batch_size": size, "rounds": max(args.rounds, E2E_STEPS)})
+    number = min(E2E_STEPS, len(examples) // size)
+    if not number:
+        raise ValueError(f"--e2e {args.e2e} has {len(examples)} texts to train on, a batch is of {size}")
+    examples = random.Random(0).sample(examples, number * size)
+    loop = SimpleNamespace(**{**vars(args), "batch_size": size, "rounds": number})
     model, Adapter, layers = adapted(base, {}, args)
     one, _ = our_step(model, Adapter, layers, args)
-    ours = train.batches(examples, task, loop)
+    ours = itertools.cycle(itertools.islice(train.batches(examples, task, loop), number))
     rows = {"ours": lambda: one(next(ours))}
     if args.peer:
         theirs, _, _ = their_step(folder, args)
-        order = iter(torch.utils.data.DataLoader(examples, size, shuffle=True, collate_fn=lambda batch: batch,
-                                                 generator=torch.Generator().manual_seed(0)))
+        order = itertools.cycle([examples[i:i + size] for i in range(0, len(examples), size)])  # shuffled above
 
         def their_one():
             batch = next(order)
@@ -384,7 +402,7 @@ def end_to_end(base, args, folder):
             theirs({key: t.to(args.device) for key, t in
                     dict(input_ids=ids, attention_mask=mask, labels=labels).items()})
         rows[PEER] = their_one
-    # batches differ in length, so the mean and not the median
+    # a round is a batch, and all batches are as many as the rounds: every text once; so the mean, not the median
     return {name: size / statistics.mean(s) for name, s in take_turns(rows, loop, "real e2e").items()}
 
 
@@ -448,6 +466,7 @@ def bench(args):
     """Everything for one preset. The file keeps one entry for each preset, a compiled one apart."""
     torch.manual_seed(0)
     kept = read_json(args.out) if args.out.exists() else {}
+    checkpoint.prepare(args.out.parent)
     print(f"{args.preset}: {args.batch_size} x {args.context} tokens, r {args.rank}, {args.dtype}, {args.machine}")
     base = (GPT(args.config) if args.gpt else RoBERTa(args.config, LABELS)).requires_grad_(False)
     said = shlex.join("FOLDER" if word == args.e2e else word for word in args.argv)
@@ -465,7 +484,6 @@ def bench(args):
             found["e2e"] = end_to_end(base, args, folder)
     print_table(found)
     name = args.preset + " compiled" * args.compile
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     write(args.out, lambda part: part.write_text(json.dumps({**kept, name: found}, indent=1) + "\n"))
     draw(args.out.with_name(f"{args.out.stem}-{name.replace(' ', '-')}.png"),
          f"{name}, {args.batch_size} x {args.context} tokens, r {args.rank}\n{args.machine}", found["steps"])

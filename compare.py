@@ -10,6 +10,7 @@ is never repeated: stop it, start it again. runs/*.sh are the comparisons of the
 import contextlib
 import csv
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -20,7 +21,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import checkpoint
+import data
 from cli import Parser, command
+from methods import METHODS
 from model import ROOT, write
 
 # The same for a method in every picture, in grey and without colours too: colour, marker, line
@@ -48,34 +52,63 @@ def parse(argv):
     argv = list(sys.argv[1:] if argv is None else argv)
     own = argv[:argv.index("--")] if "--" in argv else argv
     args = parser.parse_args(own)
-    args.flags = argv[len(own) + 1:]
+    args.flags = words(argv[len(own) + 1:])
     if args.seeds < 1 or args.jobs < 1:
         raise ValueError("--seeds and --jobs must be 1 or more")
-    args.rows = {}
+    args.lr, args.rank = list(dict.fromkeys(args.lr)), list(dict.fromkeys(args.rank or []))
+    args.rows, slugs = {}, set()
     for row in args.row:
         label, colon, flags = row.partition(":")
-        if not colon or label.strip() in args.rows:
-            raise ValueError(f"--row {row!r} is not 'LABEL: flags', with a label of its own")
-        args.rows[label.strip()] = shlex.split(flags)
+        label, flags = label.strip(), words(flags)
+        if not colon or not slug(label) or slug(label) in slugs:
+            raise ValueError(f"--row {row!r} is not 'LABEL: flags', with letters and numbers that no other label has")
+        for flag in ("--seed", "--out", *["--rank"] * bool(args.rank)):
+            if flag in flags + args.flags:
+                raise ValueError(f"{flag} is set by the grid: take it out of row {label!r} and from behind --")
+        if "--lr" in args.flags or flags[-1:] == ["--lr"]:
+            raise ValueError("rates are --lr of the grid, or --lr and one number in a row's flags")
+        slugs.add(slug(label))
+        args.rows[label] = flags
+    if len(args.rank) > 1 and args.plot != "rank":
+        raise ValueError(f"several ranks are drawn by --plot rank, not {args.plot}")
     return args
+
+
+def words(flags):
+    """"--a=1 --b 2" or a list of such -> ["--a", "1", "--b", "2"]"""
+    flags = shlex.split(flags) if isinstance(flags, str) else flags
+    return [part for word in flags for part in (word.split("=", 1) if word.startswith("--") else [word])]
+
+
+def slug(label):
+    return re.sub(r"\W+", "-", label).strip("-").lower()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One run
 
 def cell(out, flags, forgetting=None):
-    """One run of train.py into out/<out>; its result.json. A finished run with the same flags is read back."""
+    """One run of train.py into out/<out>; its result.json, or {"diverged": why}. A finished run with the same flags is
+    read back."""
     import train
     train.SCORED = 0  # the tables are of losses and accuracies: no time for decoding
     out, flags = ROOT / "out" / out, list(map(str, flags))
     done, wanted = out / "cell.json", [*flags, f"forgetting {forgetting}"]
     if not (done.exists() and json.loads(done.read_text())["flags"] == wanted):
         out.mkdir(parents=True, exist_ok=True)
-        with open(out.with_name(out.name + ".txt"), "w") as said, contextlib.redirect_stdout(said):
-            train.train(train.parse([*flags, "--out", str(out)]))
-            also = losses_on(out, forgetting) if forgetting else {}
+        also = {}
+        with open(out.with_name(out.name + ".txt"), "w") as said, contextlib.redirect_stdout(said), \
+                contextlib.redirect_stderr(said):
+            try:
+                train.train(train.parse([*flags, "--out", str(out)]))
+                also = losses_on(out, forgetting) if forgetting else {}
+            except train.Diverged as e:  # no reason to stop a grid: this rate is the worst
+                also = {"diverged": str(e)}
+            except ValueError as e:
+                raise ValueError(f"{out.name}: {e}") from None
         write(done, lambda part: part.write_text(json.dumps({"flags": wanted, "also": also})))
-    return {**json.loads((out / "result.json").read_text()), "also": json.loads(done.read_text())["also"]}
+    also = json.loads(done.read_text())["also"]
+    return also if "diverged" in also else {**json.loads((out / "result.json").read_text()), "also": also}
 
 
 def losses_on(out, dataset):
@@ -94,12 +127,20 @@ def losses_on(out, dataset):
 
 
 def validation(out):
-    """(value, better high?) of the checkpoint that a run kept, by the metric that chose it."""
+    """(value, loss, better high?) of the checkpoint that a run kept: the value by the metric that chose it."""
     selected = json.loads((ROOT / "out" / out / "result.json").read_text())["selected"]
     metric = selected["by"].removeprefix("validation ")
     with open(ROOT / "out" / out / "log.csv") as f:
         kept = next(row for row in csv.DictReader(f) if int(row["step"]) == selected["step"])
-    return float(kept[f"val_{metric}"]), metric != "loss"
+    return float(kept[f"val_{metric}"]), float(kept["val_loss"]), metric != "loss"
+
+
+def worth(args, key, results):
+    """What a rate is chosen by, better low: the validation metric, at a tie the validation loss."""
+    if "diverged" in results[key]:
+        return math.inf, math.inf
+    found, loss, high = validation(folder(args, *key))
+    return -found if high else found, loss
 
 
 def pool(jobs):
@@ -110,8 +151,7 @@ def pool(jobs):
 
 def folder(args, label, rank, lr, seed):
     """Of a run, below out/."""
-    slug = re.sub(r"\W+", "-", label).strip("-").lower()
-    return f"compare/{args.to.name}/{slug}" + f"-r{rank}" * (rank is not None) + f"-lr{lr:g}-s{seed}"
+    return f"compare/{args.to.name}/{slug(label)}" + f"-r{rank}" * (rank is not None) + f"-lr{lr:g}-s{seed}"
 
 
 def flags_of(args, label, rank, lr, seed):
@@ -123,6 +163,11 @@ def flags_of(args, label, rank, lr, seed):
 def tidy(args, key, result, best):
     """The csv row of a run: what was run, what was chosen, what came out."""
     label, rank, lr, seed = key
+    flags = list(map(str, flags_of(args, *key)))
+    if "--data-dir" in flags:
+        flags[flags.index("--data-dir") + 1] = "FOLDER"  # wherever it is
+    if "diverged" in result:
+        return {"row": label, "rank": rank, "lr": lr, "seed": seed, "best": 0, "flags": shlex.join(flags), **result}
     settings, out = result["settings"], folder(args, *key)
     with open(ROOT / "out" / out / "log.csv") as f:
         log = list(csv.DictReader(f))
@@ -136,9 +181,6 @@ def tidy(args, key, result, best):
         names = ("unmerged", "merged") if stage == "trained" else (stage,)  # full fine-tuning: nothing to merge
         row.update({f"{name} {metric}": round(value, 5) for name in names for metric, value in values.items()})
     row.update({name: round(value, 5) for name, value in result["also"].items()})
-    flags = list(map(str, flags_of(args, *key)))
-    if "--data-dir" in flags:
-        flags[flags.index("--data-dir") + 1] = "FOLDER"  # wherever it is
     return {**row, "training seconds": result["seconds"]["training"], "flags": shlex.join(flags)}
 
 
@@ -161,14 +203,23 @@ def run_all(workers, args, keys, bar):
 
 def compare(args):
     """Run what has not been run, write PATH.csv and PATH.png; returns the rows."""
-    ranks, to = args.rank or [None], args.to
-    rates = {(label, rank): [float(own[own.index("--lr") + 1])] if "--lr" in (own := args.rows[label]) else args.lr
-             for label in args.rows for rank in ranks}
+    import train
+    to, rates = args.to, {}
+    for label, own in args.rows.items():
+        asked = train.parse([*args.flags, *own])  # a mistake in a row is said before anything runs
+        if args.forgetting and (data.labels(asked.dataset) or args.forgetting not in data.PLAIN):
+            raise ValueError(f"--forgetting {args.forgetting} is the loss of a GPT on one of {', '.join(data.PLAIN)}")
+        for rank in args.rank if METHODS[asked.method].adapter and args.rank else [None]:
+            rates[label, rank] = [float(own[own.index("--lr") + 1])] if "--lr" in own else args.lr
+    checkpoint.prepare(ROOT / "out/quick" if args.quick else to.parent)
     if args.quick:
-        known = read(to.with_suffix(".csv")) if to.with_suffix(".csv").exists() else []
+        csv_file = to.with_name(to.name + ".csv")
+        known = read(csv_file) if csv_file.exists() else []
         for key in rates:
             best = [float(r["lr"]) for r in known if r["best"] == "1" and r["row"] == key[0]
                     and key[1] in (None, int(r["rank"] or 0))]
+            if not best:
+                print(f"note     {to}.csv knows no best rate of {key[0]}: the middle one is taken")
             rates[key] = [best[0] if best else rates[key][len(rates[key]) // 2]]
         args.seeds, to = 1, ROOT / "out/quick" / to.name
     first = [(*key, lr, 0) for key, some in rates.items() for lr in some]
@@ -176,17 +227,15 @@ def compare(args):
     bar = tqdm(total=len(first) + more * (args.seeds - 1), unit="run", desc=to.name)
     with bar, pool(args.jobs) as workers:
         results = run_all(workers, args, first, bar)
-        best = {}
-        for key, some in rates.items():
-            def value(lr, key=key):
-                found, high = validation(folder(args, *key, lr, 0))
-                return -found if high else found
-            best[key] = min(some, key=value)
+        best = {key: min(some, key=lambda lr, key=key: worth(args, (*key, lr, 0), results))
+                for key, some in rates.items()}
         chosen = [(*key, lr) for key, some in rates.items() for lr in ([best[key]] if args.best_lr else some)]
         results.update(run_all(workers, args, [(*key, seed) for key in chosen for seed in range(1, args.seeds)], bar))
     rows = [tidy(args, key, result, best[key[:2]] == key[2]) for key, result in results.items()]
-    write_csv(to.with_suffix(".csv"), rows)
-    draw(args, to.with_suffix(".png"), rows)
+    write_csv(to.with_name(to.name + ".csv"), rows)
+    if not all(args.metric in row for row in rows if row["best"]):
+        raise ValueError(f"--metric {args.metric!r} is no column of {to}.csv: {', '.join(rows[0])}")
+    draw(args, to.with_name(to.name + ".png"), rows)
     report(args, rows)
     return rows
 
@@ -249,7 +298,7 @@ def draw(args, path, rows):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    shown = rows if args.plot == "lr" else [r for r in rows if r["best"]]
+    shown = [r for r in rows if r["best"] or args.plot == "lr" and "diverged" not in r]
     labels = groups(shown, "row")
     tall = 0.34 * len(labels) + 1.3 if args.plot == "rows" else 3.8
     figure, axis = plt.subplots(figsize=(6.4, tall), layout="constrained")
@@ -263,10 +312,13 @@ def draw(args, path, rows):
             axis.plot([r[args.metric] for r in same], [y] * len(same), ls="", alpha=0.85, **look)
             continue
         if args.plot == "step":
-            logs = [read(ROOT / "out" / folder(args, label, args.rank and r["rank"], r["lr"], r["seed"]) / "log.csv")
-                    for r in same]
+            logs = [read(ROOT / "out" / folder(args, label, r["rank"] if args.rank else None, r["lr"], r["seed"])
+                         / "log.csv") for r in same]
             points = {int(at[0]["step"]): [float(r["train_loss"]) for r in at] for at in zip(*logs, strict=True)}
         else:
+            if not same[0][args.plot]:  # full fine-tuning has no rank
+                axis.axhline(mean([float(r[args.metric]) for r in same]), color=colour, ls=line, label=label)
+                continue
             points = {value: [float(r[args.metric]) for r in at] for (value,), at in groups(same, args.plot).items()}
         x = sorted(points)
         axis.plot(x, [mean(points[v]) for v in x], ls=line, label=label, **{**look, "ms": 0 if len(x) > 12 else 6})
@@ -282,7 +334,8 @@ def draw(args, path, rows):
         if args.plot != "step":
             axis.set_xscale("log", base=2 if args.plot == "rank" else 10)
         if args.plot == "rank":
-            axis.set_xticks(sorted({r["rank"] for r in shown}), [str(v) for v in sorted({r["rank"] for r in shown})])
+            ranks = sorted({r["rank"] for r in shown if r["rank"]})
+            axis.set_xticks(ranks, map(str, ranks))
         axis.legend(frameon=False, fontsize=9)
     axis.set_title(args.title, fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)

@@ -22,7 +22,7 @@ from model import from_pretrained, locate, read_json, write
 NONE = type(None)  # of full fine-tuning, or not given
 SETTINGS = dict(model=[str], method=[str], dataset=[str], base_weights=[str], rs=[bool], rank=[int, NONE],
                 alpha=[float, int, NONE], dropout=[float, int, NONE], targets=[str, NONE], data_dir=[str, NONE],
-                init_from=[str, NONE])
+                init_from=[str, NONE], steps=[int])
 
 
 def parse(argv):
@@ -94,6 +94,7 @@ def load_run(folder, unmerged=False, cut=None):
         raise ValueError(f"{folder} is a run of method {settings['method']!r} on {settings['dataset']!r}, "
                          "which are not known here")
     method = METHODS[settings["method"]]
+    settings = {**{name: None for name, spec in method.flags.items() if spec.get("default") is None}, **settings}
     lacking = [name for name in ("rank", "alpha", "dropout", "targets") if settings.get(name) is None]
     lacking += [name for name in method.flags if name not in settings]
     if method.adapter and lacking and not settings.get("init_from"):
@@ -118,8 +119,8 @@ def load_run(folder, unmerged=False, cut=None):
         except TypeError as e:
             raise ValueError(f"{folder / 'result.json'} holds a setting of the wrong kind: {e}") from None
         checkpoint.load_best(folder / "resume.safetensors", model)
-        if adapter:
-            adapter.begin(layers, settings["steps"], settings["steps"])  # a run with merge_at has ended as LoRA
+        if settings.get("merge_at"):  # it has ended as LoRA
+            adapter.begin(layers, settings["steps"], settings["steps"])
         if cut is not None:
             adapter.calibrate(layers, None)
         if cut is not None and not unmerged:

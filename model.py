@@ -113,17 +113,20 @@ class VocabularyLoss(torch.autograd.Function):
             e = z.sub_(top).exp_()
             s = e.sum(1, keepdim=True)
             loss = loss + (s.log() + top - qz).sum() / N
-            if dx is None and dW is None and db is None:
-                continue
-            # s N dloss/dz = e - s q; the factor 1 / (s N) goes to the smaller tensors
-            dz = e.scatter_add_(1, t, (eps - 1) * s)
-            dz = dz.sub_(eps / V * s) if eps else dz
-            if dx is not None:
-                dx[i:i + n] = dz.to(W.dtype) @ W / (s * N)
-            if dW is not None:
-                dW += dz.T @ (x_n / (s * N))
-            if db is not None:
-                db += (dz / (s * N)).sum(0)
+            if dx is not None or dW is not None or db is not None:
+                # s N dloss/dz = e - s q; the factor 1 / s goes to the smaller tensors, unless they are narrow
+                dz = e.scatter_add_(1, t, (eps - 1) * s)
+                dz = dz.sub_(eps / V * s) if eps else dz
+                if db is not None:
+                    db += (dz / s).sum(0) / N
+                if W.dtype != dz.dtype:
+                    dz, s = dz.div_(s).to(W.dtype), 1
+                if dx is not None:
+                    dx[i:i + n] = dz @ W / (s * N)
+                if dW is not None:
+                    dW += dz.T @ (x_n / (s * N)).to(dz.dtype)
+                del dz
+            del z, e  # before the next chunk is made
         ctx.save_for_backward(dx, dW, db)
         return loss
 

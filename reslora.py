@@ -40,7 +40,7 @@ s |B^T g| |z - P x|. So where calibration is given such an M, the least squares 
 
 What merging costs can also be trained away, which is ours too: with merge_at = 0.9 the layers of `input` and `middle`
 are merged by regression after nine tenths of the steps, and the last tenth trains the plain LoRA, A* and B, that they
-have become. What is deployed is then exactly what was trained last.
+have become (Adam's moments of A go on as those of A*). What is deployed is then what was trained.
 """
 from itertools import pairwise
 
@@ -75,6 +75,8 @@ class ResLoRALinear(LoRALinear):
             raise ValueError(f"merge_at {merge_at} is not a share of the steps, above 0 and below 1")
         if merge_at is not None and shortcut == "block":
             raise ValueError("merge_at is for the shortcuts input and middle: block merges exactly at the end")
+        if merge_at is not None and self.merges != ["regression"]:
+            raise ValueError(f"merge_at merges by regression, not by {','.join(self.merges)}")
         self.merge_at, self.merge_step = merge_at, None
         self.earlier = []  # the layers n-1, n-2, …, n-m' of the chain; a plain list registers no submodules
         self.inbox, self.outbox, self.sends = [], [], 0  # see `exchange`
@@ -160,17 +162,18 @@ class ResLoRALinear(LoRALinear):
 
     @staticmethod
     def begin(layers, steps, done=0):
-        """With merge_at: the step at which the layers become LoRA, before which no weights may be kept."""
+        """With merge_at: the step after which the layers are LoRA; weights from before it may not be kept. A run that
+        goes on behind it begins as LoRA."""
         if layers[0].merge_at is None:
             return 1
         at = max(1, round(layers[0].merge_at * steps))
         for layer in layers:
             layer.merge_step = at
             if done >= at:
-                layer.cut()
+                layer.drop_shortcut()
         return at
 
-    def cut(self):
+    def drop_shortcut(self):
         """Take the shortcut away: what is left is the plain LoRA of lora_A and lora_B."""
         self.earlier, self.sends = [], 0
 
@@ -186,7 +189,7 @@ class ResLoRALinear(LoRALinear):
                 if not layer.exact_merge:
                     layer.lora_A.copy_(layer.A_star)
             for layer in layers:
-                layer.cut()
+                layer.drop_shortcut()
 
     @staticmethod
     @torch.no_grad()

@@ -254,9 +254,11 @@ def calibration(model, examples, task, args):
     for number, indices in enumerate(order[:CALIBRATION_LABELLED if label else CALIBRATION]):
         idx, targets, real = task.collate([examples[i] for i in indices], f"{args.seed}/0/{number}")
         with args.amp, torch.set_grad_enabled(label):
-            logits, _ = model(to_device(idx, args.device), targets)
             M = None
-            if label:  # logits (B, L)
+            if not label:
+                model.hidden(to_device(idx, args.device))  # what the layers read, and no vocabulary
+            else:
+                logits, _ = model(to_device(idx, args.device), targets)  # (B, L)
                 M = (logits if logits.size(1) == 1 else logits.amax(1) - logits.mean(1)).sum()
         yield real.to(args.device), M
     model.train()
@@ -264,6 +266,10 @@ def calibration(model, examples, task, args):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
+
+class Diverged(ValueError):
+    """A run whose loss or gradient is not finite any more."""
+
 
 class Run:
     """What all stages share: the data, encoded, the model with its adapters, the settings that make it this run."""
@@ -470,8 +476,8 @@ def check_finite(readings, val_loss, step, saved, args):
     for number, values in enumerate([*readings, [val_loss or 0.0]], step - len(readings) + 1):
         if not all(map(math.isfinite, values)):
             kept = f"step {saved} is in {args.out}" if saved else "nothing was saved"
-            raise ValueError(f"loss or gradient is not finite at step {min(number, step)}: stopped; {kept}. "
-                             f"A lower --lr than {args.lr:g} may help")
+            raise Diverged(f"loss or gradient is not finite at step {min(number, step)}: stopped; {kept}. "
+                           f"A lower --lr than {args.lr:g} may help")
 
 
 def merge(run, metrics):

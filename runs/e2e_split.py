@@ -10,8 +10,10 @@ import random
 import sys
 from pathlib import Path
 
+if len(sys.argv) != 3:
+    sys.exit("usage: python runs/e2e_split.py valid.txt FOLDER")
 source, folder = map(Path, sys.argv[1:])
-pairs = [line.split("||") for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+pairs = [line.split("||", 1) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
 pairs = [(record.strip(), text.strip()) for record, text in pairs]
 records = sorted({record for record, _ in pairs})
 random.Random(0).shuffle(records)
@@ -21,5 +23,6 @@ folder.mkdir(parents=True, exist_ok=True)
 for split, chosen in splits.items():
     chosen = set(chosen)
     rows = [{"meaning_representation": r, "human_reference": t} for r, t in pairs if r in chosen]
-    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
+                                          encoding="utf-8")
     print(f"{split:10} {len(rows):5} texts of {len(chosen):4} records")

@@ -1,11 +1,12 @@
 #!/bin/sh
-# All methods at (nearly) equal numbers of trained parameters, each at its best of three rates, then three seeds.
+# All methods at the trained numbers of LoRA r 16, or what comes near, each at its best of three rates, three seeds there;
+# beside them LoRA with more scale or rank, and full fine-tuning at one rate.
 # sh runs/methods.sh [--quick]      reviews; with E2E=FOLDER (runs/e2e_split.py) real E2E text too
 set -e
 cd "$(dirname "$0")/.."
-grid() {  # dataset, pretraining text, rates, the rates of full fine-tuning, steps between validations, flags
+grid() {  # dataset, more flags of compare.py, rates, the rates of full fine-tuning, steps between validations, flags
     # shellcheck disable=SC2086
-    python compare.py "results/methods-$1" $QUICK --lr $3 --seeds 3 --best-lr --forgetting "$2" \
+    python compare.py "results/methods-$1" $QUICK --lr $3 --seeds 3 --best-lr $2 \
         --title "$1: test loss after merging, each method at its best rate" \
         --row "LoRA r 16: --method lora --rank 16" \
         --row "LoRA r 16, 3 alpha: --method lora --rank 16 --alpha 48" \
@@ -23,9 +24,9 @@ grid() {  # dataset, pretraining text, rates, the rates of full fine-tuning, ste
         --row "full fine-tuning: --method full --lr $4" -- --dataset $1 --eval-every $5 $6
 }
 QUICK=$1
-grid reviews opinions "3e-3 1e-2 3e-2" 1e-3 100
+grid reviews "" "3e-3 1e-2 3e-2" 1e-3 100
 if [ -n "$E2E" ]; then
-    grid e2e world "1.2e-2 2.4e-2 4.8e-2" 3e-3 30 "--data-dir $E2E"
+    grid e2e "--forgetting world" "1.2e-2 2.4e-2 4.8e-2" 3e-3 30 "--data-dir $E2E"
 else
     echo "note: E2E=FOLDER adds the real E2E text; python runs/e2e_split.py makes the folder" >&2
 fi

@@ -93,6 +93,35 @@ def test_the_report_has_every_row(tmp_path, capsys, preset):
     assert all(name in printed for name in (*rows, "inference merged"))
 
 
+def test_the_peer_reads_the_same_texts(tmp_path, monkeypatch):
+    """Ours and theirs see each of the texts once, the peer without its labels on the record; too few are refused."""
+    monkeypatch.setitem(bench.PRESETS, "tiny", (GPTConfig(2048, 256, 16, 1, 2), 2, 8))
+    for split in ("train", "validation", "test"):
+        rows = [{"meaning_representation": f"name : {i}", "human_reference": "good " * (i % 9 + 1)} for i in range(70)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args, base = made("tiny", "--e2e", str(tmp_path))
+    seen = {"ours": [], bench.PEER: []}
+
+    def ours(model, Adapter, layers, args):
+        return lambda dealt: seen["ours"].append((dealt[0][0] != 0).sum().item()), None
+
+    def theirs(folder, args):
+        return lambda given: seen[bench.PEER].append(((given["input_ids"] != 0).sum() - 32).item()), None, None
+    monkeypatch.setattr(bench, "our_step", ours)
+    monkeypatch.setattr(bench, "their_step", theirs)
+    args.peer = "peft"
+    found = bench.end_to_end(base, args, tmp_path)
+    assert found.keys() == seen.keys() and all(len(s) == 3 for s in seen.values())  # a warm-up and two batches of 32
+    assert sum(seen["ours"][1:]) == sum(seen[bench.PEER][1:])
+    args.e2e = str(tmp_path / "few")
+    (tmp_path / "few").mkdir()
+    for split in ("train", "validation", "test"):
+        some = (tmp_path / f"{split}.jsonl").read_text().splitlines()[:9]
+        (tmp_path / "few" / f"{split}.jsonl").write_text("\n".join(some))
+    with pytest.raises(ValueError, match="texts to train on, a batch is of 32"):
+        bench.end_to_end(base, args, tmp_path)
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--preset", "gpt3"], "unknown preset 'gpt3'"), (["--rows", "lora,qlora"], "unknown row 'qlora'"),
     (["--rows", "full"], "needs lora"), (["--rounds", "0"], "--rounds 0 is not in"), (["--context", "99"], "in 4..16"),

@@ -15,6 +15,7 @@ TEXT = "".join(f"the {a} {b} ran to the {c} .\n" for a in ("old", "red", "big", 
 def grid(tmp_path, base, monkeypatch):
     """Runs a tiny grid with more flags; returns the rows as they stand in the csv."""
     (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.setattr(train, "SCORED", train.SCORED)  # cell sets it
     monkeypatch.setattr(compare, "ROOT", tmp_path)
 
     def run(*more, rows=("LoRA: --method lora", "block: --method reslora --shortcut block")):
@@ -38,14 +39,21 @@ class Inline:
 
     def submit(self, f, *given):
         done = Future()
-        done.set_result(f(*given))
+        try:
+            done.set_result(f(*given))
+        except ValueError as e:
+            done.set_exception(e)
         return done
+
+    def shutdown(self, cancel_futures):
+        self.cancelled = cancel_futures
 
 
 def test_a_grid_is_every_run_once_and_its_best_rates(grid, tmp_path, monkeypatch):
     """All rates on seed 0, all seeds at the rate with the best validation; a second call trains nothing; a csv row's
     flags give its numbers again."""
-    rows = grid("--seeds", "2", "--best-lr", "--rank", "2", "4")
+    grid_of = "--seeds", "2", "--best-lr", "--rank", "2", "4", "--plot", "rank"
+    rows = grid(*grid_of)
     assert len(rows) == 2 * 2 * (2 + 1) and (tmp_path / "grid.png").stat().st_size > 5000
     for label in ("LoRA", "block"):
         for rank in ("2", "4"):
@@ -58,7 +66,7 @@ def test_a_grid_is_every_run_once_and_its_best_rates(grid, tmp_path, monkeypatch
     result = train.train(train.parse([*flags, "--out", str(tmp_path / "again")]))
     assert result["metrics"]["merged"]["loss"] == pytest.approx(float(rows[3]["merged loss"]), abs=1e-5)
     monkeypatch.setattr(train, "train", None)
-    assert grid("--seeds", "2", "--best-lr", "--rank", "2", "4") == rows
+    assert grid(*grid_of) == rows
 
 
 @pytest.mark.parametrize("plot", ["lr", "step"])
@@ -69,13 +77,44 @@ def test_pictures_of_curves(grid, tmp_path, plot):
 
 
 def test_quick_runs_the_best_rates_of_the_csv_and_leaves_it(grid, tmp_path):
-    """One run for each row, at the rate that the csv calls best, written elsewhere."""
-    rows = grid("--rank", "2")
+    """One run for each row and rank, at the rate that the csv calls best for it; its numbers, written elsewhere."""
+    ranks = "--rank", "2", "4", "--plot", "rank"
+    rows = grid(*ranks)
+    for r in rows:  # as if other rates had been the best, for each rank another
+        r["best"] = str(int((r["rank"] == "2") == (r["lr"] == "0.01")))
+    compare.write_csv(tmp_path / "grid.csv", rows)
     before = (tmp_path / "grid.csv").read_text()
-    grid("--rank", "2", "--quick")
+    grid(*ranks, "--quick")
     assert (tmp_path / "grid.csv").read_text() == before
     quick = compare.read(tmp_path / "out/quick/grid.csv")
-    assert [r["lr"] for r in quick] == [r["lr"] for r in rows if r["best"] == "1"] and len(quick) == 2
+    assert {(r["row"], r["rank"], r["lr"], r["merged loss"]) for r in quick} == {
+        (r["row"], r["rank"], r["lr"], r["merged loss"]) for r in rows if r["best"] == "1"} and len(quick) == 4
+
+
+def test_a_rate_is_chosen_by_the_metric_and_at_a_tie_by_the_loss(monkeypatch):
+    """Losses are better low, accuracies high; what diverged is the worst."""
+    monkeypatch.setattr(compare, "folder", lambda args, *key: key[0])
+    found = {"a": (0.7, 0.5, True), "b": (0.9, 0.6, True), "c": (0.9, 0.4, True), "d": (0.2, 0.2, False),
+             "e": (0.1, 0.1, False)}
+    monkeypatch.setattr(compare, "validation", found.get)
+    results = dict.fromkeys([(k,) for k in found], {}) | {("x",): {"diverged": "at step 1"}}
+
+    def best(keys):
+        return min(keys, key=lambda k: compare.worth(None, (k,), results))
+    assert (best("abc"), best("de"), best("xa"), best("xe")) == ("c", "e", "a", "e")
+
+
+def test_a_rate_that_diverges_is_a_row_and_no_end(grid):
+    """The grid goes on, the csv says why, and the other row has its best rate."""
+    rows = grid("--rank", "2", rows=("LoRA: --method lora", "wild: --method full --optimizer sgd --clip 0 --lr 1e30"))
+    assert [r["row"] for r in rows if "not finite" in r["diverged"]] == ["wild"]
+    assert [(r["row"], r["best"]) for r in rows] == [("LoRA", "0"), ("LoRA", "1"), ("wild", "0")]
+
+
+def test_full_fine_tuning_has_no_rank(grid):
+    """In a grid over ranks it is one run at its own rate, and a line across."""
+    rows = grid("--rank", "2", "4", "--plot", "rank", rows=("LoRA: --method lora", "full: --method full --lr 1e-3"))
+    assert [(r["rank"], r["lr"]) for r in rows if r["row"] == "full"] == [("", "0.001")] and len(rows) == 5
 
 
 def test_forgetting_is_the_loss_on_another_text(grid):
@@ -86,12 +125,15 @@ def test_forgetting_is_the_loss_on_another_text(grid):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--row", "LoRA --method lora"], "is not 'LABEL: flags'"), (["--row", "a:", "--row", "a:"], "of its own"),
+    (["--row", "LoRA --method lora"], "is not 'LABEL: flags'"), (["--row", "a 1:", "--row", "A -1:"], "no other label"),
     (["--row", "a:", "--seeds", "0"], "1 or more"), ([], "--row"), (["--row", "a: --method qlora"], "qlora"),
+    (["--row", "a: --rank=2", "--rank", "4"], "--rank is set by the grid"), (["--row", "a: --lr"], "rates are --lr"),
+    (["--row", "a:", "--", "--seed", "1"], "--seed is set"), (["--row", "a:", "--rank", "2", "4"], "several ranks"),
+    (["--row", "a:", "--forgetting", "world", "--", "--dataset", "reviews"], "--forgetting world is the loss of a GPT"),
 ])
 def test_bad_input_is_one_line(tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as e:
         compare.main([str(tmp_path / "x"), "--lr", "1", "--jobs", "1", *flags])
     said = capsys.readouterr().err.strip().splitlines()
-    assert e.value.code == 2 and message in said[-1] and said[-1].startswith("compare.py: ")
+    assert e.value.code == 2 and len(said) == 1 and message in said[0] and said[0].startswith("compare.py: ")
     assert not list(tmp_path.glob("*.csv"))

@@ -236,6 +236,8 @@ def test_merging_while_training_leaves_the_plain_lora_of_the_regression(shortcut
     for bad in (0, 1.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="not a share of the steps"):
             adapt(tiny_gpt(), "reslora", dict(merge_at=bad))
+    with pytest.raises(ValueError, match="merges by regression, not by input"):
+        adapt(tiny_gpt(), "reslora", dict(merge="input", merge_at=0.5))
     with pytest.raises(ValueError, match="block merges exactly"):
         adapt(tiny_gpt(), "reslora", dict(shortcut="block", merge_at=0.5))
 

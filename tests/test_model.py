@@ -1,6 +1,7 @@
 """model.py against `transformers`: logits, loss, both directions of the checkpoint, decoding."""
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import batch, hub_cache, tiny_gpt, tiny_roberta, tokens
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bench
 import lora
 from model import GPT, GPTConfig, RoBERTa, RobertaConfig, from_pretrained, vocabulary_loss
 
@@ -94,6 +96,15 @@ def test_the_vocabulary_loss_is_cross_entropy(eps, chunk, monkeypatch):
         torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
     with torch.no_grad():
         torch.testing.assert_close(vocabulary_loss(x, W, None, targets, eps), theirs)
+    narrow = [t.detach().bfloat16().requires_grad_() for t in (x, W, b)]
+    for dtype, given in ((torch.float32, [t.detach().float().requires_grad_() for t in (x, W, b)]), (None, narrow)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+            ours = vocabulary_loss(*given, targets, eps)
+        theirs = F.cross_entropy(F.linear(*narrow).float(), targets, label_smoothing=eps)
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        for found, t in zip(torch.autograd.grad(ours, given), torch.autograd.grad(theirs, narrow), strict=True):
+            torch.testing.assert_close(found.float(), t.float(), rtol=0.05, atol=0.01)
     x = torch.eye(5)[:2].mul(1000).requires_grad_()
     W = torch.tensor([[1.0, -1], [-1, 1], [0, 0]]) @ torch.eye(2, 5)
     ours, theirs = (f(x, torch.tensor([0, 0])) for f in (lambda x, t: vocabulary_loss(x, W, None, t, eps), lambda x, t:
@@ -103,8 +114,8 @@ def test_the_vocabulary_loss_is_cross_entropy(eps, chunk, monkeypatch):
 
 
 def test_the_logits_of_a_batch_never_stand_whole_in_memory(monkeypatch):
-    """No tensor of a training step has more numbers than a chunk of logits, where a batch has 6 x 10 x 500; a frozen
-    vocabulary gets no gradient."""
+    """No tensor of a training step has more numbers than a chunk of logits, where a batch has 6 x 10 x 500, and no two
+    chunks stand beside each other; a frozen vocabulary gets no gradient."""
     class Largest(TorchDispatchMode):
         size = 0
 
@@ -121,6 +132,12 @@ def test_the_logits_of_a_batch_never_stand_whole_in_memory(monkeypatch):
     with Largest() as largest:
         model(idx, idx)[1].backward()
     assert largest.size == 5000
+    x, W = torch.randn(4000, 4, requires_grad=True), torch.randn(500, 4)
+    args, nothing = SimpleNamespace(device=torch.device("cpu")), torch.nn.ReLU()
+    monkeypatch.setattr("model.CHUNK", 500_000)
+    found = bench.peak(lambda: vocabulary_loss(x, W, None, torch.zeros(4000, dtype=torch.long)), nothing,
+                       torch.optim.SGD([x]), args)
+    assert 4 * 500_000 < found < 1.2 * 4 * 500_000
 
 
 def test_padding_on_the_right_changes_nothing():

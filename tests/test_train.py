@@ -541,17 +541,16 @@ def test_a_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(tmp_path, b
 @pytest.mark.parametrize("dataset", ["restaurants", "reviews"])
 def test_merged_on_the_way_is_merged_exactly(tmp_path, base, small_roberta, dataset):
     """--merge-at: weights from before it are never kept, what the run ends with is a plain LoRA, and merging costs it
-    nothing; without it the same run loses something."""
+    nothing; without it the same run of a GPT loses something. generate.py knows both forms."""
     source = base if dataset == "restaurants" else small_roberta
     flags = ["--dataset", dataset, "--method", "reslora", "--shortcut", "middle", "--lr", "0.05"]
     found = train.main(command(source, tmp_path / "a", *flags, "--merge-at", "0.6"))
     loss = {stage: values["loss"] for stage, values in found["metrics"].items()}
     assert found["selected"]["step"] >= 4
     assert loss["merged"] == pytest.approx(loss["unmerged"], abs=1e-5) and abs(loss["base"] - loss["merged"]) > 1e-3
-    never = train.main(command(source, tmp_path / "b", *flags))["metrics"]
-    never = {stage: values["loss"] for stage, values in never.items()}
-    assert abs(never["merged"] - never["unmerged"]) > 1e-4
     if dataset == "restaurants":
+        never = train.main(command(source, tmp_path / "b", *flags))["metrics"]
+        assert abs(never["merged"]["loss"] - never["unmerged"]["loss"]) > 1e-4
         model, _, _ = generate.load_run(tmp_path / "a", unmerged=True)
         merged, _, _ = generate.load_run(tmp_path / "a")
         idx = tokens(V=320)[0]
