@@ -106,6 +106,7 @@ def cell(out, flags, forgetting=None):
                 also = {"diverged": str(e)}
             except ValueError as e:
                 raise ValueError(f"{out.name}: {e}") from None
+        out.mkdir(exist_ok=True)  # a run that left nothing has left no folder either
         write(done, lambda part: part.write_text(json.dumps({"flags": wanted, "also": also})))
     also = json.loads(done.read_text())["also"]
     return also if "diverged" in also else {**json.loads((out / "result.json").read_text()), "also": also}
