@@ -13,8 +13,8 @@ from methods import METHODS
 from reslora import SHORTCUTS
 
 RUNS = ["lora", "rslora", *(f"reslora --shortcut {shortcut}" for shortcut in SHORTCUTS), "reslora --merge-at 0.5",
-        "deltalora --delta-start 2", "adalora --budget-warmup 1 --budget-final 3", "dylora", "dylora --frozen", "loha", "lokr",
-        "full"]
+        "deltalora --delta-start 2", "adalora --budget-warmup 1 --budget-final 3", "dylora", "dylora --frozen", "loha",
+        "lokr", "full"]
 
 
 def test_every_method_is_there():
