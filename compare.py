@@ -301,7 +301,7 @@ def draw(args, path, rows):
     import matplotlib.pyplot as plt
     shown = [r for r in rows if r["best"] or args.plot == "lr" and "diverged" not in r]
     labels = groups(shown, "row")
-    tall = 0.34 * len(labels) + 1.3 if args.plot == "rows" else 3.8
+    tall = 0.34 * len(labels) + 1.1 if args.plot == "rows" else 3.8
     figure, axis = plt.subplots(figsize=(6.4, tall), layout="constrained")
     unit = " (nats per target token)" if args.metric.endswith("loss") else ""
     used = set()
@@ -326,7 +326,8 @@ def draw(args, path, rows):
         axis.fill_between(x, [min(points[v]) for v in x], [max(points[v]) for v in x], color=colour, alpha=0.15, lw=0)
     if args.plot == "rows":
         axis.set_yticks(range(len(labels)), [label for (label,) in labels])
-        axis.invert_yaxis()
+        axis.set_ylim(len(labels) - 0.5, -0.5)
+        axis.margins(x=0.08)
         axis.set_xlabel(args.metric + unit + ", a mark for each seed")
         axis.grid(axis="x", alpha=0.3)
     else:

@@ -73,6 +73,11 @@ def main():
             rows += [dict(adapter=adapter, rank=b, lr=lr, seed=seed, **{k: round(v, 5) for k, v in values.items()})
                      for adapter, (lr, values) in by.items()]
     write_csv(ROOT / "results/dylora.csv", rows)
+    print_table(rows)
+
+
+def print_table(rows):
+    """Markdown: mean and range of the seeds."""
     print("| | " + " | ".join(f"r {b}" for b in CUTS) + " |\n" + "|---" * (len(CUTS) + 1) + "|")
     for adapter in dict.fromkeys(row["adapter"] for row in rows):
         print(f"| {adapter}", end=" |")

@@ -83,7 +83,7 @@ def groups(rows):
 def print_table(rows):
     """Markdown: mean losses over the seeds, and how much of the gain over the base and over LoRA merging keeps."""
     print("\n| dataset | rate | structure | seeds | base | LoRA | unmerged | none | input | weight | **regression** "
-          "| kept of base - unmerged | (LoRA - merged) / (LoRA - unmerged) |")
+          "| kept of the gain over the base | (LoRA - merged) / (LoRA - unmerged) |")
     print("|---" * 13 + "|")
     for (name, lr, shortcut, m), same in groups(rows).items():
         def column(key, same=same):
@@ -91,7 +91,7 @@ def print_table(rows):
             return f"{mean(values):.3f}" if values else "-"
         kept = [(r["base"] - r["regression"]) / (r["base"] - r["unmerged"]) for r in same]
         over = [r["lora"] - r["regression"] for r in same], [r["lora"] - r["unmerged"] for r in same]
-        ratio = f"{mean(over[0]) / mean(over[1]):.2f}" if mean(over[1]) > 0 else "unmerged is not below LoRA"
+        ratio = f"{mean(over[0]) / mean(over[1]):.2f}" if mean(over[1]) > 0 else "unmerged > LoRA"
         print(f"| {name} | {lr:g} | {shortcut}, m {m} | {len(same)} | "
               + " | ".join(map(column, ("base", "lora", "unmerged", *MERGES))) + f" | {mean(kept):.1%} | {ratio} |")
 

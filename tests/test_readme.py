@@ -1,12 +1,17 @@
 """What the README says of the code is true."""
+import csv
+import importlib
 import json
 import re
+import statistics
 
+import pytest
 import torch.nn as nn
 from conftest import ROOT, factors
 
 import bench
 import lora
+from compare import spread
 from methods import METHODS
 
 README = (ROOT / "README.md").read_text()
@@ -54,6 +59,75 @@ def test_the_table_of_times_is_what_was_measured():
     assert f"{first['ours']:.1f} s against {first[peer]:.1f} s for tiny" in text
     for preset in found.values():
         assert preset["command"].startswith("python bench.py")
+
+
+def results(name):
+    """The rows of a csv, numbers as numbers."""
+    def number(text):
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    with open(ROOT / "results" / name, newline="") as f:
+        return [{column: number(text) for column, text in row.items()} for row in csv.DictReader(f)]
+
+
+def section(title):
+    return README[README.index(f"### {title}"):].partition("\n### ")[0]
+
+
+def table(title):
+    """Cells of the rows of a section's first table, without its header."""
+    lines = [line for line in section(title).splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+
+
+@pytest.mark.parametrize("script", ["merges", "dylora"])
+def test_the_tables_of_merges_and_cuts_are_their_csv(script, capsys, monkeypatch):
+    """What the script prints for its csv stands in the README, line by line."""
+    monkeypatch.syspath_prepend(ROOT / "runs")
+    rows = results(f"{script}.csv")
+    for row in rows:
+        row.update({column: int(row[column]) for column in ("pre_num", "rank", "seed") if column in row})
+    importlib.import_module(script).print_table(rows)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) > 4
+    for line in lines:
+        assert line in README
+
+
+@pytest.mark.parametrize("dataset, judge, high", [("restaurants", "loss", False), ("reviews", "accuracy", True)])
+def test_the_tables_of_difficulty_are_their_csv(dataset, judge, high):
+    """Each row is the rate with the best validation, and its numbers are the csv's."""
+    rows = results(f"difficulty-{dataset}.csv")
+    names = {"base": None, "LoRA, r 4": ("lora", 4), "LoRA, r 64": ("lora", 64), "full fine-tuning": ("full", ""),
+             "head only": ("head", "")}
+    for name, rate, loss, *more in table(f"How hard `{dataset}` is"):
+        if names[name] is None:
+            assert f"{rows[0]['base loss']:.3f}" == loss and f"{rows[0]['base slots']:.1%}" == more[0].replace(" ", "")
+            continue
+        same = [r for r in rows if (r["method"], r["rank"]) == names[name]]
+        best = (max if high else min)(same, key=lambda r: r[f"validation {judge}"])
+        assert float(rate) == best["lr"] and loss == f"{best['final loss']:.3f}"
+        columns = ("slots", "names") if dataset == "restaurants" else ("accuracy",)
+        shares = [best[f"final {column}"] for column in columns]
+        assert more == ["100 %" if share == 1 else f"{share:.1%}".replace("%", " %") for share in shares]
+
+
+def test_the_table_of_deployed_models_is_its_csv():
+    """Mean and range over the seeds at each row's best rate, and what is between it and LoRA seed by seed."""
+    rows = [r for r in results("merge-at-restaurants.csv") if r["best"]]
+    lora = {r["seed"]: r["merged loss"] for r in rows if r["row"] == "LoRA"}
+    found = table("Does a merged ResLoRA beat LoRA")
+    assert [cells[0] for cells in found] == list(dict.fromkeys(r["row"] for r in rows))
+    for name, rate, seeds, unmerged, merged, above in found:
+        same = [r for r in rows if r["row"] == name]
+        assert float(rate) == same[0]["lr"] and int(seeds) == len(same) == 5
+        assert unmerged == f"{statistics.mean(r['unmerged loss'] for r in same):.3f}"
+        assert merged == spread(same, "merged loss")
+        above_lora = [r["merged loss"] - lora[r["seed"]] for r in same]
+        error = statistics.stdev(above_lora) / len(same)**0.5
+        assert above == ("" if name == "LoRA" else f"{statistics.mean(above_lora):+.4f} ({error:.4f})")
 
 
 def test_every_file_that_the_readme_names_exists():
