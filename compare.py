@@ -310,7 +310,7 @@ def draw(args, path, rows):
         look = dict(color=colour, marker=marker, fillstyle="none" if colour in used else "full", ms=6)
         used.add(colour)  # a method's second row is hollow
         if args.plot == "rows":
-            axis.plot([r[args.metric] for r in same], [y] * len(same), ls="", alpha=0.85, **look)
+            axis.plot([float(r[args.metric]) for r in same], [y] * len(same), ls="", alpha=0.85, **look)
             continue
         if args.plot == "step":
             logs = [read(ROOT / "out" / folder(args, label, r["rank"] if args.rank else None, r["lr"], r["seed"])
