@@ -1,4 +1,5 @@
 """The run folder: PEFT loads the adapter, `transformers` the merged model, and a resumed run is the same run."""
+import copy
 import json
 
 import pytest
@@ -27,13 +28,13 @@ from model import from_pretrained
 ALL = ("q", "k", "v", "o", "up", "down")
 
 
-def peft_logits(folder, adapter, idx):
+def peft_logits(folder, adapter, idx, dtype=torch.float32):
     """Logits of transformers + peft for a base folder and an adapter folder; and the model."""
     transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
     peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
     kind = json.loads((folder / "config.json").read_text())["architectures"][0]
     base = getattr(transformers, kind).from_pretrained(folder).eval()
-    model = peft.PeftModel.from_pretrained(base, adapter).eval()
+    model = peft.PeftModel.from_pretrained(base, adapter).eval().to(dtype)
     with torch.no_grad():
         return model(idx, attention_mask=idx != (1 if "Roberta" in kind else -1)).logits, model
 
@@ -47,20 +48,21 @@ def relative(a, b):
 @pytest.mark.parametrize("targets", [("q", "v"), ("k",), ("down",), ALL], ids="+".join)
 def test_peft_loads_the_adapter_and_gives_the_merged_models_logits(tmp_path, method, hparams, targets, tiny):
     """base + adapter folder in PEFT = our merged model (1e-5 relative) = the folder loaded here again; exact methods =
-    our unmerged model too. A classifier's head, changed by the training, travels along."""
+    our unmerged model too. A classifier's head, changed by the training, travels along. It is what the fp32 files hold
+    that is compared, so the forwards are in float64."""
     model = tiny(torch.float32)
     model.save_pretrained(tmp_path / "base")
     idx = batch(model)[0]
     base_logits = model(idx)[0]
     layers = adapt(model, method, hparams, targets=targets)
     train_steps(model, layers, 4)
-    unmerged = model.eval()(idx)[0]
-    calibrated(model, layers)
+    calibrated(model.eval(), layers)
+    unmerged = copy.deepcopy(model).double()(idx)[0]
     (tmp_path / "run").mkdir()
     checkpoint.save_adapter(tmp_path / "run", model, tmp_path / "base")
     exact = all(layer.exact_merge for layer in layers)
-    merged = lora.merge(model)(idx)[0]
-    found, _ = peft_logits(tmp_path / "base", tmp_path / "run", idx)
+    merged = lora.merge(model).double()(idx)[0]
+    found, _ = peft_logits(tmp_path / "base", tmp_path / "run", idx, torch.float64)
     assert relative(base_logits, found) > 1e-2
     assert relative(found, merged) < 1e-5
     if exact:
@@ -70,7 +72,7 @@ def test_peft_loads_the_adapter_and_gives_the_merged_models_logits(tmp_path, met
     if kind == "LORA":
         again = from_pretrained(tmp_path / "base")
         checkpoint.load_adapter(again, tmp_path / "run")
-        assert relative(again(idx)[0], merged) < 1e-5
+        assert relative(again.double()(idx)[0], merged) < 1e-5
 
 
 def test_the_adapter_folder_is_small_and_named_as_peft_names_it(tmp_path):

@@ -114,6 +114,18 @@ def test_the_tables_of_difficulty_are_their_csv(dataset, judge, high):
         assert more == ["100 %" if share == 1 else f"{share:.1%}".replace("%", " %") for share in shares]
 
 
+def test_the_table_of_the_theorem_is_its_csv():
+    """Means of five seeds; and it shows what the text says: flat rows differ by less than a fifth, the others do not."""
+    rows, found = results("rank-theorem.csv"), table("rsLoRA's theorem, measured")
+    sizes = {}
+    for row in rows:
+        sizes.setdefault((row["optimizer"], row["method"]), {}).setdefault(row["rank"], []).append(row["branch"])
+    for (name, *cells), by_rank in zip(found, sizes.values(), strict=True):
+        means = [statistics.mean(values) for values in by_rank.values()]
+        assert cells == [f"{value:.2g}" for value in means] and all(len(v) == 5 for v in by_rank.values())
+        assert (max(means) < 1.2 * min(means)) == (name in ("SGD, rsLoRA", "Adam, LoRA"))
+
+
 def test_the_table_of_deployed_models_is_its_csv():
     """Mean and range over the seeds at each row's best rate, and what is between it and LoRA seed by seed."""
     rows = [r for r in results("merge-at-restaurants.csv") if r["best"]]
