@@ -115,7 +115,7 @@ def test_the_tables_of_difficulty_are_their_csv(dataset, judge, high):
 
 
 def test_the_table_of_the_theorem_is_its_csv():
-    """Means of five seeds; and it shows what the text says: flat rows differ by less than a fifth, the others do not."""
+    """Means of five seeds, and they show what the text says: two rows are flat within a fifth, the others are not."""
     rows, found = results("rank-theorem.csv"), table("rsLoRA's theorem, measured")
     sizes = {}
     for row in rows:
