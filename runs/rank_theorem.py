@@ -5,9 +5,10 @@
 One linear of 2,048 -> 2,048, alpha 16, a random input x, loss |h - y|^2 / 2 against a random y, one step from B = 0
 with SGD or Adam (rate 1e-4), five seeds. branch: root mean square of s B A x; gradient: that of s A^T B^T g, g = dL/dh
 after the step, the branch's share of dL/dx. The theorem says which scale keeps both where they are as r grows, under
-SGD: s^2 r is constant for alpha / sqrt(r). Under Adam the branch goes as s r, constant for alpha / r. The gradient holds
-A^T A x, of which the part along x goes as r and the rest as sqrt(r); below r = d the rest is the larger one, so there the
-gradient goes as s^2 sqrt(r) under SGD and as s sqrt(r) under Adam: what the theorem says of it begins at ranks near d.
+SGD: s^2 r is constant for alpha / sqrt(r). Under Adam the branch goes as s r, constant for alpha / r. The gradient
+holds A^T A x, of which the part along x goes as r and the rest as sqrt(r); below r = d the rest is the larger one, so
+there the gradient goes as s^2 sqrt(r) under SGD and as s sqrt(r) under Adam. What the theorem says of it begins at
+ranks near d.
 """
 import sys
 from pathlib import Path
