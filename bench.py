@@ -1,6 +1,6 @@
 """Time and memory of a training step with every method, beside transformers + peft and beside the floor.
 
-    python bench.py                                         a minute on a CPU, needs nothing
+    python bench.py                                         needs nothing
     python bench.py --preset gpt2-small --peer peft         beside transformers + peft (requirements-dev.txt)
     python bench.py --peer peft --e2e FOLDER                also examples per second on real E2E text
 

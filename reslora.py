@@ -38,9 +38,9 @@ s |B^T g| |z - P x|. So where calibration is given such an M, the least squares 
 
     minimise over P   E w |z_n - P x_n|^2,    w = |B_n^T g_n|^2     =>     P_n = E[w z x^T] E[w x x^T]^-1
 
-What merging costs can also be trained away, which is ours too: with merge_at = 0.9 the layers of `input` and `middle`
-are merged by regression after nine tenths of the steps, and the last tenth trains the plain LoRA, A* and B, that they
-have become (Adam's moments of A go on as those of A*). What is deployed is then what was trained.
+Merging can also come before the end: with merge_at = 0.9 the layers of `input` and `middle` are merged by regression
+after nine tenths of the steps, and the last tenth trains the plain LoRA, A* and B, that they have become (Adam's
+moments of A go on as those of A*). What is deployed is then what was trained; measured, it was no better for that.
 """
 from itertools import pairwise
 
@@ -187,8 +187,8 @@ class ResLoRALinear(LoRALinear):
             ResLoRALinear.calibrate(layers, run, "regression")
             for layer in layers:
                 if not layer.exact_merge:
+                    # A_n <- A*_n
                     layer.lora_A.copy_(layer.A_star)
-            for layer in layers:
                 layer.drop_shortcut()
 
     @staticmethod
