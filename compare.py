@@ -5,10 +5,11 @@
 
 What stands behind -- goes to every run. With --best-lr each row, at each rank, tries all rates on the first seed, and
 the one with the best validation gets the other seeds; the csv keeps every run, `best` marks those rates. A finished run
-is never repeated: stop it, start it again. runs/*.sh are the comparisons of the README.
+is never repeated, in no grid: stop it, start it again. runs/*.sh are the comparisons of the README.
 """
 import contextlib
 import csv
+import hashlib
 import json
 import math
 import multiprocessing
@@ -87,28 +88,34 @@ def slug(label):
 # ---------------------------------------------------------------------------------------------------------------------
 # One run
 
-def cell(out, flags, forgetting=None):
-    """One run of train.py into out/<out>; its result.json, or {"diverged": why}. A finished run with the same flags is
-    read back."""
+def folder(flags):
+    """Of a run: the same flags, in whatever order, are the same run in every grid."""
+    pairs = sorted(" ".join(map(str, flags)).split("--"))
+    return ROOT / "out/compare" / hashlib.sha256(json.dumps([pair.split() for pair in pairs]).encode()).hexdigest()[:12]
+
+
+def cell(flags, forgetting=None):
+    """One run of train.py; its result.json, or {"diverged": why}. A finished run is read back."""
     import train
     train.SCORED = 0  # the tables are of losses and accuracies: no time for decoding
-    out, flags = ROOT / "out" / out, list(map(str, flags))
-    done, wanted = out / "cell.json", [*flags, f"forgetting {forgetting}"]
-    if not (done.exists() and json.loads(done.read_text())["flags"] == wanted):
+    out, flags = folder(flags), list(map(str, flags))
+    done = out / "cell.json"
+    also = json.loads(done.read_text())["also"] if done.exists() else None
+    missing = forgetting and f"base loss on {forgetting}" not in (also or {}) and "diverged" not in (also or {})
+    if also is None or missing:
         out.mkdir(parents=True, exist_ok=True)
-        also = {}
-        with open(out.with_name(out.name + ".txt"), "w") as said, contextlib.redirect_stdout(said), \
+        with open(out.with_suffix(".txt"), "w") as said, contextlib.redirect_stdout(said), \
                 contextlib.redirect_stderr(said):
             try:
-                train.train(train.parse([*flags, "--out", str(out)]))
-                also = losses_on(out, forgetting) if forgetting else {}
+                if also is None:
+                    train.train(train.parse([*flags, "--out", str(out)]))
+                also = {**(also or {}), **(losses_on(out, forgetting) if missing else {})}
             except train.Diverged as e:  # no reason to stop a grid: this rate is the worst
                 also = {"diverged": str(e)}
             except ValueError as e:
-                raise ValueError(f"{out.name}: {e}") from None
+                raise ValueError(f"{shlex.join(flags)}: {e}") from None
         out.mkdir(exist_ok=True)  # a run that left nothing has left no folder either
-        write(done, lambda part: part.write_text(json.dumps({"flags": wanted, "also": also})))
-    also = json.loads(done.read_text())["also"]
+        write(done, lambda part: part.write_text(json.dumps({"flags": flags, "also": also})))
     return also if "diverged" in also else {**json.loads((out / "result.json").read_text()), "also": also}
 
 
@@ -129,10 +136,9 @@ def losses_on(out, dataset):
 
 def validation(out):
     """(value, loss, better high?) of the checkpoint that a run kept: the value by the metric that chose it."""
-    selected = json.loads((ROOT / "out" / out / "result.json").read_text())["selected"]
+    selected = json.loads((out / "result.json").read_text())["selected"]
     metric = selected["by"].removeprefix("validation ")
-    with open(ROOT / "out" / out / "log.csv") as f:
-        kept = next(row for row in csv.DictReader(f) if int(row["step"]) == selected["step"])
+    kept = next(row for row in read(out / "log.csv") if int(row["step"]) == selected["step"])
     return float(kept[f"val_{metric}"]), float(kept["val_loss"]), metric != "loss"
 
 
@@ -140,7 +146,7 @@ def worth(args, key, results):
     """What a rate is chosen by, better low: the validation metric, at a tie the validation loss."""
     if "diverged" in results[key]:
         return math.inf, math.inf
-    found, loss, high = validation(folder(args, *key))
+    found, loss, high = validation(folder(flags_of(args, *key)))
     return -found if high else found, loss
 
 
@@ -148,11 +154,6 @@ def pool(jobs):
     """Processes for `jobs` runs at a time, one thread each."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before a worker imports torch
     return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
-
-
-def folder(args, label, rank, lr, seed):
-    """Of a run, below out/."""
-    return f"compare/{args.to.name}/{slug(label)}" + f"-r{rank}" * (rank is not None) + f"-lr{lr:g}-s{seed}"
 
 
 def flags_of(args, label, rank, lr, seed):
@@ -169,9 +170,8 @@ def tidy(args, key, result, best):
         flags[flags.index("--data-dir") + 1] = "FOLDER"  # wherever it is
     if "diverged" in result:
         return {"row": label, "rank": rank, "lr": lr, "seed": seed, "best": 0, "flags": shlex.join(flags), **result}
-    settings, out = result["settings"], folder(args, *key)
-    with open(ROOT / "out" / out / "log.csv") as f:
-        log = list(csv.DictReader(f))
+    settings, out = result["settings"], folder(flags_of(args, *key))
+    log = read(out / "log.csv")
     late = log[-max(1, len(log) // 10):]  # the last tenth
     row = {"row": label, "dataset": settings["dataset"], "method": settings["method"], "rank": settings["rank"],
            "lr": settings["lr"], "seed": seed, "best": int(best), "trained": result["parameters"]["trainable"],
@@ -190,7 +190,7 @@ def tidy(args, key, result, best):
 
 def run_all(workers, args, keys, bar):
     """{key: result.json} of the runs `keys`; the first that fails stops the rest."""
-    jobs = {workers.submit(cell, folder(args, *key), flags_of(args, *key), args.forgetting): key for key in keys}
+    jobs = {workers.submit(cell, flags_of(args, *key), args.forgetting): key for key in keys}
     found = {}
     try:
         for job in as_completed(jobs):
@@ -313,8 +313,8 @@ def draw(args, path, rows):
             axis.plot([float(r[args.metric]) for r in same], [y] * len(same), ls="", alpha=0.85, **look)
             continue
         if args.plot == "step":
-            logs = [read(ROOT / "out" / folder(args, label, r["rank"] if args.rank else None, r["lr"], r["seed"])
-                         / "log.csv") for r in same]
+            logs = [read(folder(flags_of(args, label, r["rank"] if args.rank else None, r["lr"], r["seed"])) / "log.csv")
+                    for r in same]
             points = {int(at[0]["step"]): [float(r["train_loss"]) for r in at] for at in zip(*logs, strict=True)}
         else:
             if not same[0][args.plot]:  # full fine-tuning has no rank

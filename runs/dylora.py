@@ -10,21 +10,20 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from compare import ROOT, cell, pool, validation, write_csv  # noqa: E402
+from compare import ROOT, cell, folder, pool, validation, write_csv  # noqa: E402
 
 RATES = (1.2e-2, 2.4e-2, 4.8e-2)
 CUTS = (1, 2, 4, 8, 16, 32)
 FULL = CUTS[-1]
 
 
-def name(method, rank, lr, seed):
-    return f"dylora/{method}-{rank}-{lr:g}-{seed}"
+def flags(method, rank, lr, seed):
+    return ["--method", method, "--rank", rank, "--lr", lr, "--seed", seed]
 
 
-def train_one(method, rank, lr, seed):
+def train_one(*key):
     """{test metrics of every stage}"""
-    flags = ["--method", method, "--rank", rank, "--lr", lr, "--seed", seed]
-    return cell(name(method, rank, lr, seed), flags)["metrics"]
+    return cell(flags(*key))["metrics"]
 
 
 def truncated(lr, seed):
@@ -35,7 +34,7 @@ def truncated(lr, seed):
     import train
     from model import from_pretrained
     train.SCORED = 0  # as in compare.cell
-    out = ROOT / "out" / name("lora", FULL, lr, seed)
+    out = folder(flags("lora", FULL, lr, seed))
     run = train.Run(train.parse(["--rank", str(FULL), "--lr", str(lr), "--seed", str(seed), "--out", str(out)]))
     trained = from_pretrained(run.source)
     checkpoint.load_adapter(trained, out)
@@ -59,7 +58,7 @@ def main():
     kinds = [("dylora", FULL), *(("lora", rank) for rank in CUTS)]
     with pool(args.jobs) as workers:
         list(workers.map(train_one, *zip(*[(*kind, lr, 0) for kind in kinds for lr in RATES], strict=True)))
-        best = {kind: min(RATES, key=lambda lr, kind=kind: validation(name(*kind, lr, 0))[0]) for kind in kinds}
+        best = {kind: min(RATES, key=lambda lr, kind=kind: validation(folder(flags(*kind, lr, 0)))[0]) for kind in kinds}
         keys = [(*kind, best[kind], seed) for kind in kinds for seed in range(args.seeds)]
         metrics = dict(zip(keys, workers.map(train_one, *zip(*keys, strict=True)), strict=True))
         cuts = list(workers.map(truncated, [best["lora", FULL]] * args.seeds, range(args.seeds)))

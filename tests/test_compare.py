@@ -93,7 +93,8 @@ def test_quick_runs_the_best_rates_of_the_csv_and_leaves_it(grid, tmp_path):
 
 def test_a_rate_is_chosen_by_the_metric_and_at_a_tie_by_the_loss(monkeypatch):
     """Losses are better low, accuracies high; what diverged is the worst."""
-    monkeypatch.setattr(compare, "folder", lambda args, *key: key[0])
+    monkeypatch.setattr(compare, "folder", lambda flags: flags)
+    monkeypatch.setattr(compare, "flags_of", lambda args, *key: key[0])
     found = {"a": (0.7, 0.5, True), "b": (0.9, 0.6, True), "c": (0.9, 0.4, True), "d": (0.2, 0.2, False),
              "e": (0.1, 0.1, False)}
     monkeypatch.setattr(compare, "validation", found.get)
