@@ -40,7 +40,7 @@ def parse(argv):
     add = parser.add_argument
     add("to", type=Path, help="PATH of PATH.csv and PATH.png")
     add("--row", action="append", required=True, help='"LABEL: flags of train.py", one for each line of the table')
-    add("--lr", nargs="+", type=float, required=True, help="rates; a row may have its own, with --lr in its flags")
+    add("--lr", nargs="+", type=float, required=True, help="rates; a row may have its own, behind --lr in its flags")
     add("--rank", nargs="+", type=int, help="ranks")
     add("--seeds", type=int, default=1, help="how many, from 0 (1)")
     add("--best-lr", action="store_true", help="all seeds only at the rate with the best validation of seed 0")
@@ -57,7 +57,7 @@ def parse(argv):
     if args.seeds < 1 or args.jobs < 1:
         raise ValueError("--seeds and --jobs must be 1 or more")
     args.lr, args.rank = list(dict.fromkeys(args.lr)), list(dict.fromkeys(args.rank or []))
-    args.rows, slugs = {}, set()
+    args.rows, args.rates, slugs = {}, {}, set()
     for row in args.row:
         label, colon, flags = row.partition(":")
         label, flags = label.strip(), words(flags)
@@ -66,13 +66,26 @@ def parse(argv):
         for flag in ("--seed", "--out", *["--rank"] * bool(args.rank)):
             if flag in flags + args.flags:
                 raise ValueError(f"{flag} is set by the grid: take it out of row {label!r} and from behind --")
-        if "--lr" in args.flags or flags[-1:] == ["--lr"]:
-            raise ValueError("rates are --lr of the grid, or --lr and one number in a row's flags")
         slugs.add(slug(label))
-        args.rows[label] = flags
+        args.rows[label], args.rates[label] = own_rates(flags) if "--lr" in flags else (flags, args.lr)
+    if "--lr" in args.flags:
+        raise ValueError("--lr is set by the grid: take it out from behind --")
     if len(args.rank) > 1 and args.plot != "rank":
         raise ValueError(f"several ranks are drawn by --plot rank, not {args.plot}")
     return args
+
+
+def own_rates(flags):
+    """Flags with "--lr A B" among them -> (the others, [A, B])"""
+    at = flags.index("--lr")
+    end = next((i for i in range(at + 1, len(flags)) if flags[i].startswith("--")), len(flags))
+    try:
+        rates = list(dict.fromkeys(map(float, flags[at + 1:end])))
+    except ValueError:
+        rates = []
+    if not rates:
+        raise ValueError(f"a row's own rates are numbers, not --lr {shlex.join(flags[at + 1:end])}")
+    return flags[:at] + flags[end:], rates
 
 
 def words(flags):
@@ -157,9 +170,8 @@ def pool(jobs):
 
 
 def flags_of(args, label, rank, lr, seed):
-    own = args.rows[label]
-    rate = [] if "--lr" in own else ["--lr", f"{lr:g}"]
-    return [*args.flags, *own, *(["--rank", rank] if rank is not None else []), *rate, "--seed", seed]
+    return [*args.flags, *args.rows[label], *(["--rank", rank] if rank is not None else []), "--lr", f"{lr:g}",
+            "--seed", seed]
 
 
 def tidy(args, key, result, best):
@@ -211,7 +223,7 @@ def compare(args):
         if args.forgetting and (data.labels(asked.dataset) or args.forgetting not in data.PLAIN):
             raise ValueError(f"--forgetting {args.forgetting} is the loss of a GPT on one of {', '.join(data.PLAIN)}")
         for rank in args.rank if METHODS[asked.method].adapter and args.rank else [None]:
-            rates[label, rank] = [float(own[own.index("--lr") + 1])] if "--lr" in own else args.lr
+            rates[label, rank] = args.rates[label]
     checkpoint.prepare(ROOT / "out/quick" if args.quick else to.parent)
     if args.quick:
         csv_file = to.with_name(to.name + ".csv")
@@ -276,7 +288,9 @@ def report(args, rows):
     name = args.metric
     print(f"\n| | rank | rate | seeds | trained | {name} |\n|---|---|---|---|---|---|")
     for (label, rank, lr), same in groups([r for r in rows if r["best"]], "row", "rank", "lr").items():
-        print(f"| {label} | {rank or ''} | {lr:g} | {len(same)} | {same[0]['trained']:,} | {spread(same, name)} |")
+        tried = args.rates[label]
+        end = " (the end of its range)" * (len(tried) > 1 and lr in (min(tried), max(tried)))
+        print(f"| {label} | {rank or ''} | {lr:g}{end} | {len(same)} | {same[0]['trained']:,} | {spread(same, name)} |")
 
 
 def spread(rows, name):
@@ -313,8 +327,8 @@ def draw(args, path, rows):
             axis.plot([float(r[args.metric]) for r in same], [y] * len(same), ls="", alpha=0.85, **look)
             continue
         if args.plot == "step":
-            logs = [read(folder(flags_of(args, label, r["rank"] if args.rank else None, r["lr"], r["seed"])) / "log.csv")
-                    for r in same]
+            keys = [(label, r["rank"] if args.rank else None, r["lr"], r["seed"]) for r in same]
+            logs = [read(folder(flags_of(args, *key)) / "log.csv") for key in keys]
             points = {int(at[0]["step"]): [float(r["train_loss"]) for r in at] for at in zip(*logs, strict=True)}
         else:
             if not same[0][args.plot]:  # full fine-tuning has no rank

@@ -58,7 +58,8 @@ def main():
     kinds = [("dylora", FULL), *(("lora", rank) for rank in CUTS)]
     with pool(args.jobs) as workers:
         list(workers.map(train_one, *zip(*[(*kind, lr, 0) for kind in kinds for lr in RATES], strict=True)))
-        best = {kind: min(RATES, key=lambda lr, kind=kind: validation(folder(flags(*kind, lr, 0)))[0]) for kind in kinds}
+        best = {kind: min(RATES, key=lambda lr, kind=kind: validation(folder(flags(*kind, lr, 0)))[0])
+                for kind in kinds}
         keys = [(*kind, best[kind], seed) for kind in kinds for seed in range(args.seeds)]
         metrics = dict(zip(keys, workers.map(train_one, *zip(*keys, strict=True)), strict=True))
         cuts = list(workers.map(truncated, [best["lora", FULL]] * args.seeds, range(args.seeds)))

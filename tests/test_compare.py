@@ -113,9 +113,9 @@ def test_a_rate_that_diverges_is_a_row_and_no_end(grid):
 
 
 def test_full_fine_tuning_has_no_rank(grid):
-    """In a grid over ranks it is one run at its own rate, and a line across."""
-    rows = grid("--rank", "2", "4", "--plot", "rank", rows=("LoRA: --method lora", "full: --method full --lr 1e-3"))
-    assert [(r["rank"], r["lr"]) for r in rows if r["row"] == "full"] == [("", "0.001")] and len(rows) == 5
+    """In a grid over ranks it is one run at each of its own rates, and a line across."""
+    rows = grid("--rank", "2", "4", "--plot", "rank", rows=("LoRA: --method lora", "full: --method full --lr .1 .2"))
+    assert [(r["rank"], r["lr"]) for r in rows if r["row"] == "full"] == [("", "0.1"), ("", "0.2")] and len(rows) == 6
 
 
 def test_forgetting_is_the_loss_on_another_text(grid):
@@ -128,7 +128,8 @@ def test_forgetting_is_the_loss_on_another_text(grid):
 @pytest.mark.parametrize("flags, message", [
     (["--row", "LoRA --method lora"], "is not 'LABEL: flags'"), (["--row", "a 1:", "--row", "A -1:"], "no other label"),
     (["--row", "a:", "--seeds", "0"], "1 or more"), ([], "--row"), (["--row", "a: --method qlora"], "qlora"),
-    (["--row", "a: --rank=2", "--rank", "4"], "--rank is set by the grid"), (["--row", "a: --lr"], "rates are --lr"),
+    (["--row", "a: --rank=2", "--rank", "4"], "--rank is set by the grid"), (["--row", "a: --lr"], "own rates are"),
+    (["--row", "a: --lr 1 b"], "numbers, not --lr 1 b"), (["--row", "a:", "--", "--lr", "1"], "--lr is set"),
     (["--row", "a:", "--", "--seed", "1"], "--seed is set"), (["--row", "a:", "--rank", "2", "4"], "several ranks"),
     (["--row", "a:", "--forgetting", "world", "--", "--dataset", "reviews"], "--forgetting world is the loss of a GPT"),
 ])
