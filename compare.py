@@ -35,16 +35,22 @@ STYLES = {"lora": ("C0", "o", "-"), "rslora": ("C1", "s", "--"), "input": ("C2",
           "full": ("0.35", "P", ":")}
 
 
+class Also(str):
+    """A row that --quick leaves out."""
+
+
 def parse(argv):
     parser = Parser("compare.py", __doc__)
     add = parser.add_argument
     add("to", type=Path, help="PATH of PATH.csv and PATH.png")
     add("--row", action="append", required=True, help='"LABEL: flags of train.py", one for each line of the table')
+    add("--also", dest="row", action="append", type=Also, help="a row that --quick leaves out")
     add("--lr", nargs="+", type=float, required=True, help="rates; a row may have its own, behind --lr in its flags")
     add("--rank", nargs="+", type=int, help="ranks")
     add("--seeds", type=int, default=1, help="how many, from 0 (1)")
     add("--best-lr", action="store_true", help="all seeds only at the rate with the best validation of seed 0")
-    add("--quick", action="store_true", help="one seed, at the rates that PATH.csv calls best; into out/quick")
+    add("--quick", action="store_true", help="one seed, at the rates that PATH.csv calls best, of ranks the first "
+        "and the last; into out/quick")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each (cores)")
     add("--plot", choices=("rows", "rank", "lr", "step"), default="rows", help="what the picture's axis is (rows)")
     add("--metric", default="merged loss", help="what it shows: a column of the csv (merged loss)")
@@ -57,8 +63,11 @@ def parse(argv):
     if args.seeds < 1 or args.jobs < 1:
         raise ValueError("--seeds and --jobs must be 1 or more")
     args.lr, args.rank = list(dict.fromkeys(args.lr)), list(dict.fromkeys(args.rank or []))
+    args.rank = args.rank[::len(args.rank) - 1] if args.quick and len(args.rank) > 1 else args.rank
     args.rows, args.rates, slugs = {}, {}, set()
     for row in args.row:
+        if args.quick and isinstance(row, Also):
+            continue
         label, colon, flags = row.partition(":")
         label, flags = label.strip(), words(flags)
         if not colon or not slug(label) or slug(label) in slugs:
@@ -130,6 +139,15 @@ def cell(flags, forgetting=None):
         out.mkdir(exist_ok=True)  # a run that left nothing has left no folder either
         write(done, lambda part: part.write_text(json.dumps({"flags": flags, "also": also})))
     return also if "diverged" in also else {**json.loads((out / "result.json").read_text()), "also": also}
+
+
+def trained(flags):
+    """train.Run of the same run, its model as it was kept, not merged yet."""
+    import train
+    cell(flags)
+    run = train.Run(train.parse([*map(str, flags), "--out", str(folder(flags)), "--resume"]))
+    train.fit(run)  # nothing is left to do but to take up what was kept
+    return run
 
 
 def losses_on(out, dataset):

@@ -1,14 +1,18 @@
 #!/bin/sh
-# Does a larger rank help? LoRA and rsLoRA at ranks 4 to 128, AdamW and SGD, at one rate for all and at each one's best.
+# Does a larger rank help? LoRA and rsLoRA at ranks 4 to 128, the width of the model, with AdamW and with SGD: at each one's
+# best rate, and at one rate for all. The two pictures of an optimizer are of the same runs.
 # sh runs/rslora.sh [--quick]
 set -e
 cd "$(dirname "$0")/.."
-grid() {  # optimizer, rates
+grid() {  # name, optimizer, LoRA's rates, rsLoRA's, more flags of compare.py, title
     # shellcheck disable=SC2086
-    python compare.py "results/rslora-$1" $QUICK --lr $2 --rank 4 16 64 128 --best-lr --plot rank \
-        --title "restaurants, $1, each at its best rate" \
-        --row "LoRA: --method lora" --row "rsLoRA: --method rslora" -- --dataset restaurants --optimizer $1 --eval-every 30
+    python compare.py "results/rslora-$1" $QUICK --lr $3 --rank 4 16 64 128 --plot rank $5 --title "restaurants, $2, $6" \
+        --row "LoRA: --method lora --lr $3" --row "rsLoRA: --method rslora --lr $4" \
+        -- --dataset restaurants --optimizer $2 --eval-every 30
 }
 QUICK=$1
-grid adamw "3e-3 1.2e-2 4.8e-2"
-grid sgd "0.3 1 3 10"
+grid adamw adamw "2.4e-2 4.8e-2 9.6e-2" "6e-3 1.2e-2 2.4e-2" --best-lr "each at its best rate"
+grid sgd sgd "3 10 30" "1 3 10" --best-lr "each at its best rate"
+[ -z "$QUICK" ] || exit 0
+grid adamw-fixed adamw 2.4e-2 2.4e-2 "" "all at rate 2.4e-2"
+grid sgd-fixed sgd 3 3 "" "all at rate 3"

@@ -84,7 +84,7 @@ def test_quick_runs_the_best_rates_of_the_csv_and_leaves_it(grid, tmp_path):
         r["best"] = str(int((r["rank"] == "2") == (r["lr"] == "0.01")))
     compare.write_csv(tmp_path / "grid.csv", rows)
     before = (tmp_path / "grid.csv").read_text()
-    grid(*ranks, "--quick")
+    grid(*ranks, "--also", "more: --method rslora", "--quick")
     assert (tmp_path / "grid.csv").read_text() == before
     quick = compare.read(tmp_path / "out/quick/grid.csv")
     assert {(r["row"], r["rank"], r["lr"], r["merged loss"]) for r in quick} == {
