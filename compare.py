@@ -5,7 +5,8 @@
 
 What stands behind -- goes to every run. With --best-lr each row, at each rank, tries all rates on the first seed, and
 the one with the best validation gets the other seeds; the csv keeps every run, `best` marks those rates. A finished run
-is never repeated, in no grid: stop it, start it again. runs/*.sh are the comparisons of the README.
+is never repeated, in no grid: stop it, start it again; it lies in out/compare, its folder is in the column `run`.
+runs/*.sh are the comparisons of the README.
 """
 import contextlib
 import csv
@@ -212,7 +213,7 @@ def tidy(args, key, result, best):
         names = ("unmerged", "merged") if stage == "trained" else (stage,)  # full fine-tuning: nothing to merge
         row.update({f"{name} {metric}": round(value, 5) for name in names for metric, value in values.items()})
     row.update({name: round(value, 5) for name, value in result["also"].items()})
-    return {**row, "training seconds": result["seconds"]["training"], "flags": shlex.join(flags)}
+    return {**row, "training seconds": result["seconds"]["training"], "run": out.name, "flags": shlex.join(flags)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

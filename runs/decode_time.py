@@ -1,6 +1,8 @@
 """Seconds for 128 new tokens: with the cache, without it, and `transformers`' generate, on the shipped GPT.
 
-    python runs/decode_time.py [threads]      alternating in one process, medians; all three must write the same tokens
+    python runs/decode_time.py [threads]      writes results/decoding.csv
+
+Alternating in one process, medians; all ways must write the same tokens.
 """
 import statistics
 import sys
@@ -12,7 +14,8 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import decoding  # noqa: E402
-from model import MODELS, from_pretrained  # noqa: E402
+from compare import write_csv  # noqa: E402
+from model import MODELS, ROOT, from_pretrained  # noqa: E402
 
 NEW, PROMPT, REPEATS = 128, 30, 7
 if len(sys.argv) > 1:
@@ -20,6 +23,7 @@ if len(sys.argv) > 1:
 model = from_pretrained("tiny-gpt").eval()
 theirs = transformers.GPT2LMHeadModel.from_pretrained(MODELS["tiny-gpt"], dtype=torch.float32).eval()
 torch.manual_seed(0)
+rows = []
 
 
 @torch.no_grad()
@@ -52,6 +56,9 @@ for prompts, beams in ((1, 1), (16, 1), (1, 10), (8, 4)):
             seconds[name].append(time.time() - begun)
         assert all(text == texts[0] for text in texts)
     median = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    rows += [{"prompts": prompts, "beams": beams, "way": name, "seconds": f"{value:.3f}",
+              "of cached": f"{value / median['cached']:.2f}"} for name, value in median.items()]
     print(f"{prompts:2} prompts, {beams:2} beams: " + ", ".join(
         f"{name} {value:.3f} s" + f" ({value / median['cached']:.2f} x)" * (name != "cached")
         for name, value in median.items()))
+write_csv(ROOT / "results/decoding.csv", rows)

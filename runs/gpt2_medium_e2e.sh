@@ -1,7 +1,7 @@
 #!/bin/sh
 # The methods on gpt2-medium and the whole E2E data with LoRA's recipe, each at its best of three rates; for one GPU.
 # sh runs/gpt2_medium_e2e.sh [--quick]
-# BLEU of a run: python generate.py out/compare/gpt2-medium-e2e/ROW --beams 10 --length-penalty .9
+# BLEU: python generate.py out/compare/RUN --beams 10 --length-penalty .9, RUN as in the csv
 set -e
 cd "$(dirname "$0")/.."
 # shellcheck disable=SC2086
