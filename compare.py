@@ -5,7 +5,7 @@
 
 What stands behind -- goes to every run. With --best-lr each row, at each rank, tries all rates on the first seed, and
 the one with the best validation gets the other seeds; the csv keeps every run, `best` marks those rates. A finished run
-is never repeated, in no grid: stop it, start it again; it lies in out/compare, its folder is in the column `run`.
+is never repeated, in any grid: stop it, start it again; it lies in out/compare, its folder is in the column `run`.
 runs/*.sh are the comparisons of the README.
 """
 import contextlib
@@ -112,9 +112,19 @@ def slug(label):
 # One run
 
 def folder(flags):
-    """Of a run: the same flags, in whatever order, are the same run in every grid."""
-    pairs = sorted(" ".join(map(str, flags)).split("--"))
-    return ROOT / "out/compare" / hashlib.sha256(json.dumps([pair.split() for pair in pairs]).encode()).hexdigest()[:12]
+    """Of a run: the same flags, in whatever order, are the same run in every grid; the last of a flag counts."""
+    pairs = [pair.split() for pair in " ".join(map(str, flags)).split("--")]
+    last = sorted({tuple(pair[:1]): pair for pair in pairs}.values())
+    return ROOT / "out/compare" / hashlib.sha256(json.dumps(last).encode()).hexdigest()[:12]
+
+
+def code():
+    """Of what decides a run's numbers beside its flags: fingerprint of the files of models, methods, data, training."""
+    found = hashlib.sha256()
+    for pattern in ("*.py", "baselines/*.py", "data/*.py", "data/*/config.json", "runs/*.args"):
+        for file in sorted(Path(__file__).parent.glob(pattern)):
+            found.update(file.read_bytes() if file.name not in ("compare.py", "bench.py", "generate.py") else b"")
+    return found.hexdigest()[:12]
 
 
 def cell(flags, forgetting=None):
@@ -123,23 +133,27 @@ def cell(flags, forgetting=None):
     train.SCORED = 0  # the tables are of losses and accuracies: no time for decoding
     out, flags = folder(flags), list(map(str, flags))
     done = out / "cell.json"
-    also = json.loads(done.read_text())["also"] if done.exists() else None
-    missing = forgetting and f"base loss on {forgetting}" not in (also or {}) and "diverged" not in (also or {})
-    if also is None or missing:
+    known = json.loads(done.read_text()) if done.exists() else {}
+    also = known.get("also", {})
+    measure = forgetting and f"base loss on {forgetting}" not in also and "diverged" not in also
+    if not known or measure:
         out.mkdir(parents=True, exist_ok=True)
         with open(out.with_suffix(".txt"), "w") as said, contextlib.redirect_stdout(said), \
                 contextlib.redirect_stderr(said):
             try:
-                if also is None:
+                if not known:
                     train.train(train.parse([*flags, "--out", str(out)]))
-                also = {**(also or {}), **(losses_on(out, forgetting) if missing else {})}
+                if measure:
+                    also.update(losses_on(out, forgetting))
             except train.Diverged as e:  # no reason to stop a grid: this rate is the worst
                 also = {"diverged": str(e)}
             except ValueError as e:
                 raise ValueError(f"{shlex.join(flags)}: {e}") from None
         out.mkdir(exist_ok=True)  # a run that left nothing has left no folder either
-        write(done, lambda part: part.write_text(json.dumps({"flags": flags, "also": also})))
-    return also if "diverged" in also else {**json.loads((out / "result.json").read_text()), "also": also}
+        known = {"flags": flags, "code": known.get("code") if known else code(), "also": also}
+        write(done, lambda part: part.write_text(json.dumps(known)))
+    result = {} if "diverged" in also else json.loads((out / "result.json").read_text())
+    return {**result, **also, "also": also, "stale": known.get("code") != code()}
 
 
 def trained(flags):
@@ -200,7 +214,9 @@ def tidy(args, key, result, best):
     if "--data-dir" in flags:
         flags[flags.index("--data-dir") + 1] = "FOLDER"  # wherever it is
     if "diverged" in result:
-        return {"row": label, "rank": rank, "lr": lr, "seed": seed, "best": 0, "flags": shlex.join(flags), **result}
+        rank = int(flags[flags.index("--rank") + 1]) if "--rank" in flags else None
+        return {"row": label, "rank": rank, "lr": lr, "seed": seed, "best": int(best), "diverged": result["diverged"],
+                "flags": shlex.join(flags)}
     settings, out = result["settings"], folder(flags_of(args, *key))
     log = read(out / "log.csv")
     late = log[-max(1, len(log) // 10):]  # the last tenth
@@ -263,9 +279,13 @@ def compare(args):
                 for key, some in rates.items()}
         chosen = [(*key, lr) for key, some in rates.items() for lr in ([best[key]] if args.best_lr else some)]
         results.update(run_all(workers, args, [(*key, seed) for key in chosen for seed in range(1, args.seeds)], bar))
-    rows = [tidy(args, key, result, best[key[:2]] == key[2]) for key, result in results.items()]
+    if stale := sum(result["stale"] for result in results.values()):
+        print(f"note     {stale} runs are from before the code changed: delete out/compare to repeat them")
+    # what has diverged with every rate has no best one
+    rows = [tidy(args, key, result, best[key[:2]] == key[2] and "diverged" not in results[*key[:3], 0])
+            for key, result in results.items()]
     write_csv(to.with_name(to.name + ".csv"), rows)
-    if not all(args.metric in row for row in rows if row["best"]):
+    if not all(args.metric in row for row in rows if row["best"] and "diverged" not in row):
         raise ValueError(f"--metric {args.metric!r} is no column of {to}.csv: {', '.join(rows[0])}")
     draw(args, to.with_name(to.name + ".png"), rows)
     report(args, rows)
@@ -313,10 +333,10 @@ def report(args, rows):
 
 
 def spread(rows, name):
-    """"0.171 (0.165-0.180)", or one number for one seed."""
-    values = [float(r[name]) for r in rows]
+    """"0.171 (0.165-0.180)", or one number for one seed; a run that diverged is no number, but is said."""
+    values = [float(r[name]) for r in rows if not r.get("diverged")]
     more = f" ({min(values):.3f}-{max(values):.3f})" * (len(values) > 1)
-    return f"{mean(values):.3f}{more}"
+    return f"{mean(values):.3f}{more}" + f", {len(rows) - len(values)} diverged" * (len(values) < len(rows))
 
 
 def style(row):
@@ -329,13 +349,15 @@ def style(row):
 
 def draw(args, path, rows):
     """The picture: against rank, rate or step a line with the range of its seeds, or one point for each seed."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    shown = [r for r in rows if r["best"] or args.plot == "lr" and "diverged" not in r]
+    shown = [r for r in rows if (r["best"] or args.plot == "lr") and "diverged" not in r]
     labels = groups(shown, "row")
     tall = 0.34 * len(labels) + 1.1 if args.plot == "rows" else 3.8
-    figure, axis = plt.subplots(figsize=(6.4, tall), layout="constrained")
+    with checkpoint.picture(path, figsize=(6.4, tall)) as (_, axis):
+        fill(args, axis, shown, labels)
+
+
+def fill(args, axis, shown, labels):
+    """The rows that are shown, by label, on the axis."""
     unit = " (nats per target token)" if args.metric.endswith("loss") else ""
     used = set()
     for y, ((label,), same) in enumerate(labels.items()):
@@ -374,8 +396,6 @@ def draw(args, path, rows):
         axis.legend(frameon=False, fontsize=9)
     axis.set_title(args.title, fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
-    write(path, lambda part: figure.savefig(part, dpi=150, format="png"))
-    plt.close(figure)
 
 
 def main(argv=None):

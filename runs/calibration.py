@@ -1,10 +1,12 @@
 """How many tokens does merging by regression need? The loss of a merged ResLoRA against what it was calibrated on.
 
-    python runs/calibration.py [--quick]      writes results/calibration.csv and .png; --quick is restaurants
+    python runs/calibration.py [--quick]      writes results/calibration.csv and .png
 
-The models are those of runs/merges.py (trained if they are not there), at the seed and rate that it has; each is
-merged again and again, from one text of the training split to a thousand. Loss on the test split.
+The models are those of runs/merges.py (trained if they are not there); each is merged again and again, after one text
+of the training split, after two, up to a thousand, three times with different texts. Loss on the test split. train.py
+itself takes 512 texts, of `reviews` 8,192.
 """
+import argparse
 import copy
 import sys
 from pathlib import Path
@@ -12,66 +14,75 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from merges import EVERY, RATES, ROWS  # noqa: E402
 
-from compare import ROOT, STYLES, cell, groups, pool, trained, write, write_csv  # noqa: E402
+from checkpoint import picture  # noqa: E402
+from compare import ROOT, STYLES, cell, groups, mean, pool, trained, write_csv  # noqa: E402
 
-TEXTS = (1, 2, 4, 8, 16, 64, 256, 1024)
+TEXTS = 1, 2, 4, 8, 16, 64, 256, 1024
+DRAWS = 3  # different texts, of each size
+
+
+def flags_of(dataset, label):
+    return ["--dataset", dataset, "--rank", "16", "--eval-every", EVERY.get(dataset, "30"), *ROWS[label].split(),
+            "--lr", f"{float(RATES[dataset]):g}", "--seed", "0"]
 
 
 def merged(dataset, label):
-    """One model: [{dataset, row, texts, tokens, merged loss, ...}]"""
+    """One trained model: [{dataset, row, texts, draw, tokens, merged loss, ...}]"""
     import lora
     import train
-    flags = ["--dataset", dataset, "--rank", "16", "--eval-every", EVERY.get(dataset, "30"), *ROWS[label].split(),
-             "--lr", f"{float(RATES[dataset]):g}", "--seed", "0"]
-    losses = {stage: values["loss"] for stage, values in cell(flags)["metrics"].items()}
+    flags = flags_of(dataset, label)
+    losses = {stage: round(values["loss"], 5) for stage, values in cell(flags)["metrics"].items()}
     run = trained(flags)
-    train.CALIBRATION = train.CALIBRATION_LABELLED = max(TEXTS)  # batches: all there are
+    train.CALIBRATION = train.CALIBRATION_LABELLED = max(TEXTS)  # batches: all there are. No run is trained after this
     rows = []
     for texts in TEXTS:
-        model, tokens = copy.deepcopy(run.model), 0
+        for number in range(DRAWS):
+            model, tokens = copy.deepcopy(run.model), 0
+            some = run.train[number * texts:(number + 1) * texts]
 
-        def batches(model=model, texts=texts):
-            nonlocal tokens
-            for real, M in train.calibration(model, run.train[:texts], run.task, run.args):
-                tokens += real.sum().item()
-                yield real, M
-        run.Adapter.calibrate([m for m in model.modules() if isinstance(m, run.Adapter)], batches)
-        loss = run.report(lora.merge(model))["loss"]
-        rows.append({"dataset": dataset, "row": label, "texts": texts, "tokens": tokens, "merged loss": round(loss, 5),
-                     **{f"{stage} loss": round(losses[stage], 5) for stage in ("base", "unmerged", "merged by none")},
-                     "kept": round((losses["base"] - loss) / (losses["base"] - losses["unmerged"]), 4)})
+            def batches(model=model, some=some):
+                nonlocal tokens
+                for real, M in train.calibration(model, some, run.task, run.args):
+                    tokens += real.sum().item()
+                    yield real, M
+            run.Adapter.calibrate([m for m in model.modules() if isinstance(m, run.Adapter)], batches)
+            loss = run.report(lora.merge(model))["loss"]
+            rows.append({"dataset": dataset, "row": label, "texts": texts, "draw": number, "tokens": tokens,
+                         "merged loss": round(loss, 5), "unmerged loss": losses["unmerged"],
+                         "merged by none loss": losses["merged by none"], "base loss": losses["base"]})
     return rows
 
 
 def draw(rows, path):
-    """What merging adds against tokens, both axes logarithmic."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    for (dataset, label), same in groups(rows, "dataset", "row").items():
-        colour, marker, line = STYLES[label.split(",")[0]]
-        axis.plot([r["tokens"] for r in same], [max(r["merged loss"] - r["unmerged loss"], 1e-4) for r in same], line,
-                  color=colour, marker=marker, fillstyle="full" if dataset == "restaurants" else "none",
-                  label=f"{dataset}: {label}")
-    axis.set(xscale="log", yscale="log", xlabel="tokens of the training split that the regression saw",
-             ylabel="loss added by merging (nats)")
-    axis.grid(alpha=0.25, which="both")
-    axis.legend(frameon=False, fontsize=9)
-    write(path, lambda part: figure.savefig(part, dpi=150, format="png"))
+    """What merging adds against tokens, both axes logarithmic; a band of the draws."""
+    with picture(path, figsize=(6.4, 3.8)) as (_, axis):
+        for (dataset, label), same in groups(rows, "dataset", "row").items():
+            colour, marker, line = STYLES[label.split(",")[0]]
+            sizes = groups(same, "texts").values()
+            tokens = [mean([r["tokens"] for r in at]) for at in sizes]
+            cost = [[max(r["merged loss"] - r["unmerged loss"], 1e-4) for r in at] for at in sizes]
+            axis.plot(tokens, [mean(at) for at in cost], line, color=colour, marker=marker,
+                      fillstyle="full" if dataset == "restaurants" else "none", label=f"{dataset}: {label}")
+            axis.fill_between(tokens, list(map(min, cost)), list(map(max, cost)), color=colour, alpha=0.15, lw=0)
+        axis.set(xscale="log", yscale="log", xlabel="tokens of the training split that the regression saw",
+                 ylabel="loss added by merging (nats)")
+        axis.grid(alpha=0.25, which="both")
+        axis.legend(frameon=False, fontsize=9)
 
 
-def main(datasets, to):
+def main(datasets, where):
+    keys = [(dataset, label) for dataset in datasets for label in ("input, m 1", "middle, all")]
     with pool(2) as workers:
-        keys = [(dataset, label) for dataset in datasets for label in ("input, m 1", "middle, all")]
+        list(workers.map(cell, [flags_of(*key) for key in keys]))
         rows = [row for found in workers.map(merged, *zip(*keys, strict=True)) for row in found]
-    write_csv(to / "calibration.csv", rows)
-    draw(rows, to / "calibration.png")
-    for (dataset, label), same in groups(rows, "dataset", "row").items():
-        print(f"{dataset:12} {label:12} unmerged {same[0]['unmerged loss']:.4f}; "
-              + "  ".join(f"{r['tokens']:,}: {r['merged loss']:.4f}" for r in same))
+    write_csv(where / "calibration.csv", rows)
+    draw(rows, where / "calibration.png")
+    import tables
+    print(*tables.calibration(where), sep="\n")
 
 
 if __name__ == "__main__":
-    quick = "--quick" in sys.argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="restaurants only, into out/quick")
+    quick = parser.parse_args().quick
     main(["restaurants"] if quick else ["restaurants", "reviews"], ROOT / ("out/quick" if quick else "results"))

@@ -1,16 +1,19 @@
 """What Delta-LoRA does to W: rank and singular values of the total update, how far W turns, what bf16 weights would do.
 
-    python runs/deltalora_weights.py [--quick]      writes results/deltalora-weights.csv and .png; --quick: one rate
+    python runs/deltalora_weights.py [--quick]      writes results/deltalora-weights.csv and .png
 
 Restaurants, r 16 on q and v, seed 0, at a high and a low rate: LoRA with alpha and with 3 alpha, Delta-LoRA (lambda 2,
 K 18), and Delta-LoRA whose W is rounded to bf16 after every step, as it would be if it were kept in bf16. One csv row
-for each layer; W' is the merged matrix, with the branch.
+for each layer; W' is the merged matrix, with the branch, W_0 the base's (in bf16 for the last). The rank counts
+singular values of W' - W_0 above 1e-4 of the largest.
 """
+import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from compare import ROOT, STYLES, groups, mean, pool, trained, write, write_csv  # noqa: E402
+from checkpoint import picture  # noqa: E402
+from compare import ROOT, STYLES, groups, mean, pool, trained, write_csv  # noqa: E402
 
 R = 16
 ROWS = {"LoRA, alpha": "--method lora", "LoRA, 3 alpha": "--method lora --alpha 48",
@@ -18,7 +21,7 @@ ROWS = {"LoRA, alpha": "--method lora", "LoRA, 3 alpha": "--method lora --alpha 
 
 
 def measured(label, lr):
-    """One run: [{row, lr, layer, rank of W' - W_0, cosine of W_0 and W', moved, ... singular values}]"""
+    """One run: [{row, lr, layer, loss, rank, cosine, share of the motion, singular values}]"""
     import torch
 
     from deltalora import DeltaLoRALinear
@@ -41,10 +44,11 @@ def measured(label, lr):
     METHODS["deltalora-bf16"] = Method(InBF16)
     run = trained(["--dataset", "restaurants", "--rank", R, "--eval-every", 30, *ROWS[label].split(), "--lr", f"{lr:g}",
                    "--seed", 0])
-    loss, base = run.report(run.model)["loss"], from_pretrained(run.source)
+    loss, base = run.report(run.model)["loss"], from_pretrained(run.source).to(run.args.device)
     rows = []
     for name, layer in zip(run.names, run.layers, strict=True):
-        W_0, W = base.get_submodule(name).weight.double(), layer.weight.detach().double()
+        W_0, W = base.get_submodule(name).weight, layer.weight.detach().double()
+        W_0 = (W_0.bfloat16() if "bf16" in label else W_0).double()
         branch = layer.scaling * (layer.lora_B.double() @ layer.lora_A.double()).detach()
         S = torch.linalg.svdvals(W + branch - W_0)
         row = {"row": label, "lr": lr, "layer": name, "unmerged loss": round(loss, 5),
@@ -53,53 +57,45 @@ def measured(label, lr):
         if hasattr(layer, "delta_lambda"):
             # W should have moved by lambda s (B_T A_T - B_S A_S)
             asked = layer.delta_lambda * (branch - layer.scaling * (layer.B_S @ layer.A_S).detach().double())
-            start = W_0.bfloat16().double() if "bf16" in label else W_0
-            row["share of the motion"] = round(((W - start) * asked).sum().item() / asked.square().sum().item(), 4)
+            row["share of the motion"] = round(((W - W_0) * asked).sum().item() / asked.square().sum().item(), 4)
         rows.append({**row, "singular values": " ".join(f"{s:.4g}" for s in S[:3 * R].tolist())})
     return rows
 
 
 def draw(rows, path):
     """Singular values of the total update, mean of the layers, at the highest rate."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     looks = {"LoRA, alpha": ("lora", "full"), "LoRA, 3 alpha": ("lora", "none"), "Delta-LoRA": ("deltalora", "full"),
              "Delta-LoRA, W in bf16": ("deltalora", "none")}
     high = max(row["lr"] for row in rows)
-    for (label,), same in groups([row for row in rows if row["lr"] == high], "row").items():
-        method, fill = looks[label]
-        colour, marker, line = STYLES[method]
-        values = [mean(at) for at in zip(*(map(float, row["singular values"].split()) for row in same), strict=True)]
-        axis.semilogy(range(1, len(values) + 1), values, line, color=colour, marker=marker, fillstyle=fill, ms=5,
-                      label=label)
-    for at, name in ((R, "r"), (2 * R, "2 r")):
-        axis.axvline(at + 0.5, color="0.5", lw=0.8)
-        axis.text(at + 0.7, 0.95, name, transform=axis.get_xaxis_transform(), color="0.3", va="top")
-    axis.set(xlabel="index", ylabel="singular value of W' - W_0 (mean of the layers)", ylim=(1e-6, None))
-    axis.legend(frameon=False, fontsize=9, loc="lower left")
-    axis.set_title(f"restaurants, r {R}, rate {high:g}", fontsize=10, loc="left")
-    axis.spines[["top", "right"]].set_visible(False)
-    write(path, lambda part: figure.savefig(part, dpi=150, format="png"))
+    with picture(path, figsize=(6.4, 3.8)) as (_, axis):
+        for (label,), same in groups([row for row in rows if row["lr"] == high], "row").items():
+            method, fill = looks[label]
+            colour, marker, line = STYLES[method]
+            values = zip(*(map(float, row["singular values"].split()) for row in same), strict=True)
+            values = [mean(at) for at in values]
+            axis.semilogy(range(1, len(values) + 1), values, line, color=colour, marker=marker, fillstyle=fill, ms=5,
+                          label=label)
+        for at, name in ((R, "r"), (2 * R, "2 r")):
+            axis.axvline(at + 0.5, color="0.5", lw=0.8)
+            axis.text(at + 0.7, 0.95, name, transform=axis.get_xaxis_transform(), color="0.3", va="top")
+        axis.set(xlabel="index", ylabel="singular value of W' - W_0 (mean of the layers)", ylim=(1e-4, None))
+        axis.legend(frameon=False, fontsize=9, loc="lower left")
+        axis.set_title(f"restaurants, r {R}, rate {high:g}", fontsize=10, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
 
 
-def main(rates, to):
+def main(rates, where):
     with pool(2) as workers:
-        keys = [(label, lr) for lr in rates for label in ROWS]
-        jobs = [workers.submit(measured, *key) for key in keys]
+        jobs = [workers.submit(measured, label, lr) for lr in rates for label in ROWS]
         rows = [row for job in jobs for row in job.result()]
-    write_csv(to / "deltalora-weights.csv", rows)
-    draw(rows, to / "deltalora-weights.png")
-    print("| | rate | loss | rank of W' - W_0 | cosine of W_0 and W' | share of its motion that W made |")
-    print("|---" * 6 + "|")
-    for (label, lr), same in groups(rows, "row", "lr").items():
-        ranks = [row["rank"] for row in same]
-        moved = [row["share of the motion"] for row in same if "share of the motion" in row]
-        print(f"| {label} | {lr:g} | {same[0]['unmerged loss']:.3f} | {min(ranks)} to {max(ranks)} | "
-              f"{mean([row['cosine'] for row in same]):.3f} | {f'{mean(moved):.2f}' if moved else ''} |")
+    write_csv(where / "deltalora-weights.csv", rows)
+    draw(rows, where / "deltalora-weights.png")
+    import tables
+    print(*tables.weights(where), sep="\n")
 
 
 if __name__ == "__main__":
-    quick = "--quick" in sys.argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the high rate only, into out/quick")
+    quick = parser.parse_args().quick
     main([2.4e-2] if quick else [2.4e-2, 1e-3], ROOT / ("out/quick" if quick else "results"))

@@ -1,15 +1,18 @@
-"""Do shortcuts carry the gradient to the early layers? Its norm in each layer, of LoRA and ResLoRA's structures.
+"""How large is the gradient of each layer's adapter, in LoRA and in ResLoRA's structures?
 
-    python runs/gradients.py [--quick]      writes results/reslora-gradients.csv and .png; --quick is one seed
+    python runs/gradients.py [--quick]      writes results/reslora-gradients.csv and .png
 
 180 steps of restaurants, r 16 on q and v, rate 1.2e-2 for all: the norm of a layer's dL/dA and dL/dB together, before
-clipping, its mean over the steps. The base has six layers; a chain is the q, or the v, of all of them.
+clipping, its mean over the steps. The base has six layers; a chain is the q, or the v, of all of them. A shortcut makes
+what A or B multiplies larger, and so their gradients: what shows whether early layers gain is the shape over the depth.
 """
+import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from compare import ROOT, STYLES, groups, mean, pool, write, write_csv  # noqa: E402
+from checkpoint import picture  # noqa: E402
+from compare import ROOT, STYLES, groups, mean, pool, write_csv  # noqa: E402
 
 ROWS = {"LoRA": ("lora", "--method lora"), "input, m 1": ("input", "--method reslora"),
         "block, m 1": ("block", "--method reslora --shortcut block"),
@@ -34,52 +37,49 @@ def norms(label, seed):
     checkpoint.prepare(run.args.out)
     run.Adapter.begin(run.layers, run.args.steps)
     train.fit(run)
-    counted = dict.fromkeys({name.rsplit(".", 1)[-1] for name in run.names}, 0)
     rows = []
-    for name, values in zip(run.names, zip(*seen, strict=True), strict=True):
-        target = name.rsplit(".", 1)[-1]
-        counted[target] += 1
-        rows.append({"row": label, "seed": seed, "target": target, "layer": counted[target],
+    for name, values in zip(run.names, zip(*seen, strict=True), strict=True):  # name: h.0.attn.q
+        _, layer, _, target = name.split(".")
+        rows.append({"row": label, "seed": seed, "target": target, "layer": int(layer),
                      "gradient norm": f"{mean([v.item() for v in values]):.5g}"})
-    return rows
+    return sorted(rows, key=lambda row: (row["target"], row["layer"]))
 
 
 def draw(rows, path):
     """A panel for each target: norm against layer, a line a row, its width the seeds."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     targets = groups(rows, "target")
-    figure, axes = plt.subplots(1, len(targets), figsize=(8, 3.6), layout="constrained", sharey=True)
-    for axis, ((target,), same) in zip(axes, targets.items(), strict=True):
-        used = set()
-        for (label,), mine in groups(same, "row").items():
-            colour, marker, line = STYLES[ROWS[label][0]]
-            points = {layer: [float(r["gradient norm"]) for r in at] for (layer,), at in groups(mine, "layer").items()}
-            axis.plot(points, [mean(p) for p in points.values()], line, color=colour, marker=marker, label=label,
-                      fillstyle="none" if colour in used else "full")
-            axis.fill_between(points, [min(p) for p in points.values()], [max(p) for p in points.values()],
-                              color=colour, alpha=0.15, lw=0)
-            used.add(colour)
-        axis.set(title=f"adapters on {target}", xlabel="layer", yscale="log")
-        axis.set_xticks(list(points))
-        axis.grid(alpha=0.25, which="both", axis="y")
-    axes[0].set_ylabel("norm of the gradient, mean of the run")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    write(path, lambda part: figure.savefig(part, dpi=150, format="png"))
+    with picture(path, 1, len(targets), figsize=(8, 3.6), sharey=True) as (figure, axes):
+        for axis, ((target,), same) in zip(axes, targets.items(), strict=True):
+            used = set()
+            for (label,), mine in groups(same, "row").items():
+                colour, marker, line = STYLES[ROWS[label][0]]
+                layers = [layer for (layer,) in groups(mine, "layer")]
+                points = [[float(r["gradient norm"]) for r in at] for at in groups(mine, "layer").values()]
+                axis.plot(layers, list(map(mean, points)), line, color=colour, marker=marker, label=label,
+                          fillstyle="none" if colour in used else "full")
+                low, high = list(map(min, points)), list(map(max, points))
+                axis.fill_between(layers, low, high, color=colour, alpha=0.15, lw=0)
+                used.add(colour)
+            axis.set(title=f"adapters on {target}", xlabel="layer", yscale="log")
+            axis.set_xticks(layers)
+            axis.grid(alpha=0.25, which="both", axis="y")
+        axes[0].set_ylabel("norm of the gradient, mean of the run")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False,
+                      fontsize=9)
 
 
-def main(seeds, to):
+def main(seeds, where):
     with pool(2) as workers:
         keys = [(label, seed) for seed in range(seeds) for label in ROWS]
         rows = [row for found in workers.map(norms, *zip(*keys, strict=True)) for row in found]
-    write_csv(to / "reslora-gradients.csv", rows)
-    draw(rows, to / "reslora-gradients.png")
-    for (label, target), same in groups(rows, "row", "target").items():
-        by_layer = [mean([float(r["gradient norm"]) for r in at]) for at in groups(same, "layer").values()]
-        print(f"{label:12} {target}  " + "  ".join(f"{norm:.4f}" for norm in by_layer))
+    write_csv(where / "reslora-gradients.csv", rows)
+    draw(rows, where / "reslora-gradients.png")
+    import tables
+    print(*tables.gradients(where), sep="\n")
 
 
 if __name__ == "__main__":
-    quick = "--quick" in sys.argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one seed, into out/quick")
+    quick = parser.parse_args().quick
     main(1 if quick else 3, ROOT / ("out/quick" if quick else "results"))

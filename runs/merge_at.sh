@@ -1,5 +1,6 @@
 #!/bin/sh
-# ResLoRA merged after nine tenths of the steps and finished as LoRA, merged at the end, and LoRA: five paired seeds.
+# Does a merged ResLoRA beat LoRA? Five paired seeds, each at its best rate; one is merged after nine tenths of the steps
+# and finished as the LoRA that it has become.
 # sh runs/merge_at.sh [--quick]      restaurants; with E2E=FOLDER (runs/e2e_split.py) real E2E text too
 set -e
 cd "$(dirname "$0")/.."
@@ -8,13 +9,17 @@ grid() {
     python compare.py "results/merge-at-$1" $QUICK --lr 1.2e-2 2.4e-2 4.8e-2 --seeds 5 --best-lr \
         --title "$1: what is deployed, test loss after merging" \
         --row "LoRA: --method lora" \
-        --row "input, merged at the end: --method reslora" \
+        --row "input, merged at the end: --method reslora --merge regression,input,weight,none" \
         --row "input, merged at .9: --method reslora --merge-at 0.9" \
+        --also "block: --method reslora --shortcut block" \
+        --also "middle, merged at the end: --method reslora --shortcut middle --merge regression,input,weight,none" \
         -- --dataset $1 --rank 16 --eval-every 30 $2
 }
 QUICK=$1
 grid restaurants ""
-if [ -n "$E2E" ]; then
+if [ -n "$QUICK" ]; then
+    exit
+elif [ -n "$E2E" ]; then
     grid e2e "--data-dir $E2E"
 else
     echo "note: E2E=FOLDER adds the real E2E text; python runs/e2e_split.py makes the folder" >&2

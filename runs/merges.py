@@ -1,24 +1,25 @@
-"""What merging keeps of ResLoRA: every structure, every merge, on four datasets.
+"""What merging keeps of ResLoRA: input and middle, with every merge, on three datasets and with --e2e on a fourth.
 
     python runs/merges.py [--e2e FOLDER] [--quick]      writes results/merges-<dataset>.csv and results/merges.png
 
 One seed, one rate for all rows of a dataset (runs/reslora.sh has restaurants at three rates, runs/methods.sh e2e and
 reviews at each structure's best rate with three seeds). A loss is nats per target token on the test split, for
-`reviews` nats per text. "all" are all earlier layers, up to five of six, of `reviews` up to three of four.
+`reviews` nats per text. "all" are all earlier layers, up to five of six, of `reviews` up to three of four. `block` is
+not here: it merges exactly.
 """
 import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from compare import ROOT, compare, parse, read, write  # noqa: E402
+from checkpoint import picture  # noqa: E402
+from compare import ROOT, compare, parse, read  # noqa: E402
 
 RATES = {"restaurants": "2.4e-2", "stdlib": "2.4e-2", "e2e": "2.4e-2", "reviews": "3e-3"}
 EVERY = {"reviews": "100"}  # steps between validations; else 30
 MERGES = "regression", "input", "weight", "none"
-SOME = "block, m 1", "input, m 1", "middle, all"  # for --quick
-ROWS = {"LoRA": "--method lora", "block, m 1": "--method reslora --shortcut block",
-        "block, all": "--method reslora --shortcut block --pre-num -1"}
+SOME = "input, m 1", "middle, m 1", "middle, all"  # for --quick
+ROWS = {}
 for shortcut in "input", "middle":
     for name, m in (("m 1", 1), ("m 2", 2), ("all", -1)):
         # the paper's weight merge of input is defined for one earlier layer
@@ -51,50 +52,42 @@ def kept(row, how):
 
 def draw(found, path):
     """What each merge adds to the loss of the unmerged model; a panel for each dataset, both axes shared."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     styles = {"regression": ("C2", "o", "regression (ours)"), "weight": ("C3", "D", "weight (paper)"),
               "input": ("C1", "s", "input (paper)"), "none": ("0.45", "x", "shortcut dropped")}
-    figure, axes = plt.subplots(2, 2, figsize=(8, 5.4), layout="constrained", sharex=True, sharey=True)
-    labels = [row["row"] for row in next(iter(found.values())) if row["row"].startswith(("input", "middle"))]
-    for axis, (dataset, rows) in zip(axes.flat, found.items(), strict=False):
-        for row in rows:
-            if row["row"] in labels:
-                for how, (colour, marker, _) in styles.items():
+    shape = (1, 1) if len(found) == 1 else (2, 2)
+    labels = [row["row"] for row in next(iter(found.values()))]
+    with picture(path, *shape, figsize=(8, 2.7 * shape[0]), sharex=True, sharey=True, squeeze=False) as (figure, axes):
+        for axis, (dataset, rows) in zip(axes.flat, found.items(), strict=False):
+            for row in rows:
+                for how, (colour, marker, label) in styles.items():
                     if loss(row, how) is not None:
                         cost = max(loss(row, how) - loss(row, "unmerged"), 1e-4)  # a gain has no place on a log axis
-                        axis.plot(cost, labels.index(row["row"]), marker, color=colour, ms=7, alpha=0.85)
-        axis.set_title(dataset, fontsize=10)
-        axis.set(xscale="log", ylim=(len(labels) - 0.5, -0.5))
-        axis.set_yticks(range(len(labels)), labels)
-        axis.grid(axis="x", which="both", alpha=0.25)
-    for axis in axes.flat[len(found):]:
-        axis.set_visible(False)
-    marks = [plt.Line2D([], [], color=colour, marker=marker, ls="", ms=7) for colour, marker, _ in styles.values()]
-    figure.legend(marks, [label for *_, label in styles.values()], loc="outside upper center", ncols=4, frameon=False)
-    figure.supxlabel("loss added by merging ResLoRA (nats per target token or text, log scale)", fontsize=10)
-    write(path, lambda part: figure.savefig(part, dpi=150, format="png"))
+                        axis.plot(cost, labels.index(row["row"]), marker, color=colour, ms=7, alpha=0.85,
+                                  label=label if row["row"] == "middle, all" else None)
+            axis.set_title(dataset, fontsize=10)
+            axis.set(xscale="log", ylim=(len(labels) - 0.5, -0.5))
+            axis.set_yticks(range(len(labels)), labels)
+            axis.tick_params(labelbottom=True)
+            axis.grid(axis="x", which="both", alpha=0.25)
+        for axis in axes.flat[len(found):]:
+            axis.set_visible(False)
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+        figure.supxlabel("loss added by merging ResLoRA (nats per target token or text, log scale)", fontsize=10)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--e2e", help="folder of the real E2E data (runs/e2e_split.py)")
-    parser.add_argument("--quick", action="store_true", help="restaurants only, into out/quick")
+    parser.add_argument("--quick", action="store_true", help="three rows of restaurants, into out/quick")
     args = parser.parse_args()
-    datasets = ["restaurants"] if args.quick else [name for name in RATES if name != "e2e" or args.e2e]
-    for dataset in datasets:
-        grid(dataset, args.e2e if dataset == "e2e" else None, args.quick)
-    to = ROOT / ("out/quick" if args.quick else "results")
-    found = {dataset: read(to / f"merges-{dataset}.csv") for dataset in datasets}
-    draw(found, to / "merges.png")
-    print("\n| dataset | structure | " + " | ".join(["unmerged", *MERGES, "kept by regression"]) + " |")
-    print("|---" * 8 + "|")
-    for dataset, rows in found.items():
-        for row in rows:
-            if row["method"] == "reslora":
-                cells = [f"{x:.3f}" if (x := loss(row, how)) is not None else "-" for how in ("unmerged", *MERGES)]
-                print(f"| {dataset} | {row['row']} | " + " | ".join(cells) + f" | {kept(row, 'regression'):.1%} |")
+    for dataset in ["restaurants"] if args.quick else RATES:
+        if dataset != "e2e" or args.e2e:
+            grid(dataset, args.e2e if dataset == "e2e" else None, args.quick)
+    where = ROOT / ("out/quick" if args.quick else "results")
+    files = {dataset: where / f"merges-{dataset}.csv" for dataset in RATES}
+    draw({dataset: read(file) for dataset, file in files.items() if file.exists()}, where / "merges.png")
+    import tables
+    print(*tables.merges(where), sep="\n")
 
 
 if __name__ == "__main__":

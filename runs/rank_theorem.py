@@ -17,7 +17,8 @@ import torch
 import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from compare import ROOT, STYLES, groups, mean, write, write_csv  # noqa: E402
+from checkpoint import picture  # noqa: E402
+from compare import ROOT, STYLES, groups, mean, write_csv  # noqa: E402
 from lora import LoRALinear  # noqa: E402
 from rslora import RsLoRALinear  # noqa: E402
 
@@ -54,27 +55,24 @@ def main(seeds):
 
 def draw(rows, path):
     """A panel for each optimizer: sizes against rank, both axes logarithmic."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
     names = {"lora": "LoRA, s = alpha / r", "rslora": "rsLoRA, s = alpha / sqrt(r)"}
-    for axis, optimizer in zip(axes, ("SGD", "Adam"), strict=True):
-        for (name, method), same in groups(rows, "optimizer", "method").items():
-            if name == optimizer:
-                colour, marker, _ = STYLES[method]
-                points = groups(same, "rank")
-                for what, line in (("branch", "-"), ("gradient", ":")):
-                    sizes = [mean([float(r[what]) for r in at]) for at in points.values()]
-                    axis.loglog([r for (r,) in points], sizes, line, color=colour, marker=marker,
-                                label=f"{names[method]}: {what}")
-        axis.set_xticks(RANKS, map(str, RANKS), fontsize=8)
-        axis.minorticks_off()
-        axis.set(title=optimizer, xlabel="rank r")
-        axis.grid(alpha=0.25)
-    axes[0].set_ylabel("root mean square after one step")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    write(path, lambda part: figure.savefig(part, dpi=150, format="png"))
+    with picture(path, 1, 2, figsize=(8, 3.4)) as (figure, axes):
+        for axis, optimizer in zip(axes, ("SGD", "Adam"), strict=True):
+            for (name, method), same in groups(rows, "optimizer", "method").items():
+                if name == optimizer:
+                    colour, marker, _ = STYLES[method]
+                    points = groups(same, "rank")
+                    for what, line in (("branch", "-"), ("gradient", ":")):
+                        sizes = [mean([float(r[what]) for r in at]) for at in points.values()]
+                        axis.loglog([r for (r,) in points], sizes, line, color=colour, marker=marker,
+                                    label=f"{names[method]}: {what}")
+            axis.set_xticks(RANKS, map(str, RANKS), fontsize=8)
+            axis.minorticks_off()
+            axis.set(title=optimizer, xlabel="rank r")
+            axis.grid(alpha=0.25)
+        axes[0].set_ylabel("root mean square after one step")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False,
+                      fontsize=9)
 
 
 if __name__ == "__main__":

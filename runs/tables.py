@@ -2,13 +2,16 @@
 
     python runs/tables.py [--write]      prints them; --write puts each behind its <!-- table: name --> in the README
 
-tests/test_readme.py compares both. A cell with a range is the mean of the seeds, the lowest and the highest.
+tests/test_readme.py compares both. A cell with a range is the mean of the seeds, the lowest and the highest. * marks a
+rate at the end of those that were tried: a better one may lie beyond.
 """
+import argparse
 import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 from merges import MERGES, RATES, kept, loss  # noqa: E402
 
 from compare import ROOT, groups, mean, read, spread, write  # noqa: E402
@@ -17,9 +20,13 @@ RESULTS = ROOT / "results"
 
 
 def best(name):
-    """{row: its runs at its best rate} of a csv of compare.py."""
-    return {row: same for (row,), same in groups([r for r in read(RESULTS / f"{name}.csv") if r["best"] == "1"],
-                                                 "row").items()}
+    """{row: its runs at its best rate} of a csv of compare.py; each gets "tried": that rate, marked if at an end."""
+    rows = read(RESULTS / f"{name}.csv")
+    for same in groups(rows, "row", "rank").values():
+        tried = sorted({float(r["lr"]) for r in same})
+        for r in same:
+            r["tried"] = rate(r["lr"]) + "*" * (len(tried) > 1 and float(r["lr"]) in (tried[0], tried[-1]))
+    return {row: same for (row,), same in groups([r for r in rows if r["best"] == "1"], "row").items()}
 
 
 def rate(lr):
@@ -31,7 +38,7 @@ def average(rows, column, digits=3):
     return f"{mean([float(r[column]) for r in rows]):.{digits}f}"
 
 
-def paired(rows, others, column):
+def paired(rows, others, column="merged loss"):
     """What lies between two rows seed by seed: mean and standard error, "+0.0039 (0.0086)"."""
     of = {r["seed"]: float(r[column]) for r in others}
     differences = [float(r[column]) - of[r["seed"]] for r in rows]
@@ -47,10 +54,9 @@ def markdown(header, rows):
 def deployed(name):
     """Each row of a grid at its best rate, before and after merging, and against LoRA seed by seed."""
     found = best(name)
-    lora = found["LoRA"]
     return markdown(["", "rate", "seeds", "unmerged", "merged", "above LoRA"], [
-        [row, rate(same[0]["lr"]), str(len(same)), average(same, "unmerged loss"), spread(same, "merged loss"),
-         "" if same is lora else paired(same, lora, "merged loss")] for row, same in found.items()])
+        [row, same[0]["tried"], str(len(same)), average(same, "unmerged loss"), spread(same, "merged loss"),
+         "" if row == "LoRA" else paired(same, found["LoRA"])] for row, same in found.items()])
 
 
 def pre_num():
@@ -60,43 +66,68 @@ def pre_num():
     structures, ms = (list(dict.fromkeys(row.split(", ")[i] for row in found)) for i in (0, 1))
 
     def cell(row):
-        return f"{float(row['unmerged loss']):.3f} ({rate(row['lr'])})"
+        return f"{float(row['unmerged loss']):.3f} ({row['tried']})"
     return markdown(["", *structures], [
         ["m 0: LoRA", *[cell(lora)] * len(structures)],
         *([m, *(cell(found[f"{structure}, {m}"][0]) for structure in structures)] for m in ms)])
 
 
-def merges():
+def merges(where=RESULTS):
     """Loss before and after each merge, one seed; what regression keeps of the gain over the base."""
     def cells(row):
         return [f"{value:.3f}" if (value := loss(row, how)) is not None else "-" for how in ("unmerged", *MERGES)]
-    rows = [r for dataset in RATES for r in read(RESULTS / f"merges-{dataset}.csv") if r["method"] == "reslora"]
-    return markdown(["dataset", "structure", "unmerged", "**regression**", *MERGES[1:], "kept by regression"], [
-        [r["dataset"], r["row"], *cells(r), f"{kept(r, 'regression'):.1%}"] for r in rows
-        if not r["row"].startswith("block")])
+    files = [where / f"merges-{dataset}.csv" for dataset in RATES]
+    rows = [row for file in files if file.exists() for row in read(file)]
+    return markdown(["dataset", "structure", "unmerged", "**regression**", *MERGES[1:], "kept by regression"],
+                    [[r["dataset"], r["row"], *cells(r), f"{kept(r, 'regression'):.1%}"] for r in rows])
 
 
-def methods(name, more):
-    """Each method at its best rate: `more` are {header: column} beside the loss."""
-    found = best(name)
-    return markdown(["", "trained", "rate", "test loss", *more, "seconds"], [
-        [row, f"{int(same[0]['trained']):,}", rate(same[0]["lr"]), spread(same, "merged loss"),
-         *(spread(same, column) for column in more.values()), average(same, "training seconds", 0)]
-        for row, same in found.items()])
+def calibration(where=RESULTS):
+    """Merged loss by texts, mean of the draws."""
+    found = groups(read(where / "calibration.csv"), "dataset", "row")
+    texts = list(groups(next(iter(found.values())), "texts"))
+    return markdown(["texts", "unmerged", *(n for (n,) in texts)], [
+        [f"{dataset}: {row}", f"{float(same[0]['unmerged loss']):.3f}",
+         *(average(at, "merged loss") for at in groups(same, "texts").values())]
+        for (dataset, row), same in found.items()])
+
+
+def gradients(where=RESULTS):
+    """Norms by layer, mean of the seeds."""
+    rows = read(where / "reslora-gradients.csv")
+    return markdown(["", *(f"layer {layer}" for (layer,) in groups(rows, "layer"))], [
+        [f"{target}: {row}", *(average(at, "gradient norm", 4) for at in groups(same, "layer").values())]
+        for target in ("q", "v") for (row,), same in groups([r for r in rows if r["target"] == target], "row").items()])
+
+
+def rslora(optimizer):
+    """Loss by rank at the best and at one rate, and the gradient norm that goes with the latter."""
+    own, one = best(f"rslora-{optimizer}"), best(f"rslora-{optimizer}-fixed")
+    rows = [[f"{row}, best rate", *(f"{float(r['merged loss']):.3f} ({r['tried']})" for r in same)]
+            for row, same in own.items()]
+    for name, column in (("", "merged loss"), (": gradient norm", "late gradient norm")):
+        rows += [[f"{row}, rate {rate(same[0]['lr'])}{name}", *(f"{float(r[column]):.3f}" for r in same)]
+                 for row, same in one.items()]
+    return markdown(["", *(f"r {r['rank']}" for r in own["LoRA"])], rows)
 
 
 def deltalora():
+    """Each lambda and K beside LoRA with (1 + lambda) alpha."""
     found = best("deltalora")
-    lora = found["LoRA, 3 alpha"]
-    return markdown(["", "rate", "seeds", "test loss", "above LoRA with 3 alpha"], [
-        [row, rate(same[0]["lr"]), str(len(same)), spread(same, "merged loss"),
-         "" if same is lora else paired(same, lora, "merged loss")] for row, same in found.items()])
+    beside = {"lambda .5": "LoRA, 1.5 alpha", "lambda 2": "LoRA, 3 alpha", "lambda 4": "LoRA, 5 alpha"}
+
+    def fair(row, same):
+        other = next((other for name, other in beside.items() if name in row), None)
+        return paired(same, found[other]) if other else ""
+    return markdown(["", "rate", "seeds", "test loss", "above LoRA with (1 + lambda) alpha"], [
+        [row, same[0]["tried"], str(len(same)), spread(same, "merged loss"), fair(row, same)]
+        for row, same in found.items()])
 
 
-def weights():
+def weights(where=RESULTS):
     """Rank and cosine over the layers."""
     rows = []
-    for (row, lr), same in groups(read(RESULTS / "deltalora-weights.csv"), "row", "lr").items():
+    for (row, lr), same in groups(read(where / "deltalora-weights.csv"), "row", "lr").items():
         ranks = sorted({int(r["rank"]) for r in same})
         moved = [float(r["share of the motion"]) for r in same if r["share of the motion"]]
         rows.append([row, rate(lr), f"{float(same[0]['unmerged loss']):.3f}",
@@ -105,51 +136,38 @@ def weights():
     return markdown(["", "rate", "test loss", "rank of W' - W_0", "cosine of W_0 and W'", "motion that W made"], rows)
 
 
-def gradients():
-    """Norms by layer, of q and v together as they stand, mean over targets and seeds."""
-    rows = read(RESULTS / "reslora-gradients.csv")
-    layers = sorted({r["layer"] for r in rows})
-    return markdown(["", *(f"layer {layer}" for layer in layers)], [
-        [f"{row}: {target}", *(average(at, "gradient norm") for at in groups(same, "layer").values())]
-        for (row, target), same in groups(rows, "row", "target").items()])
-
-
-def calibration():
-    found = groups(read(RESULTS / "calibration.csv"), "dataset", "row")
-    texts = [r["texts"] for r in next(iter(found.values()))]
-    return markdown(["texts", "unmerged", "no shortcut", *texts], [
-        [f"{dataset}: {row}", *(f"{float(same[0][c]):.3f}" for c in ("unmerged loss", "merged by none loss")),
-         *(f"{float(r['merged loss']):.3f}" for r in same)] for (dataset, row), same in found.items()])
-
-
-def rslora(optimizer):
-    """Loss by rank at the best and at one rate, and the gradient norm that goes with the latter."""
-    own, one = best(f"rslora-{optimizer}"), best(f"rslora-{optimizer}-fixed")
-    rows = [[f"{row}, best rate", *(f"{float(r['merged loss']):.3f} ({rate(r['lr'])})" for r in same)]
-            for row, same in own.items()]
-    for name, column in (("", "merged loss"), (", gradient norm", "late gradient norm")):
-        rows += [[f"{row}, rate {rate(same[0]['lr'])}{name}", *(f"{float(r[column]):.3f}" for r in same)]
-                 for row, same in one.items()]
-    return markdown(["", *(f"r {r['rank']}" for r in own["LoRA"])], rows)
+def methods(name, more):
+    """Each method at its best rate: `more` are {header: column} beside the loss."""
+    found = best(name)
+    return markdown(["", "trained", "rate", "test loss", "above LoRA", *more], [
+        [row, f"{int(same[0]['trained']):,}", same[0]["tried"], spread(same, "merged loss"),
+         "" if row == "LoRA r 16" else paired(same, found["LoRA r 16"]),
+         *(spread(same, column) for column in more.values())] for row, same in found.items()])
 
 
 TABLES = {
-    "merge-at-restaurants": lambda: deployed("merge-at-restaurants"),
-    "reslora-curves-best": lambda: deployed("reslora-curves-best"),
+    **{name: lambda name=name: deployed(name)
+       for name in ("merge-at-restaurants", "merge-at-e2e", "reslora-curves-best")},
     "reslora-pre-num": pre_num, "merges": merges, "calibration": calibration, "reslora-gradients": gradients,
-    "rslora-adamw": lambda: rslora("adamw"), "deltalora": deltalora, "deltalora-weights": weights,
+    "rslora-adamw": lambda: rslora("adamw"), "rslora-sgd": lambda: rslora("sgd"), "deltalora": deltalora,
+    "deltalora-weights": weights,
     "methods-e2e": lambda: methods("methods-e2e", {"loss on the pretraining text": "merged loss on world"}),
     "methods-reviews": lambda: methods("methods-reviews", {"accuracy": "merged accuracy"}),
 }
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="into the README")
     readme = (ROOT / "README.md").read_text()
     for name in re.findall(r"<!-- table: (\S+) -->", readme):
         table = "\n".join(TABLES[name]())
         print(f"\n{name}\n\n{table}")
-        readme = re.sub(rf"(<!-- table: {name} -->\n\n)(?:\|.*\n)*", lambda found, t=table: f"{found[1]}{t}\n", readme)
-    if "--write" in sys.argv:
+        readme, times = re.subn(rf"(<!-- table: {name} -->\n\n)(?:\|.*\n)*",
+                                lambda found, t=table: f"{found[1]}{t}\n", readme)
+        if times != 1:
+            raise ValueError(f"the README has <!-- table: {name} --> and an empty line {times} times, not once")
+    if parser.parse_args().write:
         write(ROOT / "README.md", lambda part: part.write_text(readme))
 
 
