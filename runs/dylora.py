@@ -1,6 +1,6 @@
 """One DyLoRA r 32 cut at every rank, beside LoRA r 32 truncated to it by SVD and LoRA trained at it.
 
-    python runs/dylora.py [--seeds 3] [--jobs 2]      writes results/dylora.csv
+    python runs/dylora.py [--quick]      writes results/dylora.csv
 
 On restaurants. Each row at the one of RATES with the lowest validation loss (seed 0; of DyLoRA at its full rank, of the
 truncated LoRA before truncation). Losses are nats per target token on the test split.
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from compare import ROOT, cell, folder, pool, validation, write_csv  # noqa: E402
+from compare import ROOT, cell, folder, pool, read, validation, write_csv  # noqa: E402
 
 RATES = (1.2e-2, 2.4e-2, 4.8e-2)
 CUTS = (1, 2, 4, 8, 16, 32)
@@ -52,39 +52,35 @@ def truncated(lr, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    args = parser.parse_args()
-    kinds = [("dylora", FULL), *(("lora", rank) for rank in CUTS)]
-    with pool(args.jobs) as workers:
-        list(workers.map(train_one, *zip(*[(*kind, lr, 0) for kind in kinds for lr in RATES], strict=True)))
-        best = {kind: min(RATES, key=lambda lr, kind=kind: validation(folder(flags(*kind, lr, 0)))[0])
+    parser.add_argument("--quick", action="store_true", help="one seed, three ranks, at known rates, into out/quick")
+    quick = parser.parse_args().quick
+    cuts, seeds = ((1, 8, 32), 1) if quick else (CUTS, 3)
+    kinds = [("dylora", FULL), *(("lora", rank) for rank in cuts)]
+    rates = dict.fromkeys(kinds, RATES)
+    if quick:
+        known = {(r["adapter"].split()[0].lower(), int(r["rank"])): [float(r["lr"])]
+                 for r in read(ROOT / "results/dylora.csv") if "SVD" not in r["adapter"]}
+        rates = {kind: known[kind] for kind in kinds}
+    with pool(2) as workers:
+        list(workers.map(train_one, *zip(*[(*kind, lr, 0) for kind in kinds for lr in rates[kind]], strict=True)))
+        best = {kind: min(rates[kind], key=lambda lr, kind=kind: validation(folder(flags(*kind, lr, 0)))[0])
                 for kind in kinds}
-        keys = [(*kind, best[kind], seed) for kind in kinds for seed in range(args.seeds)]
+        keys = [(*kind, best[kind], seed) for kind in kinds for seed in range(seeds)]
         metrics = dict(zip(keys, workers.map(train_one, *zip(*keys, strict=True)), strict=True))
-        cuts = list(workers.map(truncated, [best["lora", FULL]] * args.seeds, range(args.seeds)))
+        svd = list(workers.map(truncated, [best["lora", FULL]] * seeds, range(seeds)))
     rows = []
-    for seed in range(args.seeds):
-        for b in CUTS:
+    for seed in range(seeds):
+        for b in cuts:
             dylora = metrics["dylora", FULL, best["dylora", FULL], seed]
             by = {"DyLoRA r 32, cut": (best["dylora", FULL], dylora["merged" if b == FULL else f"merged by cut {b}"]),
-                  "LoRA r 32, truncated by SVD": (best["lora", FULL], cuts[seed][b]),
+                  "LoRA r 32, truncated by SVD": (best["lora", FULL], svd[seed][b]),
                   "LoRA trained at the rank": (best["lora", b], metrics["lora", b, best["lora", b], seed]["merged"])}
             rows += [dict(adapter=adapter, rank=b, lr=lr, seed=seed, **{k: round(v, 5) for k, v in values.items()})
                      for adapter, (lr, values) in by.items()]
-    write_csv(ROOT / "results/dylora.csv", rows)
-    print_table(rows)
-
-
-def print_table(rows):
-    """Markdown: mean and range of the seeds."""
-    print("| | " + " | ".join(f"r {b}" for b in CUTS) + " |\n" + "|---" * (len(CUTS) + 1) + "|")
-    for adapter in dict.fromkeys(row["adapter"] for row in rows):
-        print(f"| {adapter}", end=" |")
-        for b in CUTS:
-            losses = [row["loss"] for row in rows if (row["adapter"], row["rank"]) == (adapter, b)]
-            print(f" {sum(losses) / len(losses):.3f} ({min(losses):.3f}-{max(losses):.3f})", end=" |")
-        print()
+    where = ROOT / ("out/quick" if quick else "results")
+    write_csv(where / "dylora.csv", rows)
+    import tables
+    print(*tables.dylora(where), sep="\n")
 
 
 if __name__ == "__main__":

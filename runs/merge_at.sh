@@ -6,7 +6,7 @@ set -e
 cd "$(dirname "$0")/.."
 grid() {
     # shellcheck disable=SC2086
-    python compare.py "results/merge-at-$1" $QUICK --lr 1.2e-2 2.4e-2 4.8e-2 --seeds 5 --best-lr \
+    python compare.py "results/merge-at-$1" $QUICK --lr 1.2e-2 2.4e-2 4.8e-2 9.6e-2 --seeds 5 --best-lr \
         --title "$1: what is deployed, test loss after merging" \
         --row "LoRA: --method lora" \
         --row "input, merged at the end: --method reslora --merge regression,input,weight,none" \

@@ -112,16 +112,12 @@ def rslora(optimizer):
 
 
 def deltalora():
-    """Each lambda and K beside LoRA with (1 + lambda) alpha."""
+    """Each lambda and K; lambda 2 beside its fair baseline, LoRA with (1 + lambda) alpha."""
     found = best("deltalora")
-    beside = {"lambda .5": "LoRA, 1.5 alpha", "lambda 2": "LoRA, 3 alpha", "lambda 4": "LoRA, 5 alpha"}
-
-    def fair(row, same):
-        other = next((other for name, other in beside.items() if name in row), None)
-        return paired(same, found[other]) if other else ""
-    return markdown(["", "rate", "seeds", "test loss", "above LoRA with (1 + lambda) alpha"], [
-        [row, same[0]["tried"], str(len(same)), spread(same, "merged loss"), fair(row, same)]
-        for row, same in found.items()])
+    return markdown(["", "rate", "seeds", "test loss", "above LoRA", "above LoRA with 3 alpha"], [
+        [row, same[0]["tried"], str(len(same)), spread(same, "merged loss"),
+         "" if row == "LoRA, alpha" else paired(same, found["LoRA, alpha"]),
+         paired(same, found["LoRA, 3 alpha"]) if "lambda 2" in row else ""] for row, same in found.items()])
 
 
 def weights(where=RESULTS):
@@ -134,6 +130,24 @@ def weights(where=RESULTS):
                      f"{ranks[0]}" + f" to {ranks[-1]}" * (len(ranks) > 1), average(same, "cosine"),
                      f"{mean(moved):.2f}" if moved else ""])
     return markdown(["", "rate", "test loss", "rank of W' - W_0", "cosine of W_0 and W'", "motion that W made"], rows)
+
+
+def dylora(where=RESULTS):
+    """Loss by rank."""
+    rows = read(where / "dylora.csv")
+    return markdown(["", *(f"r {b}" for (b,) in groups(rows, "rank"))], [
+        [adapter, *(spread(at, "loss") for at in groups(same, "rank").values())]
+        for (adapter,), same in groups(rows, "adapter").items()])
+
+
+def theorem(where=RESULTS):
+    """Size of the branch after one step by rank, mean of the seeds."""
+    rows = read(where / "rank-theorem.csv")
+    names = {"lora": "LoRA", "rslora": "rsLoRA"}
+    return markdown(["branch", *(f"r {r}" for (r,) in groups(rows, "rank"))], [
+        [f"{optimizer}, {names[method]}",
+         *(f"{mean([float(r['branch']) for r in at]):.2g}" for at in groups(same, "rank").values())]
+        for (optimizer, method), same in groups(rows, "optimizer", "method").items()])
 
 
 def methods(name, more):
@@ -150,7 +164,7 @@ TABLES = {
        for name in ("merge-at-restaurants", "merge-at-e2e", "reslora-curves-best")},
     "reslora-pre-num": pre_num, "merges": merges, "calibration": calibration, "reslora-gradients": gradients,
     "rslora-adamw": lambda: rslora("adamw"), "rslora-sgd": lambda: rslora("sgd"), "deltalora": deltalora,
-    "deltalora-weights": weights,
+    "deltalora-weights": weights, "dylora": dylora, "rank-theorem": theorem,
     "methods-e2e": lambda: methods("methods-e2e", {"loss on the pretraining text": "merged loss on world"}),
     "methods-reviews": lambda: methods("methods-reviews", {"accuracy": "merged accuracy"}),
 }

@@ -112,6 +112,28 @@ def test_a_rate_that_diverges_is_a_row_and_no_end(grid):
     assert [(r["row"], r["best"]) for r in rows] == [("LoRA", "0"), ("LoRA", "1"), ("wild", "0")]
 
 
+def test_a_seed_that_diverges_is_counted_and_not_averaged():
+    """Beside the mean of the others."""
+    rows = [{"loss": "0.25"}, {"loss": "", "diverged": "at step 3"}, {"loss": "0.75"}]
+    assert compare.spread(rows, "loss") == "0.500 (0.250-0.750), 1 diverged"
+
+
+def test_the_same_flags_are_the_same_run():
+    """In any order, of a flag given twice the last; a different value is another run."""
+    one = compare.folder(["--lr", "1", "--seed", 0])
+    assert one == compare.folder(["--seed", "0", "--lr", "1"]) == compare.folder(["--lr", 2, "--seed", 0, "--lr", 1])
+    assert one not in (compare.folder(["--lr", 2, "--seed", 0]), compare.folder(["--lr", 1, "--lr", 2, "--seed", 0]))
+
+
+def test_runs_from_before_a_change_of_the_code_are_said(grid, capsys, monkeypatch):
+    """They are read back, with a note how many."""
+    grid("--rank", "2")
+    assert "changed" not in capsys.readouterr().out
+    monkeypatch.setattr(compare, "code", lambda: "another")
+    grid("--rank", "2")
+    assert "note     4 runs are from before the code changed" in capsys.readouterr().out
+
+
 def test_full_fine_tuning_has_no_rank(grid):
     """In a grid over ranks it is one run at each of its own rates, and a line across."""
     rows = grid("--rank", "2", "4", "--plot", "rank", rows=("LoRA: --method lora", "full: --method full --lr .1 .2"))

@@ -76,24 +76,27 @@ def section(title):
     return README[README.index(f"### {title}"):].partition("\n### ")[0]
 
 
-def table(title):
-    """Cells of the rows of a section's first table, without its header."""
-    lines = [line for line in section(title).splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+def table(title, number=0):
+    """Cells of the rows of a section's first table, or of a later one, without its header."""
+    tables = [block.splitlines() for block in section(title).split("\n\n") if block.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables[number][2:]]
 
 
-@pytest.mark.parametrize("script", ["merges", "dylora"])
-def test_the_tables_of_merges_and_cuts_are_their_csv(script, capsys, monkeypatch):
-    """What the script prints for its csv stands in the README, line by line."""
+@pytest.mark.parametrize("name", re.findall(r"<!-- table: (\S+) -->", README))
+def test_the_tables_of_results_are_their_csv(name, monkeypatch):
+    """Behind each mark of runs/tables.py stands what it makes of the csv files, and nothing else."""
     monkeypatch.syspath_prepend(ROOT / "runs")
-    rows = results(f"{script}.csv")
-    for row in rows:
-        row.update({column: int(row[column]) for column in ("pre_num", "rank", "seed") if column in row})
-    importlib.import_module(script).print_table(rows)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(lines) > 4
-    for line in lines:
-        assert line in README
+    made = importlib.import_module("tables").TABLES[name]()
+    found = README.partition(f"<!-- table: {name} -->\n\n")[2].splitlines()
+    assert len(made) > 3 and found[:len(made)] == made and not found[len(made)]
+
+
+def test_no_number_without_a_mark():
+    """Tables of results that runs/tables.py does not make are those that other tests here compare."""
+    text = README[README.index("## Results"):README.index("## On one GPU")]
+    made = set(re.findall(r"<!-- table: \S+ -->\n\n(\|.*)", text))
+    others = {lines[0] for block in text.split("\n\n") if (lines := block.splitlines())[0].startswith("| ")} - made
+    assert len(others) == 3, others  # two of difficulty, one of times
 
 
 @pytest.mark.parametrize("dataset, judge, high", [("restaurants", "loss", False), ("reviews", "accuracy", True)])
@@ -114,27 +117,25 @@ def test_the_tables_of_difficulty_are_their_csv(dataset, judge, high):
         assert more == ["100 %" if share == 1 else f"{share:.1%}".replace("%", " %") for share in shares]
 
 
-def test_the_table_of_the_theorem_is_its_csv():
-    """Means of five seeds, and they show what the text says: two rows are flat within a fifth, the others are not."""
-    rows, found = results("rank-theorem.csv"), table("rsLoRA's theorem, measured")
+def test_the_theorem_holds_under_sgd_and_turns_around_under_adam():
+    """Means of five seeds: two rows are flat within a fifth, the others are not; of the table, computed here again."""
     sizes = {}
-    for row in rows:
+    for row in results("rank-theorem.csv"):
         sizes.setdefault((row["optimizer"], row["method"]), {}).setdefault(row["rank"], []).append(row["branch"])
-    for (name, *cells), by_rank in zip(found, sizes.values(), strict=True):
+    for (name, *cells), by_rank in zip(table("rsLoRA's theorem"), sizes.values(), strict=True):
         means = [statistics.mean(values) for values in by_rank.values()]
         assert cells == [f"{value:.2g}" for value in means] and all(len(v) == 5 for v in by_rank.values())
         assert (max(means) < 1.2 * min(means)) == (name in ("SGD, rsLoRA", "Adam, LoRA"))
 
 
-def test_the_table_of_deployed_models_is_its_csv():
-    """Mean and range over the seeds at each row's best rate, and what is between it and LoRA seed by seed."""
-    rows = [r for r in results("merge-at-restaurants.csv") if r["best"]]
+@pytest.mark.parametrize("dataset", ["restaurants", "e2e"])
+def test_the_tables_of_deployed_models_computed_again(dataset):
+    """Mean and range over five seeds at each row's best rate, and what is between it and LoRA seed by seed."""
+    rows = [r for r in results(f"merge-at-{dataset}.csv") if r["best"]]
     lora = {r["seed"]: r["merged loss"] for r in rows if r["row"] == "LoRA"}
-    found = table("Does a merged ResLoRA beat LoRA")
-    assert [cells[0] for cells in found] == list(dict.fromkeys(r["row"] for r in rows))
-    for name, rate, seeds, unmerged, merged, above in found:
+    for name, rate, seeds, unmerged, merged, above in table("Does a merged ResLoRA beat LoRA", dataset == "e2e"):
         same = [r for r in rows if r["row"] == name]
-        assert float(rate) == same[0]["lr"] and int(seeds) == len(same) == 5
+        assert float(rate.strip("*")) == same[0]["lr"] and int(seeds) == len(same) == 5
         assert unmerged == f"{statistics.mean(r['unmerged loss'] for r in same):.3f}"
         assert merged == spread(same, "merged loss")
         above_lora = [r["merged loss"] - lora[r["seed"]] for r in same]
