@@ -53,7 +53,8 @@ def parse(argv):
     add("--quick", action="store_true", help="one seed, at the rates that PATH.csv calls best, of ranks the first "
         "and the last; into out/quick")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each (cores)")
-    add("--plot", choices=("rows", "rank", "lr", "step"), default="rows", help="what the picture's axis is (rows)")
+    add("--plot", choices=("rows", "rank", "lr", "step", "none"), default="rows",
+        help="what the picture's axis is (rows)")
     add("--metric", default="merged loss", help="what it shows: a column of the csv (merged loss)")
     add("--title", default="")
     add("--forgetting", help="a dataset whose loss is measured before and after, the pretraining text")
@@ -287,7 +288,8 @@ def compare(args):
     write_csv(to.with_name(to.name + ".csv"), rows)
     if not all(args.metric in row for row in rows if row["best"] and "diverged" not in row):
         raise ValueError(f"--metric {args.metric!r} is no column of {to}.csv: {', '.join(rows[0])}")
-    draw(args, to.with_name(to.name + ".png"), rows)
+    if args.plot != "none":
+        draw(args, to.with_name(to.name + ".png"), rows)
     report(args, rows)
     return rows
 

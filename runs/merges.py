@@ -33,9 +33,8 @@ def grid(dataset, folder, quick):
     rows = [word for label, flags in ROWS.items()
             for word in ("--row" if label in SOME else "--also", f"{label}: {flags}")]
     flags = ["--dataset", dataset, "--rank", "16", "--eval-every", EVERY.get(dataset, "30")]
-    return compare(parse([str(ROOT / f"results/merges-{dataset}"), *rows, "--lr", RATES[dataset], "--title",
-                          f"{dataset}: merged by regression", *["--quick"] * quick, "--", *flags,
-                          *(["--data-dir", folder] if folder else [])]))
+    return compare(parse([str(ROOT / f"results/merges-{dataset}"), *rows, "--lr", RATES[dataset], "--plot", "none",
+                          *["--quick"] * quick, "--", *flags, *(["--data-dir", folder] if folder else [])]))
 
 
 def loss(row, how):
