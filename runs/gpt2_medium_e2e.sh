@@ -12,5 +12,5 @@ python compare.py results/gpt2-medium-e2e $1 --jobs 1 --lr 1e-4 2e-4 4e-4 --seed
     --row "ResLoRA input, merged at .9: --method reslora --merge-at 0.9" \
     --row "ResLoRA block: --method reslora --shortcut block" \
     --row "ResLoRA middle: --method reslora --shortcut middle --pre-num 4" \
-    --row "Delta-LoRA: --method deltalora --dropout 0" --row "full: --method full --lr 1e-5" \
+    --row "Delta-LoRA: --method deltalora --dropout 0" --row "full: --method full --lr 1e-5 2e-5 4e-5" \
     -- @runs/e2e_gpt2_medium.args
