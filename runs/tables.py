@@ -177,8 +177,8 @@ def main():
     for name in re.findall(r"<!-- table: (\S+) -->", readme):
         table = "\n".join(TABLES[name]())
         print(f"\n{name}\n\n{table}")
-        readme, times = re.subn(rf"(<!-- table: {name} -->\n\n)(?:\|.*\n)*",
-                                lambda found, t=table: f"{found[1]}{t}\n", readme)
+        readme, times = re.subn(rf"(<!-- table: {name} -->\n\n)(?:\|.*\n)*\n*",
+                                lambda found, t=table: f"{found[1]}{t}\n\n", readme)
         if times != 1:
             raise ValueError(f"the README has <!-- table: {name} --> and an empty line {times} times, not once")
     if parser.parse_args().write:
