@@ -10,7 +10,9 @@ runs/*.sh are the comparisons of the README.
 """
 import contextlib
 import csv
+import functools
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -52,7 +54,7 @@ def parse(argv):
     add("--best-lr", action="store_true", help="all seeds only at the rate with the best validation of seed 0")
     add("--quick", action="store_true", help="one seed, at the rates that PATH.csv calls best, of ranks the first "
         "and the last; into out/quick")
-    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each (cores)")
+    add("--jobs", type=int, help="runs at a time, one thread each (cores; 1 on a GPU)")
     add("--plot", choices=("rows", "rank", "lr", "step", "none"), default="rows",
         help="what the picture's axis is (rows)")
     add("--metric", default="merged loss", help="what it shows: a column of the csv (merged loss)")
@@ -62,7 +64,7 @@ def parse(argv):
     own = argv[:argv.index("--")] if "--" in argv else argv
     args = parser.parse_args(own)
     args.flags = words(argv[len(own) + 1:])
-    if args.seeds < 1 or args.jobs < 1:
+    if args.seeds < 1 or args.jobs is not None and args.jobs < 1:
         raise ValueError("--seeds and --jobs must be 1 or more")
     args.lr, args.rank = list(dict.fromkeys(args.lr)), list(dict.fromkeys(args.rank or []))
     args.rank = args.rank[::len(args.rank) - 1] if args.quick and len(args.rank) > 1 else args.rank
@@ -161,8 +163,9 @@ def trained(flags):
     """train.Run of the same run, its model as it was kept, not merged yet."""
     import train
     cell(flags)
-    run = train.Run(train.parse([*map(str, flags), "--out", str(folder(flags)), "--resume"]))
-    train.fit(run)  # nothing is left to do but to take up what was kept
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = train.Run(train.parse([*map(str, flags), "--out", str(folder(flags)), "--resume"]))
+        train.fit(run)  # nothing is left to do but to take up what was kept
     return run
 
 
@@ -170,15 +173,21 @@ def losses_on(out, dataset):
     """{"base" or "merged": loss on the validation split of another dataset} of a finished run."""
     import generate
     import train
-    from model import from_pretrained
     merged, settings, source = generate.load_run(out)
-    args = train.parse(["--device", "cpu", "--dataset", dataset])
-    found = {}
-    for name, model in (("base", from_pretrained(source)), ("merged", merged)):
-        _, task = train.data.task(dataset, source, model, settings["context"])
-        examples = task.encode(train.data.load(dataset)["validation"])[0][:64]
-        found[f"{name} loss on {dataset}"] = train.evaluate(model, examples, task, args)[0]
-    return found
+    examples, task, args, base = before(dataset, source, settings["context"])
+    return {f"base loss on {dataset}": base,
+            f"merged loss on {dataset}": train.evaluate(merged, examples, task, args)[0]}
+
+
+@functools.cache
+def before(dataset, source, context):
+    """(64 examples, task, settings, loss of the base on them): the same for all runs from one base."""
+    import train
+    from model import from_pretrained
+    base, args = from_pretrained(source), train.parse(["--device", "cpu", "--dataset", dataset])
+    _, task = data.task(dataset, source, base, context)
+    examples = task.encode(data.load(dataset)["validation"])[0][:64]
+    return examples, task, args, train.evaluate(base, examples, task, args)[0]
 
 
 def validation(out):
@@ -252,7 +261,10 @@ def run_all(workers, args, keys, bar):
 
 def compare(args):
     """Run what has not been run, write PATH.csv and PATH.png; returns the rows."""
+    import torch
+
     import train
+    args.jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
     to, rates = args.to, {}
     for label, own in args.rows.items():
         asked = train.parse([*args.flags, *own])  # a mistake in a row is said before anything runs

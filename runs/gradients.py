@@ -7,6 +7,8 @@ clipping, its mean over the steps. The base has six layers; a chain is the q, or
 what A or B multiplies larger, and so their gradients: what shows whether early layers gain is the shape over the depth.
 """
 import argparse
+import contextlib
+import io
 import sys
 from pathlib import Path
 
@@ -32,11 +34,12 @@ def norms(label, seed):
         seen.append([sum(p.grad.square().sum() for p in (layer.lora_A, layer.lora_B)).sqrt() for layer in layers])
     lora.LoRALinear.before_step = staticmethod(before_step)  # of this process, which does nothing else
     out = ROOT / "out/gradients" / f"{label.replace(', ', '-').replace(' ', '')}-{seed}"
-    run = train.Run(train.parse([*ROWS[label][1].split(), "--rank", "16", "--lr", "1.2e-2", "--seed", str(seed),
-                                 "--eval-every", "180", "--out", str(out)]))
-    checkpoint.prepare(run.args.out)
-    run.Adapter.begin(run.layers, run.args.steps)
-    train.fit(run)
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = train.Run(train.parse([*ROWS[label][1].split(), "--rank", "16", "--lr", "1.2e-2", "--seed", str(seed),
+                                     "--eval-every", "180", "--out", str(out)]))
+        checkpoint.prepare(run.args.out)
+        run.Adapter.begin(run.layers, run.args.steps)
+        train.fit(run)
     rows = []
     for name, values in zip(run.names, zip(*seen, strict=True), strict=True):  # name: h.0.attn.q
         _, layer, _, target = name.split(".")

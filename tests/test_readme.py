@@ -117,6 +117,30 @@ def test_the_tables_of_difficulty_are_their_csv(dataset, judge, high):
         assert more == ["100 %" if share == 1 else f"{share:.1%}".replace("%", " %") for share in shares]
 
 
+def test_what_the_text_says_of_merging():
+    """Shares kept, how much more the paper's merges cost, how often dropping the shortcut would have been better."""
+    shares, costs, dropped = {}, [], [0, 0]
+    for dataset in ("restaurants", "stdlib", "e2e", "reviews"):
+        for r in results(f"merges-{dataset}.csv"):
+            base, unmerged, ours, none = (r[f"{stage} loss"]
+                                          for stage in ("base", "unmerged", "merged", "merged by none"))
+            papers = [r[f"merged by {how} loss"] for how in ("input", "weight") if r[f"merged by {how} loss"] != ""]
+            assert ours < min(*papers, none)
+            shares.setdefault(dataset, []).append((base - ours) / (base - unmerged))
+            costs.append((min(papers) - unmerged) / (ours - unmerged))
+            dropped = [dropped[0] + (papers[0] > none), dropped[1] + (min(papers) > none)]
+    language = [share for dataset, some in shares.items() if dataset != "reviews" for share in some]
+    gains = [[r[f"{stage} accuracy"] - r["base accuracy"] for stage in ("merged", "unmerged")]
+             for r in results("merges-reviews.csv")]
+    text = " ".join(section("What merging keeps of ResLoRA").split())
+    for said in (f"costs {min(costs):.1f} to {max(costs):.0f} times", f"in {dropped[0]} of {len(costs)} rows",
+                 f"both are in {dropped[1]} of them", f"keeps {min(language):.1%} to {max(language):.1%}",
+                 f"keeps {min(shares['reviews']):.1%} to {max(shares['reviews']):.1%} of the gain in loss",
+                 f"{min(a / b for a, b in gains):.1%} to {max(a / b for a, b in gains):.1%} of the gain in accuracy"):
+        assert re.sub(r"([\d.]+)% to ([\d.]+)%", r"\1 to \2 %", said) in text, said
+    assert sum(share < .95 for share in shares["reviews"]) == 4 and "in four of six rows" in text
+
+
 def test_the_theorem_holds_under_sgd_and_turns_around_under_adam():
     """Means of five seeds: two rows are flat within a fifth, the others are not; of the table, computed here again."""
     sizes = {}
