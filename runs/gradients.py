@@ -1,6 +1,6 @@
 """How large is the gradient of each layer's adapter, in LoRA and in ResLoRA's structures?
 
-    python runs/gradients.py [--quick]      writes results/reslora-gradients.csv and .png
+    python runs/gradients.py [--seeds 3] [--quick]      writes results/reslora-gradients.csv and .png
 
 180 steps of restaurants, r 16 on q and v, rate 1.2e-2 for all: the norm of a layer's dL/dA and dL/dB together, before
 clipping, its mean over the steps. The base has six layers; a chain is the q, or the v, of all of them. A shortcut makes
@@ -71,9 +71,9 @@ def draw(rows, path):
                       fontsize=9)
 
 
-def main(seeds, where):
+def main(labels, seeds, where):
     with pool(2) as workers:
-        keys = [(label, seed) for seed in range(seeds) for label in ROWS]
+        keys = [(label, seed) for seed in range(seeds) for label in labels]
         rows = [row for found in workers.map(norms, *zip(*keys, strict=True)) for row in found]
     write_csv(where / "reslora-gradients.csv", rows)
     draw(rows, where / "reslora-gradients.png")
@@ -83,6 +83,7 @@ def main(seeds, where):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, into out/quick")
-    quick = parser.parse_args().quick
-    main(1 if quick else 3, ROOT / ("out/quick" if quick else "results"))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="three rows, into out/quick")
+    args = parser.parse_args()
+    main(list(ROWS)[::2] if args.quick else ROWS, args.seeds, ROOT / ("out/quick" if args.quick else "results"))

@@ -150,6 +150,17 @@ def theorem(where=RESULTS):
         for (optimizer, method), same in groups(rows, "optimizer", "method").items()])
 
 
+def decoding():
+    """Seconds with the cache, and how many times as long the other ways take."""
+    rows = []
+    for (prompts, beams), same in groups(read(RESULTS / "decoding.csv"), "prompts", "beams").items():
+        ways = {r["way"]: r for r in same}
+        times = (ways.get(way, {}).get("of cached") for way in ("transformers", "uncached"))
+        rows.append([prompts, beams, f"{float(ways['cached']['seconds']):.2f} s",
+                     *(f"{float(of):.1f} times" if of else "" for of in times)])
+    return markdown(["prompts", "beams", "with the cache", "`transformers`", "without a cache"], rows)
+
+
 def methods(name, more):
     """Each method at its best rate: `more` are {header: column} beside the loss."""
     found = best(name)
@@ -164,7 +175,7 @@ TABLES = {
        for name in ("merge-at-restaurants", "merge-at-e2e", "reslora-curves-best")},
     "reslora-pre-num": pre_num, "merges": merges, "calibration": calibration, "reslora-gradients": gradients,
     "rslora-adamw": lambda: rslora("adamw"), "rslora-sgd": lambda: rslora("sgd"), "deltalora": deltalora,
-    "deltalora-weights": weights, "dylora": dylora, "rank-theorem": theorem,
+    "deltalora-weights": weights, "dylora": dylora, "rank-theorem": theorem, "decoding": decoding,
     "methods-e2e": lambda: methods("methods-e2e", {"loss on the pretraining text": "merged loss on world"}),
     "methods-reviews": lambda: methods("methods-reviews", {"accuracy": "merged accuracy"}),
 }

@@ -147,6 +147,26 @@ def test_what_the_text_says_of_merging():
     assert sum(share < .95 for share in reviews) == 4 and "in four of six rows" in text
 
 
+def test_what_the_first_commands_gave():
+    """Seconds, losses, accuracies and scores of the README's own commands, as results/commands.csv has them."""
+    found = {}
+    for row in results("commands.csv"):
+        found.setdefault(row["command"], {})[row["what"]] = row["value"]
+    gpt, roberta, e2e, greedy, beams = found.values()
+    text = " ".join(README.split())
+    for command in found:
+        assert command in text
+    accuracies = [f"{100 * roberta[f'{stage} accuracy']:.1f} %" for stage in ("base", "unmerged", "merged")]
+    scores = [f"{run['BLEU']:.1f}, {{}}{run['NIST']:.2f}, {{}}{run['ROUGE_L']:.3f}" for run in (greedy, beams)]
+    for said in (f"{gpt['training seconds']:.0f} s of training, {gpt['seconds']:.0f} s in all, the loss of the test",
+                 f"split from {gpt['base loss']:.2f} to {gpt['merged loss']:.2f} nats",
+                 f"{roberta['training seconds']:.0f} s of training, {roberta['seconds']:.0f} s in all: accuracy",
+                 "accuracy {} with a fresh head, {} after training, {} merged".format(*accuracies),
+                 f"take {e2e['seconds'] + greedy['seconds']:.0f} s together",
+                 "BLEU " + scores[0].format("NIST ", "ROUGE-L "), "greedily; " + scores[1].format("", "")):
+        assert said in text, said
+
+
 def test_the_theorem_holds_under_sgd_and_turns_around_under_adam():
     """Means of five seeds: two rows are flat within a fifth, the others are not; of the table, computed here again."""
     sizes = {}
