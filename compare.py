@@ -140,11 +140,13 @@ def cell(flags, forgetting=None):
     also = known.get("also", {})
     measure = forgetting and f"base loss on {forgetting}" not in also and "diverged" not in also
     if not known or measure:
+        known = known or {"flags": flags, "code": code()}  # of the files as they are before the run
+        trains = "also" not in known
         out.mkdir(parents=True, exist_ok=True)
         with open(out.with_suffix(".txt"), "w") as said, contextlib.redirect_stdout(said), \
                 contextlib.redirect_stderr(said):
             try:
-                if not known:
+                if trains:
                     train.train(train.parse([*flags, "--out", str(out)]))
                 if measure:
                     also.update(losses_on(out, forgetting))
@@ -153,7 +155,7 @@ def cell(flags, forgetting=None):
             except ValueError as e:
                 raise ValueError(f"{shlex.join(flags)}: {e}") from None
         out.mkdir(exist_ok=True)  # a run that left nothing has left no folder either
-        known = {"flags": flags, "code": known.get("code") if known else code(), "also": also}
+        known["also"] = also
         write(done, lambda part: part.write_text(json.dumps(known)))
     result = {} if "diverged" in also else json.loads((out / "result.json").read_text())
     return {**result, **also, "also": also, "stale": known.get("code") != code()}

@@ -1,6 +1,6 @@
 """The README's first commands as a newcomer runs them: what they print in the end, and how long they take.
 
-    python runs/commands.py [--e2e FOLDER]      writes results/commands.csv; three minutes on two cores
+    python runs/commands.py --e2e FOLDER      writes results/commands.csv; three minutes on two cores
 """
 import argparse
 import json
@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from compare import ROOT, write_csv  # noqa: E402
 
 COMMANDS = ("train.py --method reslora --rank 64",
-            "train.py --method reslora --rank 16 --model tiny-roberta --dataset reviews")
-E2E = ("train.py --method reslora --rank 16 --lr 2.4e-2 --dataset e2e --data-dir FOLDER --out out/e2e",
-       "generate.py out/e2e", "generate.py out/e2e --beams 10 --length-penalty .9")
+            "train.py --method reslora --rank 16 --model tiny-roberta --dataset reviews",
+            "train.py --method reslora --rank 16 --lr 2.4e-2 --dataset e2e --data-dir FOLDER --out out/e2e",
+            "generate.py out/e2e", "generate.py out/e2e --beams 10 --length-penalty .9")
 
 
 def scores(command, folder):
@@ -38,9 +38,9 @@ def scores(command, folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--e2e", help="folder of the real E2E data")
+    parser.add_argument("--e2e", required=True, help="folder of the real E2E data (runs/e2e_split.py)")
     args = parser.parse_args()
-    rows = [row for command in COMMANDS + E2E * bool(args.e2e) for row in scores(command, args.e2e)]
+    rows = [row for command in COMMANDS for row in scores(command, args.e2e)]
     write_csv(ROOT / "results/commands.csv", rows)
     for row in rows:
         print("  ".join(map(str, row.values())))

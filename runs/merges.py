@@ -56,7 +56,7 @@ def draw(found, path):
     shape = (1, 1) if len(found) == 1 else (2, 2)
     labels = [row["row"] for row in next(iter(found.values()))]
     with picture(path, *shape, figsize=(8, 2.7 * shape[0]), sharex=True, sharey=True, squeeze=False) as (figure, axes):
-        for axis, (dataset, rows) in zip(axes.flat, found.items(), strict=False):
+        for axis, (dataset, rows) in zip(axes.flat[:len(found)], found.items(), strict=True):
             for row in rows:
                 for how, (colour, marker, label) in styles.items():
                     if loss(row, how) is not None:
