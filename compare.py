@@ -374,7 +374,10 @@ def draw(args, path, rows):
 
 def fill(args, axis, shown, labels):
     """The rows that are shown, by label, on the axis."""
-    unit = " (nats per target token)" if args.metric.endswith("loss") else ""
+    unit = ""
+    if args.metric.endswith("loss"):
+        classes = max((len(data.labels(r["dataset"])) for r in shown), default=0)
+        unit = {0: " (nats per target token)", 1: " (squared error)"}.get(classes, " (nats per text)")
     used = set()
     for y, ((label,), same) in enumerate(labels.items()):
         colour, marker, line = style(same[0])

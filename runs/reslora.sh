@@ -6,22 +6,21 @@ set -e
 cd "$(dirname "$0")/.."
 MERGES="--merge regression,input,weight,none"
 FEWER="--merge regression,input,none"  # the paper's weight merge of input is defined for one earlier layer
-LOW="--lr 1.2e-2 2.4e-2"  # with more earlier layers the branch is larger: 4.8e-2 is not tried between m 1 and all
 # shellcheck disable=SC2086
 python compare.py results/reslora-pre-num $1 --lr 1.2e-2 2.4e-2 4.8e-2 --best-lr --metric "unmerged loss" \
     --title "restaurants, r 16, each at its best rate, before merging" \
     --row "LoRA (m 0): --method lora" \
     --row "input, m 1: --method reslora $MERGES" \
-    --also "input, m 2: --method reslora --pre-num 2 $FEWER $LOW" \
-    --also "input, m 4: --method reslora --pre-num 4 $FEWER $LOW" \
+    --also "input, m 2: --method reslora --pre-num 2 $FEWER" \
+    --also "input, m 4: --method reslora --pre-num 4 $FEWER" \
     --also "input, all: --method reslora --pre-num -1 $FEWER" \
     --row "block, m 1: --method reslora --shortcut block" \
-    --also "block, m 2: --method reslora --shortcut block --pre-num 2 $LOW" \
-    --also "block, m 4: --method reslora --shortcut block --pre-num 4 $LOW" \
+    --also "block, m 2: --method reslora --shortcut block --pre-num 2" \
+    --also "block, m 4: --method reslora --shortcut block --pre-num 4" \
     --also "block, all: --method reslora --shortcut block --pre-num -1" \
     --row "middle, m 1: --method reslora --shortcut middle $MERGES" \
-    --also "middle, m 2: --method reslora --shortcut middle --pre-num 2 $MERGES $LOW" \
-    --also "middle, m 4: --method reslora --shortcut middle --pre-num 4 $MERGES $LOW" \
+    --also "middle, m 2: --method reslora --shortcut middle --pre-num 2 $MERGES" \
+    --also "middle, m 4: --method reslora --shortcut middle --pre-num 4 $MERGES" \
     --row "middle, all: --method reslora --shortcut middle --pre-num -1 $MERGES" \
     -- --dataset restaurants --rank 16 --eval-every 30
 curves() {  # name, more flags of compare.py, title

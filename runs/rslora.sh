@@ -11,8 +11,8 @@ grid() {  # name, optimizer, LoRA's rates, rsLoRA's, more flags of compare.py, t
         -- --dataset restaurants --optimizer $2 --eval-every 30
 }
 QUICK=$1
-grid adamw adamw "2.4e-2 4.8e-2 9.6e-2" "6e-3 1.2e-2 2.4e-2" --best-lr "each at its best rate"
+grid adamw adamw "2.4e-2 4.8e-2 9.6e-2" "6e-3 1.2e-2 2.4e-2" "--best-lr --seeds 3" "each at its best rate"
 [ -z "$QUICK" ] || exit 0
 grid adamw-fixed adamw 2.4e-2 2.4e-2 "" "all at rate 2.4e-2"
-grid sgd sgd "3 10 30" "1 3 10" --best-lr "each at its best rate"
-grid sgd-fixed sgd 3 3 "" "all at rate 3"
+grid sgd sgd "1 3 10 30 100" "0.3 1 3" --best-lr "each at its best rate"
+grid sgd-fixed sgd 1 1 "" "all at rate 1"

@@ -43,6 +43,8 @@ def paired(rows, others, column="merged loss"):
     of = {r["seed"]: float(r[column]) for r in others}
     differences = [float(r[column]) - of[r["seed"]] for r in rows]
     center = mean(differences)
+    if len(differences) == 1:
+        return f"{center:+.4f}"
     error = (sum((d - center)**2 for d in differences) / (len(differences) - 1) / len(differences))**0.5
     return f"{center:+.4f} ({error:.4f})"
 
@@ -101,14 +103,16 @@ def gradients(where=RESULTS):
 
 
 def rslora(optimizer):
-    """Loss by rank at the best and at one rate, and the gradient norm that goes with the latter."""
-    own, one = best(f"rslora-{optimizer}"), best(f"rslora-{optimizer}-fixed")
-    rows = [[f"{row}, best rate", *(f"{float(r['merged loss']):.3f} ({r['tried']})" for r in same)]
+    """Loss by rank at the best rate, mean of the seeds, and at one rate, with the gradient norm that goes with that."""
+    own = {row: groups(same, "rank") for row, same in best(f"rslora-{optimizer}").items()}
+    one = best(f"rslora-{optimizer}-fixed")
+    rows = [[f"{row}, best rate", *(f"{average(r, 'merged loss')} ({r[0]['tried']})" for r in same.values())]
             for row, same in own.items()]
+    rows += [["rsLoRA above LoRA", *(paired(r, own["LoRA"][rank]) for rank, r in own["rsLoRA"].items())]]
     for name, column in (("", "merged loss"), (": gradient norm", "late gradient norm")):
         rows += [[f"{row}, rate {rate(same[0]['lr'])}{name}", *(f"{float(r[column]):.3f}" for r in same)]
                  for row, same in one.items()]
-    return markdown(["", *(f"r {r['rank']}" for r in own["LoRA"])], rows)
+    return markdown(["", *(f"r {r}" for (r,) in own["LoRA"])], rows)
 
 
 def deltalora():

@@ -1,9 +1,11 @@
 """compare.py: the grid, its choice of rates, its csv."""
 import shlex
+from argparse import Namespace
 from concurrent.futures import Future
 
 import pytest
 
+import checkpoint
 import compare
 import train
 
@@ -116,6 +118,17 @@ def test_a_seed_that_diverges_is_counted_and_not_averaged():
     """Beside the mean of the others."""
     rows = [{"loss": "0.25"}, {"loss": "", "diverged": "at step 3"}, {"loss": "0.75"}]
     assert compare.spread(rows, "loss") == "0.500 (0.250-0.750), 1 diverged"
+
+
+@pytest.mark.parametrize("dataset, unit", [("restaurants", "nats per target token"), ("reviews", "nats per text"),
+                                           ("glue/stsb", "squared error")])
+def test_a_picture_says_the_unit_of_its_loss(tmp_path, dataset, unit):
+    """A language model's, a classifier's, a regression's."""
+    row = {"row": "LoRA", "dataset": dataset, "method": "lora", "flags": "", "merged loss": "0.5"}
+    args = Namespace(plot="rows", metric="merged loss", title="")
+    with checkpoint.picture(tmp_path / "a.png") as (_, axis):
+        compare.fill(args, axis, [row], {("LoRA",): [row]})
+        assert f"({unit})" in axis.get_xlabel()
 
 
 def test_the_same_flags_are_the_same_run():
