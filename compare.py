@@ -384,12 +384,14 @@ def fill(args, axis, shown, labels):
         look = dict(color=colour, marker=marker, fillstyle="none" if colour in used else "full", ms=6)
         used.add(colour)  # a method's second row is hollow
         if args.plot == "rows":
-            axis.plot([float(r[args.metric]) for r in same], [y] * len(same), ls="", alpha=0.85, **look)
+            beside = [y + 0.12 * (i - (len(same) - 1) / 2) for i in range(len(same))]  # equal values, seen
+            axis.plot([float(r[args.metric]) for r in same], beside, ls="", alpha=0.85, **look)
             continue
         if args.plot == "step":
             keys = [(label, r["rank"] if args.rank else None, r["lr"], r["seed"]) for r in same]
             logs = [read(folder(flags_of(args, *key)) / "log.csv") for key in keys]
             points = {int(at[0]["step"]): [float(r["train_loss"]) for r in at] for at in zip(*logs, strict=True)}
+            label = f"{label}, rate {same[0]['lr']:g}"
         else:
             if not same[0][args.plot]:  # full fine-tuning has no rank
                 axis.axhline(mean([float(r[args.metric]) for r in same]), color=colour, ls=line, label=label)

@@ -55,7 +55,7 @@ def merged(dataset, label):
 
 def draw(rows, path):
     """What merging adds against tokens, both axes logarithmic; a band of the draws."""
-    with picture(path, figsize=(6.4, 3.8)) as (_, axis):
+    with picture(path, figsize=(6.4, 4.4)) as (figure, axis):
         for (dataset, label), same in groups(rows, "dataset", "row").items():
             colour, marker, line = STYLES[label.split(",")[0]]
             sizes = groups(same, "texts").values()
@@ -67,7 +67,7 @@ def draw(rows, path):
         axis.set(xscale="log", yscale="log", xlabel="tokens of the training split that the regression saw",
                  ylabel="loss added by merging (nats)")
         axis.grid(alpha=0.25, which="both")
-        axis.legend(frameon=False, fontsize=9)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
 
 def main(datasets, where):

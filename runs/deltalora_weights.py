@@ -78,7 +78,8 @@ def draw(rows, path):
         for at, name in ((R, "r"), (2 * R, "2 r")):
             axis.axvline(at + 0.5, color="0.5", lw=0.8)
             axis.text(at + 0.7, 0.95, name, transform=axis.get_xaxis_transform(), color="0.3", va="top")
-        axis.set(xlabel="index", ylabel="singular value of W' - W_0 (mean of the layers)", ylim=(1e-4, None))
+        axis.set(xlabel="number of the singular value", ylabel="singular value of W' - W_0 (mean of the layers)",
+                 ylim=(1e-4, None))
         axis.legend(frameon=False, fontsize=9, loc="lower left")
         axis.set_title(f"restaurants, r {R}, rate {high:g}", fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)

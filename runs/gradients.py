@@ -65,6 +65,8 @@ def draw(rows, path):
                 used.add(colour)
             axis.set(title=f"adapters on {target}", xlabel="layer", yscale="log")
             axis.set_xticks(layers)
+            axis.set_yticks(ticks := [0.01, 0.02, 0.03, 0.05, 0.1], map(str, ticks))
+            axis.minorticks_off()
             axis.grid(alpha=0.25, which="both", axis="y")
         axes[0].set_ylabel("norm of the gradient, mean of the run")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False,

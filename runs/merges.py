@@ -51,18 +51,18 @@ def kept(row, how):
 
 def draw(found, path):
     """What each merge adds to the loss of the unmerged model; a panel for each dataset, both axes shared."""
-    styles = {"regression": ("C2", "o", "regression (ours)"), "weight": ("C3", "D", "weight (paper)"),
-              "input": ("C1", "s", "input (paper)"), "none": ("0.45", "x", "shortcut dropped")}
+    styles = {"regression": ("C2", "o", "regression (ours)"), "weight": ("C3", "D", "paper: by weights"),
+              "input": ("C1", "s", "paper: by inputs"), "none": ("0.45", "x", "shortcut dropped")}
     shape = (1, 1) if len(found) == 1 else (2, 2)
     labels = [row["row"] for row in next(iter(found.values()))]
     with picture(path, *shape, figsize=(8, 2.7 * shape[0]), sharex=True, sharey=True, squeeze=False) as (figure, axes):
         for axis, (dataset, rows) in zip(axes.flat[:len(found)], found.items(), strict=True):
             for row in rows:
-                for how, (colour, marker, label) in styles.items():
+                for down, (how, (colour, marker, label)) in enumerate(styles.items()):
                     if loss(row, how) is not None:
                         cost = max(loss(row, how) - loss(row, "unmerged"), 1e-4)  # a gain has no place on a log axis
-                        axis.plot(cost, labels.index(row["row"]), marker, color=colour, ms=7, alpha=0.85,
-                                  label=label if row["row"] == "middle, all" else None)
+                        axis.plot(cost, labels.index(row["row"]) + 0.15 * (down - 1.5), marker, color=colour, ms=7,
+                                  alpha=0.85, label=label if row["row"] == "middle, all" else None)
             axis.set_title(dataset, fontsize=10)
             axis.set(xscale="log", ylim=(len(labels) - 0.5, -0.5))
             axis.set_yticks(range(len(labels)), labels)

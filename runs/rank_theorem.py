@@ -56,7 +56,7 @@ def main(seeds):
 def draw(rows, path):
     """A panel for each optimizer: sizes against rank, both axes logarithmic."""
     names = {"lora": "LoRA, s = alpha / r", "rslora": "rsLoRA, s = alpha / sqrt(r)"}
-    with picture(path, 1, 2, figsize=(8, 3.4)) as (figure, axes):
+    with picture(path, 1, 2, figsize=(8, 3.8), sharey=True) as (figure, axes):
         for axis, optimizer in zip(axes, ("SGD", "Adam"), strict=True):
             for (name, method), same in groups(rows, "optimizer", "method").items():
                 if name == optimizer:

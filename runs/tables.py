@@ -88,9 +88,9 @@ def calibration(where=RESULTS):
     """Merged loss by texts, mean of the draws."""
     found = groups(read(where / "calibration.csv"), "dataset", "row")
     texts = list(groups(next(iter(found.values())), "texts"))
-    return markdown(["texts", "unmerged", *(n for (n,) in texts)], [
-        [f"{dataset}: {row}", f"{float(same[0]['unmerged loss']):.3f}",
-         *(average(at, "merged loss") for at in groups(same, "texts").values())]
+    return markdown(["", "unmerged", "1 text", *(f"{n} texts" for (n,) in texts[1:]), "shortcut dropped"], [
+        [f"{dataset}: {row}", average(same, "unmerged loss"),
+         *(average(at, "merged loss") for at in groups(same, "texts").values()), average(same, "merged by none loss")]
         for (dataset, row), same in found.items()])
 
 
@@ -176,7 +176,7 @@ def methods(name, more):
 
 TABLES = {
     **{name: lambda name=name: deployed(name)
-       for name in ("merge-at-restaurants", "merge-at-e2e", "reslora-curves-best")},
+       for name in ("merge-at-restaurants", "merge-at-reviews", "merge-at-e2e", "reslora-curves-best")},
     "reslora-pre-num": pre_num, "merges": merges, "calibration": calibration, "reslora-gradients": gradients,
     "rslora-adamw": lambda: rslora("adamw"), "rslora-sgd": lambda: rslora("sgd"), "deltalora": deltalora,
     "deltalora-weights": weights, "dylora": dylora, "rank-theorem": theorem, "decoding": decoding,
