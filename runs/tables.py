@@ -180,7 +180,7 @@ TABLES = {
     "reslora-pre-num": pre_num, "merges": merges, "calibration": calibration, "reslora-gradients": gradients,
     "rslora-adamw": lambda: rslora("adamw"), "rslora-sgd": lambda: rslora("sgd"), "deltalora": deltalora,
     "deltalora-weights": weights, "dylora": dylora, "rank-theorem": theorem, "decoding": decoding,
-    "methods-e2e": lambda: methods("methods-e2e", {"loss on the pretraining text": "merged loss on world"}),
+    "methods-e2e": lambda: methods("methods-e2e", {"pretraining text": "merged loss on world"}),
     "methods-reviews": lambda: methods("methods-reviews", {"accuracy": "merged accuracy"}),
 }
 

@@ -147,6 +147,42 @@ def test_what_the_text_says_of_merging():
     assert sum(share < .95 for share in reviews) == 4 and "in four of six rows" in text
 
 
+@pytest.mark.parametrize("dataset, below", [
+    ("e2e", {"LoRA r 16, 3 alpha", "LoRA r 32, 2 alpha", "rsLoRA r 16"}),
+    ("reviews", {"LoRA r 16, 3 alpha", "LoRA r 32, 2 alpha", "ResLoRA input", "ResLoRA block", "ResLoRA middle"})])
+def test_what_the_text_says_of_all_methods(dataset, below):
+    """Which are below LoRA by more than twice the error, which above, with three seeds of each."""
+    rows = {}
+    for r in results(f"methods-{dataset}.csv"):
+        if r["best"]:
+            rows.setdefault(r["row"], []).append(r["merged loss"])
+    lora, apart = rows.pop("LoRA r 16"), {-1: set(), 1: set()}
+    for row, losses in rows.items():
+        above = [loss - other for loss, other in zip(losses, lora, strict=True)]
+        if abs(statistics.mean(above)) > 2 * statistics.stdev(above) / 3**0.5:
+            apart[1 if statistics.mean(above) > 0 else -1].add(row)
+    assert len(lora) == 3 and apart[-1] == below | {"full fine-tuning"}
+    apart[1] -= {"LoHa r 8"} if dataset == "reviews" else set()
+    assert apart[1] == {"Delta-LoRA", "AdaLoRA 16 to 11", "DyLoRA", "LoKr"}
+
+
+def test_what_the_text_says_of_forgetting():
+    """Loss on the pretraining text after e2e: means of three seeds, and LoRA's at ResLoRA's rate."""
+    rows = results("methods-e2e.csv")
+    old = {row: statistics.mean(r["merged loss on world"] for r in rows if r["row"] == row and r["best"])
+           for row in {r["row"] for r in rows}}
+    new = {row: statistics.mean(r["merged loss"] for r in rows if r["row"] == row and r["best"]) for row in old}
+    lora, = (r for r in rows if r["row"] == "LoRA r 16" and r["lr"] == 2.4e-2)
+    reslora = [old[f"ResLoRA {shortcut}"] for shortcut in ("input", "block", "middle")]
+    text = " ".join(section("All methods at equal").split())
+    for said in (f"from {rows[0]['base loss on world']:.3f} to {old['full fine-tuning']:.2f} with full",
+                 f"to {old['LoRA r 16']:.2f} with LoRA. ResLoRA's {min(reslora):.2f} to {max(reslora):.2f} is",
+                 f"2.4e-2 has {lora['merged loss on world']:.2f} (seed 0; its loss on the new text is "
+                 f"{lora['merged loss']:.3f})", f"{new['AdaLoRA 16 to 11']:.3f} and {new['Delta-LoRA']:.3f}, and have "
+                 f"{old['AdaLoRA 16 to 11']:.2f} and {old['Delta-LoRA']:.2f}"):
+        assert said in text, said
+
+
 def test_what_the_first_commands_gave():
     """Seconds, losses, accuracies and scores of the README's own commands, as results/commands.csv has them."""
     found = {}
