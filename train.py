@@ -35,7 +35,7 @@ from model import MODELS, from_pretrained, locate
 SMALL_START = ("adalora_lr", "loha_lr", "lokr_lr")
 DEFAULTS = {
     "restaurants": dict(steps=180, batch_size=32, lr=1e-2, full_lr=6e-3, **dict.fromkeys(SMALL_START, 3e-2)),
-    "e2e": dict(steps=150, batch_size=32, lr=1e-2, full_lr=3e-3),
+    "e2e": dict(steps=150, batch_size=32, lr=1e-2, full_lr=3e-3, **dict.fromkeys(SMALL_START, 3e-2)),
     "stdlib": dict(steps=100, batch_size=16, lr=5e-3, full_lr=2e-3),
     "text": dict(steps=100, batch_size=16, lr=5e-3, full_lr=2e-3),
     "world": dict(steps=100, batch_size=32, lr=5e-3, full_lr=3e-3),
