@@ -56,9 +56,13 @@ def markdown(header, rows):
 def deployed(name):
     """Each row of a grid at its best rate, before and after merging, and against LoRA seed by seed."""
     found = best(name)
-    return markdown(["", "rate", "seeds", "unmerged", "merged", "above LoRA"], [
+    against = [row for row in ("LoRA", "LoRA, 3 alpha") if row in found]
+    accuracy = ["merged accuracy"] * bool(found["LoRA"][0].get("merged accuracy"))
+    return markdown(["", "rate", "seeds", "unmerged", "merged", *accuracy, *(f"above {other}" for other in against)], [
         [row, same[0]["tried"], str(len(same)), average(same, "unmerged loss"), spread(same, "merged loss"),
-         "" if row == "LoRA" else paired(same, found["LoRA"])] for row, same in found.items()])
+         *(average(same, column) for column in accuracy),
+         *("" if row in ("LoRA", other) else paired(same, found[other]) for other in against)]
+        for row, same in found.items()])
 
 
 def pre_num():

@@ -214,19 +214,45 @@ def test_the_theorem_holds_under_sgd_and_turns_around_under_adam():
         assert (max(means) < 1.2 * min(means)) == (name in ("SGD, rsLoRA", "Adam, LoRA"))
 
 
-@pytest.mark.parametrize("dataset", re.findall(r"<!-- table: merge-at-(\S+) -->", README))
-def test_the_tables_of_deployed_models_computed_again(dataset):
-    """Mean and range over five seeds at each row's best rate, and what is between it and LoRA seed by seed."""
+@pytest.mark.parametrize("number, dataset", [*enumerate(re.findall(r"<!-- table: merge-at-(\S+) -->", README))])
+def test_the_tables_of_deployed_models_computed_again(number, dataset):
+    """Mean and range over five seeds at each row's best rate, and what is between it and both LoRAs seed by seed."""
     rows = [r for r in results(f"merge-at-{dataset}.csv") if r["best"]]
-    lora = {r["seed"]: r["merged loss"] for r in rows if r["row"] == "LoRA"}
-    for name, rate, seeds, unmerged, merged, above in table("Does a merged ResLoRA beat LoRA", dataset == "e2e"):
+    for name, rate, seeds, unmerged, merged, *_, above, above_3 in table("Does a merged ResLoRA beat LoRA", number):
         same = [r for r in rows if r["row"] == name]
         assert float(rate.strip("*")) == same[0]["lr"] and int(seeds) == len(same) == 5
         assert unmerged == f"{statistics.mean(r['unmerged loss'] for r in same):.3f}"
         assert merged == spread(same, "merged loss")
-        above_lora = [r["merged loss"] - lora[r["seed"]] for r in same]
-        error = statistics.stdev(above_lora) / len(same)**0.5
-        assert above == ("" if name == "LoRA" else f"{statistics.mean(above_lora):+.4f} ({error:.4f})")
+        for said, other in ((above, "LoRA"), (above_3, "LoRA, 3 alpha")):
+            lora = {r["seed"]: r["merged loss"] for r in rows if r["row"] == other}
+            more = [r["merged loss"] - lora[r["seed"]] for r in same]
+            error = statistics.stdev(more) / len(same)**0.5
+            assert said == ("" if name in ("LoRA", other) else f"{statistics.mean(more):+.4f} ({error:.4f})")
+
+
+def test_what_the_text_says_of_deployed_models():
+    """Errors between each structure and both LoRAs, what merging on the way gains, who is best at a low rate."""
+    errors, ways = {}, []
+    for dataset in ("restaurants", "reviews", "e2e"):
+        rows = results(f"merge-at-{dataset}.csv")
+        low = {r["row"]: r["merged loss"] for r in rows if r["lr"] == min(r["lr"] for r in rows)}
+        assert max(low.values()) == low.pop("LoRA"), dataset
+        best = {name: [r["merged loss"] for r in rows if r["row"] == name and r["best"]] for name in ("LoRA", *low)}
+        for name in ("input, merged at the end", "block", "middle, merged at the end"):
+            for other in ("LoRA", "LoRA, 3 alpha"):
+                more = [a - b for a, b in zip(best[name], best[other], strict=True)]
+                error = statistics.stdev(more) / 5**0.5
+                errors.setdefault((dataset, other), []).append(statistics.mean(more) / error)
+        end, on_the_way = (best[f"input, merged at {when}"] for when in ("the end", ".9"))
+        ways.append(abs(statistics.mean(end) - statistics.mean(on_the_way)))
+    reviews = [-number for number in errors["reviews", "LoRA"]]
+    e2e = errors["e2e", "LoRA, 3 alpha"]
+    farthest = max(abs(number) for dataset in ("restaurants", "e2e") for number in errors[dataset, "LoRA"])
+    text = " ".join(section("Does a merged ResLoRA beat LoRA").split())
+    for said in (f"by {min(reviews):.1f} to {max(reviews):.1f} times the error. On",
+                 f"than {farthest:.1f} times its error", f"by {min(e2e):.1f} to {max(e2e):.1f} times", f"by {min(ways):.4f} to {max(ways):.4f} of"):
+        assert said in text, said
+    assert min(number for (_, other), some in errors.items() for number in some if other == "LoRA, 3 alpha") > -1
 
 
 def test_every_file_that_the_readme_names_exists():
