@@ -250,7 +250,8 @@ def test_what_the_text_says_of_deployed_models():
     farthest = max(abs(number) for dataset in ("restaurants", "e2e") for number in errors[dataset, "LoRA"])
     text = " ".join(section("Does a merged ResLoRA beat LoRA").split())
     for said in (f"by {min(reviews):.1f} to {max(reviews):.1f} times the error. On",
-                 f"than {farthest:.1f} times its error", f"by {min(e2e):.1f} to {max(e2e):.1f} times", f"by {min(ways):.4f} to {max(ways):.4f} of"):
+                 f"than {farthest:.1f} times its error",
+                 f"by {min(e2e):.1f} to {max(e2e):.1f} times", f"by {min(ways):.4f} to {max(ways):.4f} of"):
         assert said in text, said
     assert min(number for (_, other), some in errors.items() for number in some if other == "LoRA, 3 alpha") > -1
 
