@@ -30,8 +30,9 @@ def best(name):
 
 
 def rate(lr):
-    """0.024 -> 2.4e-2"""
-    return re.sub(r"e-0", "e-", f"{float(lr):.1e}").replace(".0e", "e")
+    """0.024 -> 2.4e-2, 3.0 -> 3"""
+    lr = float(lr)
+    return f"{lr:g}" if lr >= 1 else f"{lr:.1e}".replace("e-0", "e-").replace(".0e", "e")
 
 
 def average(rows, column, digits=3):
