@@ -46,10 +46,11 @@ def test_the_table_of_times_is_what_was_measured():
         of = [rows[preset].get(name, {}).get(column) for preset in ("tiny", "gpt2-small") for column in columns]
         assert cells == ["" if value is None else form.format(value)
                          for value, form in zip(of, [*columns.values()] * 2, strict=True)], name
+    text = " ".join(text.split())
     for preset, form in (("tiny", "{:.1f}"), ("gpt2-small", "{:.2f}")):
         ours, theirs = (form.format(value) for value in found[preset]["e2e"].values())
         assert f"{ours} examples" in text or f"{ours} against" in text
-        assert f"against {theirs} for {preset.split()[0]}" in " ".join(text.split())
+        assert f"against {theirs} for {preset}" in text
     peer = bench.PEER
     assert f"takes {rows['tiny compiled']['lora']['of peer']:.2f} of the peer's" in text
     base = rows["roberta-base"]
