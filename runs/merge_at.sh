@@ -1,6 +1,7 @@
 #!/bin/sh
 # Does a merged ResLoRA beat LoRA? Five paired seeds, each at its best rate; one is merged after nine tenths of the steps
-# and finished as the LoRA that it has become. A shortcut makes the branch larger, and so does a larger alpha.
+# and finished as the LoRA that it has become. Beside them LoRA with 3 alpha: a larger alpha makes the branch larger,
+# as a shortcut probably does.
 # sh runs/merge_at.sh [--quick]      restaurants, reviews; with E2E=FOLDER (runs/e2e_split.py) real E2E text too
 set -e
 cd "$(dirname "$0")/.."

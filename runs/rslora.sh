@@ -1,6 +1,6 @@
 #!/bin/sh
 # Does a larger rank help? LoRA and rsLoRA at ranks 4 to 128, the width of the model, with AdamW and with SGD: at each one's
-# best rate, and at one rate for all. The two pictures of an optimizer are of the same runs.
+# best rate, and at one rate for all. The runs at one rate are among those of the grid.
 # sh runs/rslora.sh [--quick]
 set -e
 cd "$(dirname "$0")/.."
