@@ -172,6 +172,15 @@ def test_what_the_text_says_of_all_methods(dataset, below, above, monkeypatch):
     assert apart[1] == {"Delta-LoRA", "AdaLoRA 16 to 11", "DyLoRA", "LoKr"} | above
 
 
+def test_what_the_text_says_of_two_machines():
+    """The same four runs on both: equal at the lower rate, within .005 at the higher."""
+    files = ("difficulty-restaurants.csv", "final loss"), ("rslora-adamw.csv", "merged loss")
+    there, here = ({(r["rank"], r["lr"]): r[column] for r in results(name) if r["method"] == "lora" and r["seed"] == 0}
+                   for name, column in files)
+    both = {lr: [abs(there[rank, lr] - here[rank, lr]) for rank in (4, 64)] for lr in (2.4e-2, 4.8e-2)}
+    assert both[2.4e-2] == [0, 0] and 0 < max(both[4.8e-2]) < .005
+
+
 def test_what_the_text_says_of_forgetting():
     """Loss on the pretraining text after e2e: means of three seeds, and LoRA's at ResLoRA's rate."""
     rows = results("methods-e2e.csv")
