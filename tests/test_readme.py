@@ -172,6 +172,29 @@ def test_what_the_text_says_of_all_methods(dataset, below, above, monkeypatch):
     assert apart[1] == {"Delta-LoRA", "AdaLoRA 16 to 11", "DyLoRA", "LoKr"} | above
 
 
+def test_what_the_text_says_of_delta_lora_from_the_first_step():
+    """Against LoRA with 3 alpha: how close at the lower rates, how far at the highest."""
+    losses = {}
+    for r in results("deltalora.csv"):
+        losses.setdefault(r["row"], {})[r["lr"], r["seed"]] = r["merged loss"]
+    delta, lora = losses["Delta-LoRA, lambda 2, K 0"], losses["LoRA, 3 alpha"]
+    apart = {key: abs(delta[key] - lora[key]) for key in delta if key in lora}
+    text = " ".join(section("Delta-LoRA").split())
+    assert max(apart[key] for key in apart if key[0] < 4.8e-2) <= .014 and "within 0.014 of each other" in text
+    assert f"(seed 0: {delta[4.8e-2, 0]:.3f} against {lora[4.8e-2, 0]:.3f})" in text
+
+
+def test_what_the_text_says_of_gradients():
+    """By layer, at most so many times LoRA's; by rank, six times less with alpha / r, within a third with the root."""
+    rows = results("reslora-gradients.csv")
+    lora = {(r["target"], r["layer"], r["seed"]): r["gradient norm"] for r in rows if r["row"] == "LoRA"}
+    most = max(r["gradient norm"] / lora[r["target"], r["layer"], r["seed"]] for r in rows)
+    assert f"at most {most:.1f} times" in " ".join(section("ResLoRA: does it train better").split())
+    norms = {name: [r["late gradient norm"] for r in results("rslora-adamw-fixed.csv") if r["row"] == name]
+             for name in ("LoRA", "rsLoRA")}
+    assert round(norms["LoRA"][0] / norms["LoRA"][-1]) == 6 and max(norms["rsLoRA"]) < 4 / 3 * min(norms["rsLoRA"])
+
+
 def test_what_the_text_says_of_two_machines():
     """The same four runs on both: equal at the lower rate, within .005 at the higher."""
     files = ("difficulty-restaurants.csv", "final loss"), ("rslora-adamw.csv", "merged loss")
