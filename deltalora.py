@@ -5,20 +5,22 @@ LoRA, and after the optimizer step t > K = delta_start (t = 1, 2, …) the pretr
     h   = W_t x + b + s B_t A_t x,        s = alpha / r
     W_t = W_{t-1} + lambda s (B_t A_t - B_{t-1} A_{t-1})          lambda = delta_lambda
 
-W has no gradient and no optimizer state. What lets it follow: without dropout in the branch dL/dW = (1/s) dL/d(BA), so
-the branch's motion stands in for W's own gradient step (a heuristic: B A does not move along -dL/d(BA)). With dropout
-in the branch the equality fails, so dropout is refused. The paper uses lambda = 2, K = 500, and counts t from 0 with
-the same t > K: one step later than here.
+    x (..., d_in), h (..., d_out), W (d_out, d_in), A (r, d_in), B (d_out, r)
 
-The sum telescopes. With S = K, the factors before the first update,
+W has no gradient and no optimizer state. Why it may follow the branch: without dropout in the branch,
+dL/dW = (1/s) dL/d(BA), so the motion of B A stands in for a gradient step of W. (This is a heuristic, because B A does
+not move along -dL/d(BA).) Dropout in the branch breaks the equality and is refused. The paper uses lambda = 2 and
+K = 500. It counts t from 0 with the same condition t > K, so there W begins to move one step later than here.
+
+The sum telescopes. Let S = K be the last step before W moves. Then
 
     W_T = W_0 + lambda s (B_T A_T - B_S A_S)
     merged: W_T + s B_T A_T = W_0 + s [(1 + lambda) B_T | -lambda B_S] [A_T ; A_S]
 
-so the total update has rank <= 2 r (<= r for K = 0, since B_0 = 0) and is a plain LoRA of that rank:
-{A_T, B_T, A_S, B_S} is all that an exported adapter needs. With K = 0 the function is that of (1 + lambda) s B A while
-the gradient carries only s. Adam ignores that factor, so then Delta-LoRA is LoRA with (1 + lambda) alpha, up to Adam's
-eps and as long as no gradient is clipped: that LoRA is the fair baseline.
+So the total update is a plain LoRA of rank 2 r at most (of rank r for K = 0, since B_0 = 0), and an exported adapter
+needs nothing but A_T, B_T, A_S and B_S. With K = 0 the layer computes what (1 + lambda) s B A would, while the gradient
+carries only s. Adam ignores such a factor. So this Delta-LoRA is LoRA with (1 + lambda) alpha, up to Adam's eps and as
+long as no gradient is clipped, and that LoRA is the fair baseline.
 """
 import torch
 
@@ -26,18 +28,12 @@ from lora import LoRALinear
 
 
 class DeltaLoRALinear(LoRALinear):
-    """LoRALinear whose W follows the delta of B A from step `delta_start` + 1 on."""
+    """LoRALinear whose W follows the delta of B A from step delta_start + 1 on. `forward` and `delta` are LoRA's."""
 
-    moves_weight = True  # so W is fp32: in bf16 most of its elements would ignore each small update
+    moves_weight = True  # so W is fp32: in bf16 most of its elements would not change by so small an update
 
     def __init__(self, linear, r, alpha, dropout=0.0, delta_lambda=2.0, delta_start=500):
-        if dropout:
-            raise ValueError(f"Delta-LoRA has no dropout in the branch (dL/dW = dL/d(BA) / s needs that): "
-                             f"dropout must be 0, not {dropout}")
-        if not (isinstance(delta_start, int) and delta_start >= 0):
-            raise ValueError(f"delta_start {delta_start} is not a number of steps, 0 or more")
-        if not 0 <= delta_lambda <= 1e6:
-            raise ValueError(f"delta_lambda {delta_lambda} is not in [0, 1e6]")
+        check(dropout, delta_lambda, delta_start)
         super().__init__(linear, r, alpha)
         if self.weight.dtype != self.lora_A.dtype:
             self.weight = torch.nn.Parameter(self.weight.to(self.lora_A.dtype), requires_grad=False)
@@ -47,6 +43,7 @@ class DeltaLoRALinear(LoRALinear):
         self.register_buffer("B_prev", self.lora_B.detach().clone())
         self.register_buffer("A_S", self.lora_A.detach().clone())
         self.register_buffer("B_S", self.lora_B.detach().clone())
+        self.register_buffer("W_has_moved", torch.tensor(False, device=linear.weight.device))
 
     @staticmethod
     def begin(layers, steps, done=0):
@@ -58,7 +55,7 @@ class DeltaLoRALinear(LoRALinear):
 
     @staticmethod
     @torch.no_grad()
-    def after_step(layers, step, run=None):
+    def after_step(layers, step):
         """W += lambda s (B_t A_t - B_{t-1} A_{t-1}), in place, as one product of rank 2 r: no d x d temporary.
 
         Written with the differences of the factors, so that no two large products cancel:
@@ -70,6 +67,7 @@ class DeltaLoRALinear(LoRALinear):
                 A = torch.cat([layer.lora_A, layer.lora_A - layer.A_prev])  # (2r, d_in)
                 # W_t = W_{t-1} + lambda s [B_t - B_{t-1} | B_{t-1}] [A_t ; A_t - A_{t-1}]
                 layer.weight.addmm_(B, A, alpha=layer.delta_lambda * layer.scaling)
+                layer.W_has_moved.fill_(True)
             elif step == layer.delta_start:
                 layer.A_S.copy_(layer.lora_A)
                 layer.B_S.copy_(layer.lora_B)
@@ -78,14 +76,25 @@ class DeltaLoRALinear(LoRALinear):
                 layer.B_prev.copy_(layer.lora_B)
 
     def as_lora(self):
-        """(A', B') of the motion of W and the branch together, counted from W_0: rank r before W moves and for K = 0,
-        else rank 2 r, [A_T ; A_S] and [(1 + lambda) B_T | -lambda B_S]."""
-        if torch.equal(self.A_S, self.A_prev) and torch.equal(self.B_S, self.B_prev):
-            return self.lora_A, self.lora_B  # W has not moved yet
+        """(A', B') of the branch and the motion of W together, relative to W_0: A' = [A_T ; A_S] (2r, d_in) and
+        B' = [(1 + lambda) B_T | -lambda B_S] (d_out, 2r). The rank is r before W has moved, and for K = 0."""
+        if not self.W_has_moved:
+            return self.lora_A, self.lora_B
         B_T = (1 + self.delta_lambda) * self.lora_B
-        if not self.B_S.any():
+        if not self.B_S.any():  # K = 0
             return self.lora_A, B_T
         return torch.cat([self.lora_A, self.A_S]), torch.cat([B_T, -self.delta_lambda * self.B_S], 1)
+
+
+def check(dropout, delta_lambda, delta_start):
+    """ValueError for values that the method does not have."""
+    if dropout:
+        raise ValueError(f"Delta-LoRA has no dropout in the branch (dL/dW = dL/d(BA) / s needs that): "
+                         f"dropout must be 0, not {dropout}")
+    if not (isinstance(delta_start, int) and delta_start >= 0):
+        raise ValueError(f"delta_start {delta_start} is not a number of steps, 0 or more")
+    if not 0 <= delta_lambda <= 1e6:
+        raise ValueError(f"delta_lambda {delta_lambda} is not in [0, 1e6]")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import data
-import decoding
 import lora
-import metrics
-from cli import Parser, command, pick_device
+from checkpoints import adapters, state, tokenizers
+from checkpoints.files import fingerprint, read_json, write
+from checkpoints.pretrained import from_pretrained, locate
+from data import metrics
+from evaluation import decoding
 from methods import METHODS
-from model import from_pretrained, locate, read_json, write
+from settings import Parser, command, pick_device
 
 NONE = type(None)  # of full fine-tuning, or not given
 SETTINGS = dict(model=[str], method=[str], dataset=[str], base_weights=[str], rs=[bool], rank=[int, NONE],
@@ -68,7 +69,7 @@ def parse(argv):
     if args.out is not None:
         if args.out.is_dir() or not args.out.parent.is_dir():
             raise ValueError(f"--out {args.out} is no place for a file")
-        if args.out.resolve() in [(args.run / name).resolve() for name in checkpoint.STATE + checkpoint.RESULTS
+        if args.out.resolve() in [(args.run / name).resolve() for name in state.STATE + state.RESULTS
                                   if not name.startswith("predictions")]:
             raise ValueError(f"--out {args.out} is a file of the run itself")
     args.out = args.out or args.run / f"predictions-{args.split}.jsonl"
@@ -99,30 +100,28 @@ def load_run(folder, unmerged=False, cut=None):
     lacking += [name for name in method.flags if name not in settings]
     if method.adapter and lacking and not settings.get("init_from"):
         raise ValueError(f"{folder / 'result.json'}: a run of {settings['method']} needs {lacking[0]}")
-    if data.labels(settings["dataset"]):
+    if data.about(settings["dataset"], "LABELS"):
         raise ValueError(f"{folder} classifies {settings['dataset']}: it writes no texts")
     if cut is not None and "cut" not in method.flags:
         raise ValueError(f"--cut {cut} is for a DyLoRA run, {folder} is one of {settings['method']}")
     source = locate(settings["model"])
-    if checkpoint.fingerprint(source / "model.safetensors") != settings["base_weights"]:
+    if fingerprint(source / "model.safetensors") != settings["base_weights"]:
         raise ValueError(f"{source} has other weights than those that {folder} was trained on")
     model = from_pretrained(source)
     if method.adapter and not unmerged and cut is None:
-        checkpoint.load_adapter(model, folder)
+        adapters.load_adapter(model, folder)
         lora.merge(model)
     else:
         init = settings.get("init_from")
-        if init and checkpoint.fingerprint_adapter(init) != settings.get("init_weights"):
+        if init and adapters.fingerprint_adapter(init) != settings.get("init_weights"):
             raise ValueError(f"{init}, from which {folder} went on, has changed since")
         try:
-            adapter, layers = checkpoint.adapt_as(model, {**settings, **({} if cut is None else {"cut": cut})})
+            adapter, layers = adapters.adapt_as(model, {**settings, **({} if cut is None else {"cut": cut})})
         except TypeError as e:
             raise ValueError(f"{folder / 'result.json'} holds a setting of the wrong kind: {e}") from None
-        checkpoint.load_best(folder / "resume.safetensors", model)
-        if settings.get("merge_at"):  # it has ended as LoRA
-            adapter.begin(layers, settings["steps"], settings["steps"])
+        state.load_best(folder / "resume.safetensors", model)
         if cut is not None:
-            adapter.calibrate(layers, None)
+            adapter.prepare_merge(layers, cut, None)
         if cut is not None and not unmerged:
             lora.merge(model)
     return model.eval(), settings, source
@@ -130,7 +129,7 @@ def load_run(folder, unmerged=False, cut=None):
 
 def encode(tokenizer, text, dataset):
     """A record, or the beginning of a plain text -> the prompt as the run saw it."""
-    text = text if dataset in data.PLAIN else text + " ||"
+    text = text if data.about(dataset, "PLAIN") else text + " ||"
     return [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
 
 
@@ -171,10 +170,10 @@ def write_many(model, tokenizer, records, args, dataset):
 
 def judge(dataset, records, texts, references):
     """{metric: value}: the dataset's own, and where a record has references those of machine translation."""
-    scorer = getattr(data.module(dataset), "score", None)
+    scorer = data.about(dataset, "score", None)
     pairs = [(record, some[0]) for record, some in zip(records, references, strict=True)]
     found = scorer(pairs, texts) if scorer else {}
-    if not getattr(data.module(dataset), "METRICS", ()):
+    if not data.about(dataset, "METRICS"):
         found.update(BLEU=metrics.bleu(texts, references), NIST=metrics.nist(texts, references),
                      ROUGE_L=metrics.rouge_l(texts, references))
     return found
@@ -184,17 +183,17 @@ def generate(args):
     """From flags to texts; returns the metrics of a split, else None."""
     model, settings, source = load_run(args.run, args.unmerged, args.cut)
     dataset = args.dataset or settings["dataset"]
-    if dataset not in data.DATASETS or data.labels(dataset):
+    if dataset not in data.DATASETS or data.about(dataset, "LABELS"):
         raise ValueError(f"--dataset {dataset} is not one of texts to write: choose "
-                         + ", ".join(name for name in data.DATASETS if not data.labels(name)))
+                         + ", ".join(name for name in data.DATASETS if not data.about(name, "LABELS")))
     model.to(args.device)
-    tokenizer, _ = data.task(dataset, source, model, model.context)
-    args.max_new = args.max_new or getattr(data.module(dataset), "MAX_NEW", 96)
+    tokenizer = tokenizers.for_model(source, model.config)
+    args.max_new = args.max_new or data.about(dataset, "MAX_NEW", 96)
     if args.texts:
         for text in args.texts:
             write_one(model, tokenizer, encode(tokenizer, text, dataset), args)
         return None
-    if dataset in data.PLAIN:
+    if data.about(dataset, "PLAIN"):
         raise ValueError(f"{dataset} has no records to write for: give the beginnings of texts")
     of = {}  # record -> its references
     where = args.data_dir or (settings.get("data_dir") if dataset == settings["dataset"] else None)

@@ -1,4 +1,4 @@
-"""The one registry. A new method is a file and a line here."""
+"""The one registry. A new method is one file, with a class like LoRALinear, and one line here."""
 from typing import NamedTuple
 
 import torch.nn as nn
@@ -15,10 +15,15 @@ from rslora import RsLoRALinear, rank_stabilised
 
 
 class Method(NamedTuple):
+    """What train.py has to know of a method."""
     adapter: type | None  # a class like LoRALinear; None: the method has no adapter
-    flags: dict = {}  # its own, as argparse takes them; a default may be a function of the number of steps
-    for_merging: tuple = ()  # those of them that only merging reads: a resumed run may change them
-    trains_base: bool = False
+    flags: dict = {}  # {name: arguments for argparse} of its own flags; a default may be a function of the steps
+    for_merging: tuple = ()  # the flags that only merging reads, which a resumed run may change
+    trains_base: bool = False  # True where all parameters train
+
+
+class NoAdapter(LoRALinear):
+    """Stands for "no adapter" in the training loop: `full` and `head` have no layers, and all hooks do nothing."""
 
 
 def ranks(text):
@@ -30,11 +35,10 @@ METHODS = {
     "lora": Method(LoRALinear),
     "rslora": Method(RsLoRALinear),
     "reslora": Method(ResLoRALinear, {
-        "shortcut": dict(choices=SHORTCUTS, default="input", help="what the earlier layers of a chain pass on (input)"),
-        "pre_num": dict(type=int, default=1, help="how many earlier layers join in; -1: all, 0: plain LoRA (1)"),
+        "shortcut": dict(choices=SHORTCUTS, default="input", help="what earlier layers of a chain pass on (input)"),
+        "pre_num": dict(type=int, default=1, help="m, the number of earlier layers; -1: all, 0: plain LoRA (1)"),
         "merge": dict(type=lambda names: names.split(","), default=["regression"],
-                      help=f"{'|'.join(MERGES)}; more, after commas, are measured beside it (regression)"),
-        "merge_at": dict(type=float, help="merge by regression after this share of the steps, finish as plain LoRA"),
+                      help=f"{'|'.join(MERGES)}; after commas, more merges to measure beside the first (regression)"),
     }, for_merging=("merge",)),
     "deltalora": Method(DeltaLoRALinear, {
         "delta_lambda": dict(type=float, default=2.0, help="how far W follows the delta of B A (2)"),
@@ -43,18 +47,18 @@ METHODS = {
     }),
     # What the papers compare with
     "adalora": Method(AdaLoRALinear, {
-        "init_rank": dict(type=int, help="ranks per layer at the start, of which --rank remain on average (1.5 times)"),
+        "init_rank": dict(type=int, help="r_0, ranks per layer at the start; --rank of them remain on average (1.5 r)"),
         "orth": dict(type=float, default=0.1, help="gamma, weight of the orthogonality of A and B in the loss (.1)"),
         "budget_warmup": dict(type=int, default=lambda steps: steps // 10,
-                              help="t_i, steps before ranks are taken away (a tenth of the run)"),
+                              help="t_i, steps before the first ranks are taken away (a tenth of the run)"),
         "budget_final": dict(type=int, default=lambda steps: steps * 4 // 10,
-                             help="t_f, steps at the end with the ranks that are left (four tenths)"),
+                             help="t_f, steps at the end in which the ranks stay as they are (four tenths)"),
         "budget_every": dict(type=int, default=lambda steps: max(1, steps // 100),
                              help="steps between two allocations of ranks (a hundredth of the run)"),
     }),
     "dylora": Method(DyLoRALinear, {
-        "frozen": dict(action="store_true", default=False, help="train the last of the drawn ranks alone"),
-        "cut": dict(type=ranks, help="the rank to merge and export at; more, after commas, are measured beside it "
+        "frozen": dict(action="store_true", default=False, help="train only the last of the drawn ranks"),
+        "cut": dict(type=ranks, help="the rank to merge and export at; after commas, more ranks to measure beside it "
                                      "(--rank, and the powers of two)"),
     }, for_merging=("cut",)),
     "loha": Method(LoHaLinear),
@@ -66,11 +70,15 @@ METHODS = {
 
 
 def adapt(model, settings):
-    """Make a model what a run trains: (class or None, layers). settings: method, rank, alpha, dropout, targets, rs and
-    the method's own flags, as in result.json. A classifier's head, fresh or not, is trained with every adapter."""
+    """Put the adapters of a run into a model, or unfreeze what the method trains instead: (class, layers).
+
+    settings: a dict with method, rank, alpha, dropout, targets, rs and the method's own flags, as in result.json. A
+    classifier's head is trained with every method. ValueError for a target that lies in the head.
+    """
     method, layers = METHODS[settings["method"]], []
-    adapter = rank_stabilised(method.adapter) if settings["rs"] else method.adapter
-    if adapter:
+    adapter = method.adapter or NoAdapter
+    if method.adapter:
+        adapter = rank_stabilised(adapter) if settings["rs"] else adapter
         targets = settings["targets"].split(",")
         for name, m in model.named_modules():
             if not name.startswith("h.") and isinstance(m, nn.Linear) and name.split(".")[-1] in targets:

@@ -2,15 +2,19 @@
 
     h = W x + b + s B A drop(x),        s = alpha / sqrt(r)          LoRA: alpha / r
 
-Nothing else changes. Why the root: B starts at 0 and the entries of A have a variance that does not depend on r, so
-one SGD step makes the branch s B A x proportional to s^2 r (s once in the forward, once in the gradient of B, and r
-terms in the sum). Outputs and input gradients keep their size as r grows if and only if s is Theta(1 / sqrt(r)), which
-is the paper's theorem; with alpha / r a larger rank learns less and less. Adam normalises the gradient: after its first
-step the branch is proportional to s r, flat with alpha / r and growing as sqrt(r) with alpha / sqrt(r). So under Adam
-the root is also a higher learning rate: retune that before crediting the rank.
+    A (r, d_in), B (d_out, r), W (d_out, d_in)
 
-rsLoRA(alpha) is LoRA(alpha sqrt(r)) exactly. The root goes with any method that scales by alpha / rank, its open
-question among them, rsLoRA inside AdaLoRA: `rank_stabilised(AdaLoRALinear)`, or --rs.
+Nothing else changes. Why the square root? B starts at 0, and the variance of A's entries does not depend on r. So one
+SGD step makes the branch s B A x proportional to s^2 r: one s from the forward, one from the gradient of B, and r terms
+in the sum. The paper's theorem: outputs and input gradients keep their size as r grows if and only if s is Theta(1 /
+sqrt(r)). With alpha / r a larger rank learns less and less.
+
+Adam normalises the gradient. After its first step the branch is proportional to s r: constant in r with alpha / r,
+growing as sqrt(r) with alpha / sqrt(r). So under Adam the square root also acts as a higher learning rate. Retune that
+rate before you credit the rank.
+
+rsLoRA(alpha) is exactly LoRA(alpha sqrt(r)). The square root works with any method that scales by alpha / r, AdaLoRA
+for example, which the paper leaves open: `rank_stabilised(AdaLoRALinear)`, or the flag --rs.
 """
 import math
 
@@ -27,8 +31,8 @@ class RsLoRALinear(LoRALinear):
 
 
 def rank_stabilised(adapter):
-    """A class like LoRALinear -> the same method with rsLoRA's scale; made here, so its layers cannot be pickled (their
-    state dicts can)."""
+    """A class like LoRALinear -> the same method with rsLoRA's scale. Its layers cannot be pickled, as the class has no
+    place in a module; their state dicts can."""
     return type("Rs" + adapter.__name__, (adapter,), {"scale": staticmethod(RsLoRALinear.scale)})
 
 

@@ -1,39 +1,41 @@
 """AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning. Zhang et al. 2023, arXiv:2303.10512.
 
-LoRA in the form of a singular value decomposition, so that ranks can be taken away one at a time, where they are worth
-the least, over all layers together:
+LoRA in the form of a singular value decomposition. Ranks can then be taken away one at a time, wherever in the model
+they matter least:
 
     h = W x + b + s B diag(E) A drop(x),        s = alpha / r
 
-    A (r_0, d_in), E (r_0, 1), B (d_out, r_0), the paper's Q, Lambda, P (which has no s). Every layer begins with
-    r_0 = init_rank ranks, 1.5 r by default; r is what is left of them on average, r n ranks in n layers.
+    A (r_0, d_in), E (r_0, 1), B (d_out, r_0) are the paper's Q, Lambda, P (the paper has no s). Every layer begins with
+    r_0 = init_rank ranks, 1.5 r by default. At the end r ranks per layer are left on average: r n in n layers.
 
-A and B start random, N(0, .02^2), and E at zero, so of the task only E hears at first. Nothing makes the rows of A and
-the columns of B orthonormal by itself; a term in the loss pulls them there, so that E_k says how much the k-th triplet
+A and B start random, N(0, .02^2), and E at zero, so at first only E receives a gradient from the task. A term in the
+loss pulls the rows of A and the columns of B towards orthonormality, so that E_k says how much the k-th triplet
 (B_k, E_k, A_k) does. C is the loss of the task, and 1 the unit matrix:
 
     L = C + gamma sum over the layers of O,        O = |A A^T - 1|_F^2 + |B^T B - 1|_F^2            gamma = orth
 
-The gradient of O is large at first and is clipped together with that of C, as one gradient of L; train.py's log has the
-norm of both, and the loss C alone.
+The gradient of O is large at first. It is clipped together with that of C, as one gradient of L. train.py logs the loss
+C alone, and the norm of the whole gradient.
 
-The importance of one number w with gradient g is |w g|, what L would change, to first order, without it. That is noisy,
-so both its mean and how uncertain it is are smoothed over the steps (beta_1 = beta_2 = .85), and
+The importance of one number w with gradient g is |w g|: to first order, how much L would change if w were set to zero.
+One batch gives a noisy estimate, so the importance and its uncertainty are averaged over the steps (beta = .85), and
 
     I = |w g|     Ibar <- beta_1 Ibar + (1 - beta_1) I     U <- beta_2 U + (1 - beta_2) |I - Ibar|     s(w) = Ibar U
     S_k = s(E_k) + mean_j s(A_kj) + mean_j s(B_jk)
 
-Step t of T, if it allocates, keeps the b(t) triplets with the largest S_k of the whole model and sets the other E_k to
-zero. The next gradient revives all of them, until the next allocation; for the last t_f steps the choice stands:
+Every budget_every steps there is an allocation: the b(t) triplets of the whole model with the largest S_k stay, and the
+other E_k are set to zero. The next gradients may revive those, until the next allocation. In the last t_f of the T
+steps the choice is final:
 
     b(t) = r_0 n                                                               t <= t_i             t_i = budget_warmup
     b(t) = r n + (r_0 - r) n (1 - (t - t_i) / (T - t_i - t_f))^3, floored       t_i < t < T - t_f    each budget_every
     b(t) = r n                                                                 T - t_f <= t         t_f = budget_final
 
-Where PEFT and the paper differ this is the paper: PEFT, like the authors' code, takes the mean of the unsquared norms
-for O, so gammas (.1 to .5 there) do not carry over; weighs importance with the weights after the step, we with those
-that g belongs to; and scales by alpha / (r_0 + 1e-5), we by the target rank. In b(t) we follow the code: the numerator
-printed in the paper, t - t_i - t_f, begins above r_0 n and does not end at r n.
+PEFT differs from the paper in three places, where this file follows the paper. PEFT, like the authors' code, uses the
+mean of unsquared norms for O, so its gammas (.1 to .5) do not carry over. It computes the importance with the weights
+after the step, this file with the weights that g belongs to. It scales by alpha / (r_0 + 1e-5), this file by the target
+rank. For b(t) this file follows the code: the numerator in the paper, t - t_i - t_f, begins above r_0 n and does not
+end at r n.
 """
 import math
 
@@ -54,25 +56,15 @@ class AdaLoRALinear(LoRALinear):
 
     def __init__(self, linear, r, alpha, dropout=0.0, init_rank=None, orth=0.1, budget_warmup=0, budget_final=0,
                  budget_every=1):
-        super().__init__(linear, r, alpha, dropout)  # checks; the scale is that of the target rank
-        most = min(linear.weight.shape)
-        if init_rank is None:
-            init_rank = min(math.ceil(1.5 * r), most)
-        if not (isinstance(init_rank, int) and r <= init_rank <= most):
-            raise ValueError(f"init_rank {init_rank} is not in {r}..{most}, from the target rank to the linear's own")
-        if not 0 <= orth <= 1e6:
-            raise ValueError(f"orth {orth} is not in [0, 1e6]")
-        steps = ("warmup", budget_warmup, 0), ("final", budget_final, 0), ("every", budget_every, 1)
-        for name, value, least in steps:
-            if not (isinstance(value, int) and value >= least):
-                raise ValueError(f"budget_{name} {value} is not a number of steps, {least} or more")
-        self.r, self.target, self.orth = init_rank, r, orth
+        super().__init__(linear, r, alpha, dropout)
+        self.init_rank, self.orth = init_rank or min(math.ceil(1.5 * r), *linear.weight.shape), orth  # r_0, gamma
         self.steps = None  # T, see `begin`
         self.budget_warmup, self.budget_final, self.budget_every = budget_warmup, budget_final, budget_every
+        check(self, init_rank)
         new, (d_out, d_in) = self.lora_A.data.new_empty, linear.weight.shape
-        self.lora_A = nn.Parameter(new(init_rank, d_in).normal_(std=0.02))
-        self.lora_E = nn.Parameter(new(init_rank, 1).zero_())
-        self.lora_B = nn.Parameter(new(d_out, init_rank).normal_(std=0.02))
+        self.lora_A = nn.Parameter(new(self.init_rank, d_in).normal_(std=0.02))
+        self.lora_E = nn.Parameter(new(self.init_rank, 1).zero_())
+        self.lora_B = nn.Parameter(new(d_out, self.init_rank).normal_(std=0.02))
         self.register_buffer("mask", torch.ones_like(self.lora_E))  # 1 for the triplets of the last allocation
         for name in "AEB":  # Ibar and U of each factor
             self.register_buffer(f"Ibar_{name}", torch.zeros_like(getattr(self, f"lora_{name}")))
@@ -121,14 +113,14 @@ class AdaLoRALinear(LoRALinear):
 
     @staticmethod
     @torch.no_grad()
-    def after_step(layers, step, run=None):
+    def after_step(layers, step):
         """Choose b(t) triplets where it is time to, and mask the others."""
         one, last = layers[0], layers[0].steps - layers[0].budget_final
         if one.budget_warmup < step <= last and (step % one.budget_every == 0 or step == last):
             scores = torch.cat([layer.scores() for layer in layers])
             chosen = torch.zeros_like(scores)
             chosen[scores.topk(budget(layers, step)).indices] = 1
-            for layer, mask in zip(layers, chosen.split([layer.r for layer in layers]), strict=True):
+            for layer, mask in zip(layers, chosen.split([layer.init_rank for layer in layers]), strict=True):
                 layer.mask.copy_(mask[:, None])
                 layer.lora_E.mul_(layer.mask)
         elif step > last:
@@ -142,7 +134,7 @@ class AdaLoRALinear(LoRALinear):
 
     def orthogonality(self):
         """O = |A A^T - 1|_F^2 + |B^T B - 1|_F^2, a number"""
-        A, B, one = self.lora_A, self.lora_B, torch.eye(self.r, device=self.lora_A.device)
+        A, B, one = self.lora_A, self.lora_B, torch.eye(self.init_rank, device=self.lora_A.device)
         return (A @ A.T - one).square().sum() + (B.T @ B - one).square().sum()
 
     @torch.no_grad()
@@ -166,13 +158,26 @@ def budget(layers, step):
     """b(t), the number of ranks that the whole model may have after step t, counted from 1."""
     one = layers[0]
     t, T, t_i, t_f = step, one.steps, one.budget_warmup, one.budget_final
-    start, end = sum(layer.r for layer in layers), sum(layer.target for layer in layers)
+    start, end = sum(layer.init_rank for layer in layers), sum(layer.r for layer in layers)
     if t <= t_i:
         return start
     if t >= T - t_f:
         return end
     # b(t) = r n + (r_0 - r) n (1 - (t - t_i) / (T - t_i - t_f))^3
     return end + int((start - end) * (1 - (t - t_i) / (T - t_i - t_f)) ** 3)
+
+
+def check(layer, init_rank):
+    """ValueError for an init_rank, gamma or number of steps that cannot be."""
+    most = min(layer.weight.shape)
+    if init_rank is not None and not (isinstance(init_rank, int) and layer.r <= init_rank <= most):
+        raise ValueError(f"init_rank {init_rank} is not in {layer.r}..{most}, from the target rank to the linear's own")
+    if not 0 <= layer.orth <= 1e6:
+        raise ValueError(f"orth {layer.orth} is not in [0, 1e6]")
+    for name, least in (("budget_warmup", 0), ("budget_final", 0), ("budget_every", 1)):
+        value = getattr(layer, name)
+        if not (isinstance(value, int) and value >= least):
+            raise ValueError(f"{name} {value} is not a number of steps, {least} or more")
 
 
 if __name__ == "__main__":

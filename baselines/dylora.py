@@ -1,24 +1,24 @@
 """DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank Adaptation. Valipour et
 al. 2022, arXiv:2210.07558.
 
-One training for all ranks up to r. Every step draws a rank b, uniformly from 1..r, for the whole model, and uses the
-first b ranks alone:
+One training serves all ranks up to r. Every step draws a rank b, uniformly from 1..r and the same for the whole model,
+and uses only the first b ranks:
 
     h = W x + b + s_b B_{:, 1..b} A_{1..b} drop(x),        s_b = alpha / b
 
-    A (r, d_in), B (d_out, r) as in LoRA. The first ranks take part in every draw and learn what matters most; the
-    last one only refines what the others do. So afterwards the adapter can be cut at any b, without a search over r:
+    A (r, d_in), B (d_out, r) as in LoRA. The first ranks take part in every draw and learn what matters most; the last
+    one only refines the others. So the trained adapter can be cut at any b, without a search over r:
 
     W_merged = W + s_b B_{:, 1..b} A_{1..b}
 
 With `frozen`, the paper's faster form, the forward is the same and only the b-th rank, A_b and B_{:, b}, is trained.
 
-Ranks that a step does not train must rest. They have no gradient, but an optimizer with momentum or weight decay would
-move them all the same, so they are put back after its step. (Its moments go on: they fade in the steps without a
-gradient, and when the rank is drawn again they join its step.)
+Ranks that a step does not train must stay where they are. They have no gradient, but an optimizer with momentum or
+weight decay would move them all the same, so they are put back after its step. (The optimizer's moments are not put
+back: they decay in steps without a gradient and take part when the rank is drawn again.)
 
-The demo below, python -m baselines.dylora, also has what DyLoRA must be measured against: an ordinary LoRA whose
-product B A is cut to its first singular values.
+The demo, python -m baselines.dylora, also shows what DyLoRA must be compared with: an ordinary LoRA whose product B A
+is truncated to its first singular values.
 """
 import random
 
@@ -42,9 +42,8 @@ class DyLoRALinear(LoRALinear):
         self.register_buffer("s_b", self.lora_A.new_empty(r), persistent=False)
         self.draw(r)
         powers = [2**i for i in range(r.bit_length())]
-        cuts = [cut] if isinstance(cut, int) else list(cut or dict.fromkeys([r, *powers]))
-        self.merges = [f"cut {b}" for b in cuts]
-        for b in [*cuts, r]:
+        self.merges = [cut] if isinstance(cut, int) else list(cut or dict.fromkeys([r, *powers]))
+        for b in [*self.merges, r]:
             self.cut_at(b)
 
     def draw(self, b):
@@ -68,8 +67,8 @@ class DyLoRALinear(LoRALinear):
 
     @property
     def exact_merge(self):
-        """Whether what is merged is all of it."""
-        return self.merges[0] == f"cut {self.r}"
+        """True if the first of `merges` keeps all ranks."""
+        return self.merges[0] == self.r
 
     def as_lora(self):
         """(A', B') of rank b: the first ranks, up to the cut."""
@@ -103,7 +102,7 @@ class DyLoRALinear(LoRALinear):
 
     @staticmethod
     @torch.no_grad()
-    def after_step(layers, step, run=None):
+    def after_step(layers, step):
         """Put the ranks back that this step did not train; draw for the next."""
         for layer in layers:
             A, B = layer.before
@@ -115,10 +114,10 @@ class DyLoRALinear(LoRALinear):
         draw_for(layers, step + 1)
 
     @staticmethod
-    def calibrate(layers, run, how=None):
-        """how: "cut b", else the layers' first."""
+    def prepare_merge(layers, merge, batches):
+        """Cut every layer at rank `merge`."""
         for layer in layers:
-            layer.cut_at(int((how or layer.merges[0]).removeprefix("cut ")))
+            layer.cut_at(merge)
 
 
 def draw_for(layers, step):

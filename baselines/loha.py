@@ -10,11 +10,12 @@ Why r^2: row i of W1a W1b is a sum over k of W1a_ik W1b_k, and the product of tw
 
     (W1a W1b)_ij (W2a W2b)_ij = sum_{k,l} (W1a_ik W2a_il) (W1b_kj W2b_lj)
 
-so LoHa is a LoRA of rank r^2 whose factors are products: B' (d_out, r^2) of all pairs of columns, A' (r^2, d_in) of all
-pairs of rows. As long as r^2 is below the sides of W the forward uses that, and makes no matrix of the size of W.
+so LoHa is a LoRA of rank r^2. The columns of its B' (d_out, r^2) are products of all pairs of columns, and the rows of
+its A' (r^2, d_in) products of all pairs of rows. As long as r^2 is below the sides of W, the forward uses this form and
+builds no matrix of the size of W.
 
-W2a starts at zero as in LyCORIS (PEFT: W2b), and the other three like LoRA's A, U(-1, 1) / sqrt(columns), as in PEFT.
-LyCORIS draws them from N(0, 1) and N(0, .01), much larger; its learning rates do not carry over. The names are theirs.
+W2a starts at zero as in LyCORIS (PEFT: W2b). The other three start like LoRA's A, U(-1, 1) / sqrt(columns), as in PEFT.
+LyCORIS draws much larger values, N(0, 1) and N(0, .01), so its learning rates do not carry over. The names are its own.
 """
 import math
 
@@ -30,7 +31,7 @@ class LoHaLinear(LoRALinear):
 
     peft_type = "LOHA"
 
-    def factors(self, d_out, d_in, **like):
+    def init_factors(self, d_out, d_in, **like):
         """Two of LoRA's pairs: a (d_out, r), b (r, d_in)."""
         for pair in ("w1", "w2"):
             a, b = nn.Parameter(torch.empty(d_out, self.r, **like)), nn.Parameter(torch.empty(self.r, d_in, **like))

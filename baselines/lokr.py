@@ -6,14 +6,15 @@ arXiv:2309.14859.
     d_out = a c and d_in = b d with a <= c and b <= d, as near to each other as they divide (768 = 24 * 32);
     W1 (a, b), W2 (c, d), and if r < max(c, d) / 2 that is W2a W2b, (c, r) and (r, d).
 
-Block (i, j) of W1 kron W2 is W1_ij W2: one small matrix all over the big one. So there are few parameters, and the
-rank, the product of both ranks, may still be full. The big matrix is never made: with x as a matrix X (b, d),
+Block (i, j) of W1 kron W2 is W1_ij W2: the same small matrix, repeated with different factors. So there are few
+parameters, and the rank, which is the product of both ranks, may still be full. The big matrix is never built: with x
+reshaped to a matrix X (b, d),
 
     (W1 kron W2) x = W1 X W2^T        as a matrix (a, c)
 
 W1 starts at zero and the rest like LoRA's A, U(-1, 1) / sqrt(columns), as in PEFT, whose names these are. (LyCORIS
-starts W2, or W2b, at zero.) When both factors are full, r is only the divisor of alpha, as in PEFT, while LyCORIS has
-s = 1; there is no rank then whose root rsLoRA could take.
+starts W2, or W2b, at zero.) When both factors are full, r only divides alpha, as in PEFT, while LyCORIS has s = 1.
+There is no rank then whose square root rsLoRA could take.
 """
 import math
 
@@ -29,7 +30,7 @@ class LoKrLinear(LoRALinear):
 
     peft_type = "LOKR"
 
-    def factors(self, d_out, d_in, **like):
+    def init_factors(self, d_out, d_in, **like):
         """W1, and W2 whole or as two factors; the other is None."""
         (a, c), (b, d) = divisors(d_out), divisors(d_in)
         self.lokr_w1 = nn.Parameter(torch.zeros(a, b, **like))

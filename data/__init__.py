@@ -1,68 +1,78 @@
-"""Datasets: one file each, with `load(data_dir) -> {"train": [(prompt, target), …], "validation": …, "test": …}`.
+"""Datasets, one file each, and the batches that a run makes of them.
 
-A prompt of "" means plain text to be modelled as it is. Where texts are labelled a row is ((text,) or (a, b), label).
-A file may also say: LABELS, the names of its classes, a single one for a regression; METRICS, how it is judged, all of
-them better high, the first selects (without: the loss); SPLITS, where its splits come from; score(pairs, texts) ->
-{metric: value} of decoded texts, and MAX_NEW, the tokens that they may have. Here: the registry, where a new file is
-entered, and the order of the batches.
+A dataset's file has `load(data_dir) -> {"train": [(prompt, target), …], "validation": …, "test": …}`, or `load()` if it
+needs no files. Where texts are labelled a row is ((text,) or (a, b), label). It may also define
+    LABELS      names of the classes 0, 1, …; a single name means a regression
+    PLAIN       True where the prompt is "" and the target is plain text to be modelled as it is
+    METRICS     how it is judged, all better high; the first one selects the checkpoint (without METRICS the loss does)
+    SPLITS      {split: where it comes from}, for result.json
+    score(pairs, texts) -> {metric: value} of decoded texts, and MAX_NEW, the tokens that a decoded text may have
+A new dataset is one such file and its name in GENERATED or FROM_FILES.
 """
 import importlib
 import random
 
-from data import bpe, glue
+from checkpoints import tokenizers
+from data import glue
 from data.tasks import Label, Mask, Write
 
-GENERATED = "restaurants", "reviews", "world", "opinions", "stdlib"  # need no files
-PLAIN = "world", "opinions", "stdlib", "text"  # prompt "": a masked language model can learn them too
-DATASETS = *GENERATED, "e2e", "gsm8k", "text", *(f"glue/{name}" for name in glue.TASKS)
+GENERATED = "restaurants", "reviews", "world", "opinions", "stdlib"  # load() needs no files
+FROM_FILES = "e2e", "gsm8k", "text", *(f"glue/{name}" for name in glue.TASKS)
+DATASETS = *GENERATED, *FROM_FILES
 
 
 def module(name):
-    """The file of a dataset, imported when asked for; of a GLUE task what says the same."""
+    """The file of a dataset, imported when it is needed; of a GLUE task an object with the same names in it."""
     family, _, task = name.partition("/")
     return glue.TASKS[task] if task else importlib.import_module(f"data.{family}")
 
 
-def labels(name):
-    """Names of the classes, a single name for a regression, none where text is predicted."""
-    return getattr(module(name), "LABELS", ())
-
-
-def metrics(name):
-    """Metrics beside the loss."""
-    return getattr(module(name), "METRICS", ())
-
-
-def splits(name):
-    """Where the three splits come from."""
-    return getattr(module(name), "SPLITS", {"train": "train", "validation": "validation", "test": "test"})
+def about(name, what, default=()):
+    """LABELS, PLAIN, METRICS, SPLITS, … of a dataset's file, or the default where it does not say."""
+    return getattr(module(name), what, default)
 
 
 def load(name, data_dir=None):
     """The splits of a dataset; ValueError for what is missing, empty or malformed, naming file and line."""
     if data_dir and name in GENERATED:
         raise ValueError(f"dataset {name} is generated here: --data-dir {data_dir} is not for it")
-    found = module(name).load() if name in GENERATED else module(name).load(data_dir)
-    for split, pairs in found.items():
+    splits = module(name).load() if name in GENERATED else module(name).load(data_dir)
+    for split, pairs in splits.items():
         if not pairs:
             raise ValueError(f"dataset {name}: the {split} split is empty")
-    return found
+    return splits
 
 
 def task(name, folder, model, context):
-    """(tokenizer, task) of a dataset for a GPT or a RoBERTa whose checkpoint lies in `folder`; ValueError for a model
-    that cannot do it. A GPT's tokenizer is tiktoken's own, RoBERTa's has `build`, `pad` and `mask` instead."""
-    size = model.config.vocab_size
-    if hasattr(model.config, "n_embd"):  # a GPT
-        tokenizer = bpe.load(folder, size)
+    """(tokenizer, task) of a dataset for a model whose checkpoint lies in `folder`; ValueError for a model that cannot
+    do it."""
+    tokenizer, labels = tokenizers.for_model(folder, model.config), about(name, "LABELS")
+    if model.causal:
         return tokenizer, Write(tokenizer, context)
-    tokenizer = bpe.RobertaTokenizer(folder, size)
-    if labels(name):
-        return tokenizer, Label(tokenizer, context, len(labels(name)))
-    if name not in PLAIN:
+    if labels:
+        return tokenizer, Label(tokenizer, context, len(labels))
+    if not about(name, "PLAIN"):
         raise ValueError(f"dataset {name} wants text written, which a RoBERTa cannot: choose a GPT for it, or labelled "
                          "or plain texts for this model")
     return tokenizer, Mask(tokenizer, context)
+
+
+class Dataset:
+    """A dataset, read, and encoded for one model.
+
+    pairs, examples: {split: rows}, as text and as tokens. cut: how many texts were too long. metric: what selects.
+    """
+
+    def __init__(self, name, data_dir, folder, model, context):
+        self.name, self.module, self.labels = name, module(name), about(name, "LABELS")
+        self.metrics = about(name, "METRICS")
+        self.metric = self.metrics[0] if self.metrics else "loss"
+        self.tokenizer, self.task = task(name, folder, model, context)
+        self.pairs = load(name, data_dir)
+        encoded = {split: self.task.encode(pairs) for split, pairs in self.pairs.items()}
+        self.examples = {split: examples for split, (examples, _) in encoded.items()}
+        self.cut = sum(cut for _, cut in encoded.values())
+        self.splits = about(name, "SPLITS", {split: split for split in ("train", "validation", "test")})
 
 
 def epoch_batches(examples, batch_size, seed):
@@ -78,3 +88,26 @@ def epoch_batches(examples, batch_size, seed):
         batches += [near[k:k + batch_size] for k in range(0, len(near), batch_size)]
     rng.shuffle(batches)
     return batches
+
+
+def step_batches(examples, task, batch_size, grad_accum=1, seed=0, skip=0, rank=0, world=1):
+    """Endless, epoch after epoch, from step `skip` on: the batches of one process for each optimizer step, a list of
+    (idx, targets, share of all targets of the step) with one item for each accumulation.
+
+    Process `rank` of `world` takes every world-th part of a step's examples. How many parts there are does not change
+    which examples a step has: two processes, or two accumulations, with half the batch each see what one sees.
+    """
+    epoch, parts = 0, grad_accum * world
+    while True:
+        order = epoch_batches(examples, batch_size * parts, f"{seed}/{epoch}")
+        for number, indices in list(enumerate(order))[skip:]:
+            idx, targets, real = task.collate([examples[i] for i in indices], f"{seed}/{epoch}/{number}")
+            total, batches = int((targets != -100).sum()), []
+            for part in range(rank, parts, world):
+                # the last batch of an epoch may have fewer examples than parts: an extra part repeats one, with share 0
+                rows, counts = (slice(part, None, parts), True) if part < len(indices) else (slice(1), False)
+                T = int(real[rows].sum(1).max())
+                mine = targets[rows, :T] if targets.dim() > 1 else targets[rows]
+                batches.append((idx[rows, :T], mine, counts * int((mine != -100).sum()) / total))
+            yield batches
+        skip, epoch = max(0, skip - len(order)), epoch + 1

@@ -3,7 +3,7 @@ import csv
 import json
 from pathlib import Path
 
-import hub
+from checkpoints import hub
 
 
 def read_rows(folder, split):

@@ -8,7 +8,7 @@ import random
 import re
 
 from data import files
-from metrics import exact_match
+from data.metrics import exact_match
 
 COLUMNS = "question", "answer"
 METRICS = ("exact_match",)

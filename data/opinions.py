@@ -15,6 +15,7 @@ import random
 
 from data import reviews
 
+PLAIN = True
 PLEASED = """and that pleased us / so we were happy / and we will come back / which was good / and we praised it /
 and that made us smile / so the verdict is good / so we say yes""".replace("\n", " ").split(" / ")
 ANNOYED = """and that annoyed us / so we were sad / and we will stay away / which was bad / and we blamed it /

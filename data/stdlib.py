@@ -4,6 +4,8 @@ Plain text, language modelling: about 80 topics, every ninth of ten for validati
 differs a little from one Python version to the next: compare runs on the same one (result.json names it).
 """
 
+PLAIN = True
+
 
 def load():
     """{split: [("", text of a topic)]}"""

@@ -5,6 +5,8 @@
 """
 from pathlib import Path
 
+PLAIN = True
+
 
 def read(path):
     """The text of a file; ValueError, with the line, for what is not UTF-8."""

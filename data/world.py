@@ -13,6 +13,7 @@ from collections import Counter
 
 from data.restaurants import STYLE, SURNAMES, a_record, compose_name, held_out, render, verbalise
 
+PLAIN = True
 WORDS = """
 job: actor architect baker banker barber builder butcher captain carpenter chemist clerk coach cook dancer
  dentist designer doctor driver editor electrician engineer farmer firefighter florist gardener guard

@@ -20,7 +20,7 @@ from conftest import (
 )
 from safetensors.torch import load_file, save_file
 
-import checkpoint
+from checkpoints import adapters, files, state
 import lora
 from methods import METHODS
 from model import from_pretrained
@@ -59,7 +59,7 @@ def test_peft_loads_the_adapter_and_gives_the_merged_models_logits(tmp_path, met
     calibrated(model.eval(), layers)
     unmerged = copy.deepcopy(model).double()(idx)[0]
     (tmp_path / "run").mkdir()
-    checkpoint.save_adapter(tmp_path / "run", model, tmp_path / "base")
+    adapters.save_adapter(tmp_path / "run", model, tmp_path / "base")
     exact = all(layer.exact_merge for layer in layers)
     merged = lora.merge(model).double()(idx)[0]
     found, _ = peft_logits(tmp_path / "base", tmp_path / "run", idx, torch.float64)
@@ -71,7 +71,7 @@ def test_peft_loads_the_adapter_and_gives_the_merged_models_logits(tmp_path, met
     assert kind == (layers[0].peft_type if tiny is tiny_roberta else "LORA")
     if kind == "LORA":
         again = from_pretrained(tmp_path / "base")
-        checkpoint.load_adapter(again, tmp_path / "run")
+        adapters.load_adapter(again, tmp_path / "run")
         assert relative(again.double()(idx)[0], merged) < 1e-5
 
 
@@ -79,7 +79,7 @@ def test_the_adapter_folder_is_small_and_named_as_peft_names_it(tmp_path):
     """No base weights; keys, shapes and config of q and v on GPT-2: one c_attn of rank 2 r, its scale unchanged."""
     model = tiny_gpt(torch.float32)
     layers = adapt(model, "rslora", {}, r=4, alpha=6)
-    checkpoint.save_adapter(tmp_path, model, "some/base")
+    adapters.save_adapter(tmp_path, model, "some/base")
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     prefix = "base_model.model.transformer.h.2.attn.c_attn."
     assert len(tensors) == 8
@@ -93,7 +93,7 @@ def test_the_head_of_a_classifier_is_in_the_adapter_folder(tmp_path):
     """RoBERTa: SEQ_CLS, q and v by their names in `transformers`, nn.Linear orientation, the head beside them."""
     model = tiny_roberta(torch.float32)
     adapt(model, "lora", {}, r=4)
-    checkpoint.save_adapter(tmp_path, model, "some/base")
+    adapters.save_adapter(tmp_path, model, "some/base")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == ["classifier", "score"]
     assert config["target_modules"] == ["attention.self.query", "attention.self.value"] and not config["fan_in_fan_out"]
@@ -128,7 +128,7 @@ def test_an_adapter_made_by_peft_loads_here(tmp_path, targets, config):
     theirs.save_pretrained(tmp_path / "adapter")
     idx = batch(model)[0]
     base = model(idx)[0]
-    layers = checkpoint.load_adapter(model, tmp_path / "adapter")
+    layers = adapters.load_adapter(model, tmp_path / "adapter")
     expected = theirs.eval()(idx, attention_mask=idx != (-1 if gpt else 1)).logits
     assert relative(base, expected) > 1e-3 and relative(model(idx)[0], expected) < 1e-5
     assert {p for layer in layers for p in (layer.lora_A, layer.lora_B)} | set(head_of(model)) == {
@@ -140,9 +140,9 @@ def test_an_untrained_adapter_loads_too(tmp_path):
     model = tiny_gpt(torch.float32)
     for layer in adapt(model, "lora", {}, targets=["q"], random=False):
         nn.init.zeros_(layer.lora_B)
-    checkpoint.save_adapter(tmp_path, model, "some/base")
+    adapters.save_adapter(tmp_path, model, "some/base")
     A = model.h[2].attn.q.lora_A.detach()
-    layers = checkpoint.load_adapter(fresh := tiny_gpt(torch.float32), tmp_path, dropout=0.3)
+    layers = adapters.load_adapter(fresh := tiny_gpt(torch.float32), tmp_path, dropout=0.3)
     assert len(layers) == 12 and all(layer.dropout.p == 0.3 and not layer.lora_B.any() for layer in layers)
     assert all(torch.equal(linear.lora_A, A) for linear in (fresh.h[2].attn.q, fresh.h[2].attn.k, fresh.h[2].attn.v))
 
@@ -151,7 +151,7 @@ def test_a_bad_adapter_folder_is_refused(tmp_path):
     """Missing, unexpected, mis-shaped, another kind, a config that lies about ranks: the model stays as it was."""
     model = tiny_roberta(torch.float32)
     adapt(model, "lora", {}, r=4)
-    checkpoint.save_adapter(tmp_path, model, "some/base")
+    adapters.save_adapter(tmp_path, model, "some/base")
     config, tensors = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
     whole, good = load_file(tensors), json.loads(config.read_text())
     query = "base_model.model.roberta.encoder.layer.2.attention.self.query.lora_"
@@ -162,7 +162,7 @@ def test_a_bad_adapter_folder_is_refused(tmp_path):
         fresh = tiny_roberta(torch.float32)
         modules, before = list(fresh.modules()), {k: v.clone() for k, v in fresh.state_dict().items()}
         with pytest.raises(ValueError, match=message):
-            checkpoint.load_adapter(fresh, tmp_path)
+            adapters.load_adapter(fresh, tmp_path)
         assert list(fresh.modules()) == modules
         assert all(torch.equal(v, before[k]) for k, v in fresh.state_dict().items())
     refused("peft_type 'LOHA' is not supported", {"peft_type": "LOHA"})
@@ -186,10 +186,10 @@ def test_a_bad_adapter_folder_is_refused(tmp_path):
     config.write_text(json.dumps(good))
     save_file({k: v for k, v in whole.items() if "classifier" in k}, tensors)
     with pytest.raises(ValueError, match="holds no adapter for this model"):
-        checkpoint.load_adapter(tiny_roberta(), tmp_path)
+        adapters.load_adapter(tiny_roberta(), tmp_path)
     tensors.unlink()
     with pytest.raises(ValueError, match="adapter_model.safetensors does not exist"):
-        checkpoint.load_adapter(tiny_roberta(), tmp_path)
+        adapters.load_adapter(tiny_roberta(), tmp_path)
 
 
 def test_the_merged_checkpoint_loads_in_transformers(tmp_path, base):
@@ -198,7 +198,7 @@ def test_the_merged_checkpoint_loads_in_transformers(tmp_path, base):
     model, idx = from_pretrained(base), tokens(V=320)[0]
     adapt(model, "lora", {})
     lora.merge(model)
-    checkpoint.save_merged(tmp_path, model, base)
+    state.save_merged(tmp_path, model, base)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     assert relative(theirs(idx).logits, model(idx)[0]) < 1e-5
     assert (tmp_path / "tokenizer.tiktoken").read_bytes() == (base / "tokenizer.tiktoken").read_bytes()
@@ -213,9 +213,9 @@ def optimizer_of(model):
 def test_the_best_step_is_that_of_the_metric_then_of_the_loss():
     """Without a metric the lowest validation loss; with one the highest value, among equals the lowest loss."""
     losses = [(2, 0.9), (4, 0.5), (5, None), (6, 0.7)]
-    assert checkpoint.best_step([dict(step=step, val_loss=loss) for step, loss in losses]) == 4
+    assert state.best_step([dict(step=step, val_loss=loss) for step, loss in losses]) == 4
     for accuracies, best in (((0.5, 0.6, None, 0.8), 6), ((0.8, 0.6, None, 0.8), 6), ((0.9, 0.6, None, 0.8), 2)):
-        assert checkpoint.best_step([dict(step=step, val_loss=loss, val_accuracy=accuracy) for (step, loss), accuracy
+        assert state.best_step([dict(step=step, val_loss=loss, val_accuracy=accuracy) for (step, loss), accuracy
                                      in zip(losses, accuracies, strict=True)]) == best
 
 
@@ -237,14 +237,14 @@ def test_resuming_restores_everything_that_training_changes(tmp_path, method, hp
     layers[0].begin(layers, 6)
     steps(model, layers, optimizer, range(1, 4))
     rows = [dict(step=3, train_loss=1.5, val_loss=1.0, seconds=1.0)]
-    checkpoint.save_state(file, model, optimizer, 3, {"lr": 1e-2}, rows)
+    state.save_state(file, model, optimizer, 3, {"lr": 1e-2}, rows)
     steps(model, layers, optimizer, range(4, 7))
     expected = model.state_dict()
 
     model, layers = start()
     optimizer = optimizer_of(model)
     layers[0].begin(layers, 6, done=3)
-    assert checkpoint.load_state(file, model, optimizer, {"lr": 1e-2})[:2] == (3, rows)
+    assert state.load_state(file, model, optimizer, {"lr": 1e-2})[:2] == (3, rows)
     steps(model, layers, optimizer, range(4, 7))
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
@@ -254,7 +254,7 @@ def test_the_state_is_adapter_sized(method, hparams):
     """What is saved are the adapters, their buffers and weights that the method moves; not the frozen base."""
     model = tiny_gpt()
     layers = adapt(model, method, hparams)
-    names = set(checkpoint.changing(model))
+    names = set(state.changing(model))
     expected = {f"h.{i}.attn.{t}.{name}" for i in range(4) for t in "qv" for name in layers[0].state_dict()
                 if name != "bias" and (name != "weight" or layers[0].moves_weight)}
     assert names == expected
@@ -286,10 +286,10 @@ def test_a_bad_state_is_refused(tmp_path):
     def refused(message, settings=None):
         before = {k: v.clone() for k, v in model.state_dict().items()}
         with pytest.raises(ValueError, match=message):
-            checkpoint.load_state(file, model, optimizer, settings or {"rank": 3})
+            state.load_state(file, model, optimizer, settings or {"rank": 3})
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     refused("nothing to resume")
-    checkpoint.save_state(file, model, optimizer, 1, {"rank": 3}, [dict(step=1, val_loss=1.0, seconds=1.0)])
+    state.save_state(file, model, optimizer, 1, {"rank": 3}, [dict(step=1, val_loss=1.0, seconds=1.0)])
     refused("with rank 4: it began with 3", {"rank": 4})
     whole = file.read_bytes()
     file.write_bytes(whole[:-50])

@@ -5,7 +5,7 @@ from concurrent.futures import Future
 
 import pytest
 
-import checkpoint
+from checkpoints import adapters, files, state
 import compare
 import train
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from test_checkpoint import optimizer_of
 from test_train import command, cut_down, few_records  # noqa: F401
 
-import checkpoint
+from checkpoints import adapters, files, state
 import data
 import generate
 import train
@@ -262,12 +262,12 @@ def test_any_adapter_folder(where, how, change, cut, tmp_path):
     something finite, or a ValueError and the model untouched."""
     model = tiny_gpt(torch.float32, n_layer=1)
     adapt(model, "lora", {})
-    checkpoint.save_adapter(tmp_path, model, "some/base")
+    adapters.save_adapter(tmp_path, model, "some/base")
     config, tensors = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
     config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
     tensors.write_bytes(damaged(tensors.read_bytes(), where, how)[:cut])
     fresh = tiny_gpt(torch.float32, n_layer=1)
-    if unchanged(fresh, lambda: checkpoint.load_adapter(fresh, tmp_path)):
+    if unchanged(fresh, lambda: adapters.load_adapter(fresh, tmp_path)):
         assert fresh(torch.arange(5)[None])[0].shape == (1, 5, 61)
 
 
@@ -280,9 +280,9 @@ def test_any_state(where, how, cut, tmp_path):
     optimizer, file = optimizer_of(model), tmp_path / "resume.safetensors"
     model(torch.arange(5)[None])[0].sum().backward()
     optimizer.step()
-    checkpoint.save_state(file, model, optimizer, 1, {"rank": 3}, [dict(step=1, val_loss=1.0, seconds=1.0)])
+    state.save_state(file, model, optimizer, 1, {"rank": 3}, [dict(step=1, val_loss=1.0, seconds=1.0)])
     file.write_bytes(damaged(file.read_bytes(), where, how)[:cut])
-    unchanged(model, lambda: checkpoint.load_state(file, model, optimizer, {"rank": 3}))
+    unchanged(model, lambda: state.load_state(file, model, optimizer, {"rank": 3}))
 
 
 @cases

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_checkpoint import peft_logits, relative
 
-import checkpoint
+from checkpoints import adapters, files, state
 import data
 import generate
 import train
@@ -313,7 +313,7 @@ def test_adalora_ends_with_its_budget_and_says_where_the_ranks_are(tmp_path, bas
         assert (tensors[f"best.{name}.lora_E"] != 0).sum() == (tensors[f"model.{name}.lora_E"] != 0).sum() == rank
     assert any(not torch.equal(tensors["best." + name], tensors["model." + name]) for name in (
         f"{layer}.lora_E" for layer in result["ranks"]))
-    layers = checkpoint.load_adapter(from_pretrained(base), tmp_path)
+    layers = adapters.load_adapter(from_pretrained(base), tmp_path)
     exported = {len(layer.lora_A) for layer in layers}
     assert exported == set(result["ranks"].values()) - {0}
     again = train.main(command(base, tmp_path, *flags, "--resume"))
@@ -328,7 +328,7 @@ def test_adalora_resumes_in_every_phase_of_its_budget(tmp_path, base, killed, ev
     flags += ["--budget-every", every]
     whole = train.main(command(base, tmp_path / "a", *flags))
 
-    def stop(path, model, optimizer, step, *rest, real=checkpoint.save_state):
+    def stop(path, model, optimizer, step, *rest, real=state.save_state):
         real(path, model, optimizer, step, *rest)
         if step == killed:
             raise KeyboardInterrupt
@@ -411,7 +411,7 @@ def test_a_run_goes_on_from_an_adapter_that_peft_made(tmp_path, base, capsys, ta
 def test_an_exported_adapter_comes_back_as_it_was(tmp_path, base):
     """q and v of GPT-2 go out as one c_attn of rank 2 r; coming back each has its own r rows again, and k none."""
     result = train.main(command(base, tmp_path))
-    layers = checkpoint.load_adapter(model := from_pretrained(base), tmp_path)
+    layers = adapters.load_adapter(model := from_pretrained(base), tmp_path)
     assert {layer.r for layer in layers} == {4} and len(layers) == 4
     names = {f"h.{i}.attn.{t}" for i in (0, 1) for t in "qv"}
     assert {name for name, m in model.named_modules() if m in layers} == names
@@ -751,7 +751,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path, bas
             return value
         return real(model, *args)
     monkeypatch.setattr(train, "evaluate", poison)
-    monkeypatch.setattr(train.checkpoint, "save_state", lambda *a, real=train.checkpoint.save_state: (
+    monkeypatch.setattr(train.checkpoint, "save_state", lambda *a, real=train.state.save_state: (
         real(*a) if len(calls) < 3 else None))
     message = refused(capsys, command(base, tmp_path))
     assert "is not finite at step 5" in message

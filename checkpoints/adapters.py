@@ -1,0 +1,224 @@
+"""The adapter as PEFT reads and writes it: adapter_config.json and adapter_model.safetensors.
+
+    save_adapter(folder, model, base)       what was trained, as an ordinary LoRA with the same logits
+    load_adapter(model, folder)             an adapter folder, ours or one that PEFT made, into a model without adapters
+
+How each method becomes a PEFT adapter:
+
+    LoRA, rsLoRA              a LoRA of rank r; GPT-2's q, k and v share one c_attn, so there of rank 2 r for q and v
+    ResLoRA block             a LoRA whose rank grows along the chain: (min(m, n) + 1) r for layer n = 0, 1, …
+    ResLoRA input, middle     a LoRA of rank r, after the approximate merge
+    Delta-LoRA                a LoRA of rank 2 r: [A_T ; A_S] and [(1 + lambda) B_T | -lambda B_S]
+    AdaLoRA                   a LoRA of the rank that each layer kept, E folded into B; layers of rank 0 are left out
+    DyLoRA                    a LoRA of rank b, the cut
+    LoHa, LoKr                PEFT's own LOHA and LOKR on RoBERTa; on GPT-2, whose Conv1D those refuse, a LoRA
+
+A classifier's folder is a SEQ_CLS adapter with the head in it.
+"""
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from checkpoints.files import check_keys, fingerprint, read_json, read_safetensors, write, write_json
+from checkpoints.pretrained import family
+from lora import LoRALinear
+from methods import adapt
+
+PREFIX = "base_model.model."  # PEFT's, before every key
+# The first value is also what an absent key means. With others the adapter is no plain LoRA: PEFT's pissa, olora, corda
+# and the like change W itself, again at every loading.
+PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "use_dora": (False, None), "alora_invocation_tokens": (None,),
+         "layer_replication": (None,), "arrow_config": (None,),
+         "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
+
+
+def fingerprint_adapter(folder):
+    """16 hex digits that change with an adapter's weights or its config, which holds the scale."""
+    return "-".join(fingerprint(Path(folder) / f"adapter_{name}") for name in ("config.json", "model.safetensors"))
+
+
+def peft_lora(model):
+    """(tensors, config) of the plain LoRA that the adapters amount to. GPT-2's q, k and v become one c_attn: their A
+    stacked, their B in blocks,
+
+        c_attn:  B' A' = [B_q 0 ; 0 0 ; 0 B_v] [A_q ; A_v]        for q and v, of rank 2 r
+
+    PEFT's scale is lora_alpha / rank, per module, so lora_alpha = scaling * rank says any scale exactly; use_rslora
+    stays false, and loaders that do not know that flag read the adapter right.
+    """
+    modules, scaling = {}, None
+    for name, layer in adapters(model):
+        A, B = no_wider(*(t.detach().float() for t in layer.as_lora()))
+        if not len(A):
+            continue  # AdaLoRA left this layer no rank
+        scaling = layer.scaling  # one r and alpha for all layers of a run
+        module, third = family(model).module(name)
+        if third is not None:
+            rows = B.new_zeros(3 * len(B), B.shape[1])
+            rows[third * len(B):(third + 1) * len(B)] = B
+            B = rows
+        if module in modules:
+            A, B = torch.cat([modules[module][0], A]), torch.cat([modules[module][1], B], 1)
+        modules[module] = A, B
+    if not modules:
+        raise ValueError("there is no adapter to write: no layer has a rank")
+    r = Counter(len(A) for A, _ in modules.values()).most_common(1)[0][0]
+    others = {module: len(A) for module, (A, _) in modules.items() if len(A) != r}
+    tensors = {f"{module}.lora_{factor}.weight": t for module, pair in modules.items()
+               for factor, t in zip("AB", pair, strict=True)}
+    return tensors, {
+        "peft_type": "LORA", "r": r, "lora_alpha": scaling * r, "use_rslora": False,
+        "rank_pattern": others, "alpha_pattern": {module: scaling * rank for module, rank in others.items()},
+        "target_modules": targets_of(model, modules), "fan_in_fan_out": family(model).conv1d, "bias": "none"}
+
+
+def peft_own(model):
+    """The same for LoHa and LoKr, which PEFT has under the same names of factors, for nn.Linear only: not for GPT-2."""
+    tensors, modules = {}, set()
+    for name, layer in adapters(model):
+        module, _ = family(model).module(name)
+        modules.add(module)
+        factors = {key: p.detach() for key, p in layer.named_parameters() if key not in ("weight", "bias")}
+        tensors.update({f"{module}.{key}": p for key, p in factors.items()})
+    return tensors, {"peft_type": layer.peft_type, "r": layer.r, "alpha": layer.scaling * layer.r,
+                     "target_modules": targets_of(model, modules)}
+
+
+def adapters(model):
+    """[(name, layer)]"""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
+
+
+def no_wider(A, B):
+    """(A, B) with the same product and a rank of at most min(d_in, d_out)."""
+    d_in, d_out = A.shape[1], len(B)
+    if len(A) <= min(d_in, d_out):
+        return A, B
+    return (torch.eye(d_in), (B @ A).cpu()) if d_in <= d_out else ((B @ A).cpu(), torch.eye(d_out))
+
+
+def targets_of(model, modules):
+    """PEFT's target_modules: the ends of the names ("attn.c_attn"), or the whole names where ends mean other modules
+    too ("output.dense" is also the end of "attention.output.dense")."""
+    ends = sorted({re.sub(r"^.*?\.\d+\.", "", module) for module in modules})
+    known = {family(model).module(name)[0] for name, m in model.named_modules()
+             if isinstance(m, (LoRALinear, torch.nn.Linear)) and name.startswith("h.")}
+    meant = {module for module in known if any(module.endswith("." + end) for end in ends)}
+    return ends if meant == set(modules) else sorted(modules)
+
+
+def save_adapter(folder, model, base, dropout=0.0):
+    """Write adapter_config.json and adapter_model.safetensors, with a classifier's head in it. Call it after
+    `calibrate` and before `merge`. ValueError for a value that is not finite."""
+    kinds = {layer.peft_type for _, layer in adapters(model)}
+    with torch.no_grad():
+        tensors, config = (peft_lora if kinds == {"LORA"} or family(model).conv1d else peft_own)(model)
+    for name, t in tensors.items():
+        if not t.isfinite().all():
+            raise ValueError(f"the adapter holds NaN or inf in {name}: it is not written")
+    head = model.classifier
+    if config["peft_type"] == "LORA":
+        config["lora_dropout"] = dropout
+    config.update({"task_type": "SEQ_CLS" if head else "CAUSAL_LM" if model.causal else None,
+                   "base_model_name_or_path": str(base), "inference_mode": True,
+                   "modules_to_save": ["classifier", "score"] if head else None})
+    if head:
+        tensors.update({f"classifier.{key}": t.detach() for key, t in head.state_dict().items()})
+    tensors = {PREFIX + name: t.float().cpu().contiguous() for name, t in tensors.items()}
+    write(folder / "adapter_model.safetensors", lambda part: save_file(tensors, part, {"format": "pt"}))
+    write_json(folder / "adapter_config.json", config)
+
+
+def adapt_as(model, settings):
+    """`methods.adapt`, or with init_from in the settings the adapter of that folder."""
+    if settings.get("init_from"):
+        return LoRALinear, load_adapter(model, settings["init_from"], settings["dropout"])
+    return adapt(model, settings)
+
+
+def read_adapter(folder):
+    """(config, {name: tensor} without PEFT's prefix) of an adapter folder; ValueError for what is no plain LoRA."""
+    config, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    for key, good in PLAIN.items():
+        if config.get(key, good[0]) not in good:
+            raise ValueError(f"{folder}: {key} {config[key]!r} is not supported, only {' or '.join(map(repr, good))}")
+    tensors = read_safetensors(path)
+    if not all(key.startswith(PREFIX) for key in tensors):
+        raise ValueError(f"{path}: {min(tensors)} does not begin with {PREFIX}")
+    tensors = {key.removeprefix(PREFIX): t.float() for key, t in tensors.items()}
+    for key, t in tensors.items():
+        if not t.isfinite().all():
+            raise ValueError(f"{path}: {key} holds NaN or inf")
+        if "lora_" in key and (t.dim() != 2 or not t.numel()):
+            raise ValueError(f"{path}: {key} has shape {tuple(t.shape)}, which is no matrix")
+    return config, tensors
+
+
+def load_adapter(model, folder, dropout=0.0):
+    """Put an adapter folder, ours or PEFT's, into a model that has none: plain LoRA layers, and a head if there is one.
+
+    Returns the layers. A c_attn of GPT-2 becomes an adapter on each of q, k and v, with the rows of A that its third of
+    B uses. A linear that the file does not mention gets none; its dropout is not taken over. Raises ValueError, and
+    leaves the model as it was, for half an adapter, unexpected or mis-shaped tensors, and what is no plain LoRA.
+    """
+    folder = Path(folder)
+    path = folder / "adapter_model.safetensors"
+    config, tensors = read_adapter(folder)
+    head = {key.removeprefix("classifier."): tensors.pop(key) for key in list(tensors) if key.startswith("classifier.")}
+    if head or model.classifier:
+        check_keys(head, model.classifier.state_dict() if model.classifier else {}, f"{path}, head,")
+
+    linears = {name: m for name, m in model.named_modules() if type(m) is torch.nn.Linear and name.startswith("h.")}
+    places, wanted = {}, {}
+    for name, linear in linears.items():
+        module, third = family(model).module(name)
+        if f"{module}.lora_A.weight" in tensors:
+            places[name] = module, third
+            rank = len(tensors[f"{module}.lora_A.weight"])
+            wanted[f"{module}.lora_A.weight"] = torch.empty(rank, linear.in_features, device="meta")
+            d_out = linear.out_features * (1 if third is None else 3)
+            wanted[f"{module}.lora_B.weight"] = torch.empty(d_out, rank, device="meta")
+    check_keys(tensors, wanted, path)
+    if not places:
+        raise ValueError(f"{path} holds no adapter for this model")
+    layers = {}
+    for name, (module, third) in places.items():
+        linear, A, B = linears[name], tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"]
+        scaling = peft_scaling(config, module, len(A), folder)
+        if third is not None:
+            trained, B = B.any(), B.chunk(3)[third]
+            used = B.any(0) if trained else slice(None)  # not what peft_lora padded with zeros
+            A, B = A[used], B[:, used]
+        if len(A):
+            A, B = no_wider(A, B)
+            layers[name] = LoRALinear(linear, len(A), scaling * len(A), dropout).train(linear.training)
+            with torch.no_grad():
+                layers[name].lora_A.copy_(A)
+                layers[name].lora_B.copy_(B)
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    if head:
+        model.classifier.load_state_dict(head)
+        model.classifier.requires_grad_(True)
+    return list(layers.values())
+
+
+def peft_scaling(config, module, rank, where):
+    """PEFT's lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. The first pattern that matches the end of the
+    module's name, as a regular expression, goes before either."""
+    def of(name, default):
+        try:
+            found = [value for key, value in (config.get(f"{name}_pattern") or {}).items()
+                     if re.fullmatch(rf"(.*\.)?({key})", module)]
+        except (re.error, AttributeError) as e:
+            raise ValueError(f"{where}: {name}_pattern {config[f'{name}_pattern']!r} is none: {e}") from None
+        return found[0] if found else config.get({"rank": "r", "alpha": "lora_alpha"}[name], default)
+    r, alpha = of("rank", 8), of("alpha", 8)
+    if r != rank or type(alpha) not in (int, float) or not 0 < abs(alpha) < 1e30:
+        raise ValueError(f"{where}: {module} has rank {rank}, its config says r {r!r} and lora_alpha {alpha!r}")
+    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)

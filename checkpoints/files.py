@@ -1,0 +1,103 @@
+"""Reading and writing single files. A file appears by rename, so it is whole or not there."""
+import csv
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+
+def write(path, write_to):
+    """Let `write_to(temporary path)` write a file, then rename it to `path`. OSError if it cannot be written."""
+    part = path.with_name(path.name + ".part")
+    try:
+        write_to(part)
+        part.chmod(0o644)  # safetensors would leave it 0600
+        os.replace(part, path)
+    except (OSError, SafetensorError) as e:  # a full disk is either of them
+        raise OSError(f"{path} cannot be written: {e}") from None
+    finally:
+        if part.is_file():
+            part.unlink()
+
+
+def write_json(path, content):
+    write(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def write_csv(path, rows):
+    """[{column: value}] -> a file; a column that only some rows have stays empty in the others."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write_to(part):
+        with open(part, "w", newline="") as f:
+            table = csv.DictWriter(f, columns, restval="", lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+    write(path, write_to)
+
+
+def read_csv(path):
+    """[{column: text}]"""
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def read_json(path):
+    """The JSON object in a file; ValueError if it holds none."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (ValueError, RecursionError, OSError) as e:
+        raise ValueError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return content
+
+
+def read_safetensors(path):
+    """{name: tensor} of one file; ValueError when it is missing, cut short or no safetensors at all."""
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} is damaged or no safetensors file: {e}") from None
+    for name, t in tensors.items():
+        if t.is_complex():
+            raise ValueError(f"{path}: {name} is of complex numbers")
+    return tensors
+
+
+def check_keys(tensors, wanted, where):
+    """Refuse a state dict with missing, unexpected or mis-shaped entries, naming the first of them."""
+    for what, keys in (("lacks", wanted.keys() - tensors.keys()),
+                       ("holds unexpected", tensors.keys() - wanted.keys())):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ValueError(f"{where} {what} {min(keys)}{more}")
+    for key, t in wanted.items():
+        if tensors[key].shape != t.shape:
+            raise ValueError(f"{where}: {key} has shape {tuple(tensors[key].shape)}, not {tuple(t.shape)}")
+
+
+def fingerprint(content):
+    """16 hex digits that change with a file's bytes, or with the repr of anything else."""
+    if isinstance(content, Path):
+        with open(content, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def check_writable(folder):
+    """Make a folder and see that it can be written to, before hours are spent; ValueError if it cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise ValueError(f"--out {folder} cannot be written to: {e.strerror or e}") from None

@@ -1,0 +1,234 @@
+"""The state of a run: one file to resume from, so that it is never half of one step and half of another.
+
+A run folder holds
+    adapter_config.json, adapter_model.safetensors    the adapter as an ordinary LoRA, as PEFT loads it
+    resume.safetensors                                everything that training changes, to go on from there
+    result.json, log.csv, curve.png, merged/          for people, and for `transformers`
+    ranks.png                                         of a method that moves ranks between layers
+Only JSON and safetensors are ever read back.
+"""
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from checkpoints import tokenizers
+from checkpoints.adapters import fingerprint_adapter
+from checkpoints.files import check_keys, fingerprint, read_safetensors, write, write_csv
+from checkpoints.pretrained import MODELS, save_pretrained
+
+STATE = "resume.safetensors", "log.csv"
+RESULTS = ("result.json", "curve.png", "ranks.png", "adapter_config.json", "adapter_model.safetensors",
+           *(f"predictions-{split}.jsonl" for split in ("train", "validation", "test")),
+           *(f"merged/{name}" for name in ("config.json", "model.safetensors", *tokenizers.FILES)))
+
+
+def clear(folder, names):
+    """Remove what an earlier run, or an earlier merge, left in a run folder."""
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    if (folder / "merged").is_dir() and not any((folder / "merged").iterdir()):
+        (folder / "merged").rmdir()
+
+
+def save_merged(folder, model, source):
+    """The merged model as a checkpoint folder of its own, with the tokenizer of the folder it came from."""
+    save_pretrained(model, folder)
+    for name in tokenizers.FILES:
+        if (Path(source) / name).exists():
+            write(folder / name, lambda part, name=name: shutil.copyfile(Path(source) / name, part))
+
+
+def changing(model):
+    """{name: tensor} of all that training changes: what has gradients, buffers, and weights that a method moves."""
+    moved = {f"{name}.weight" for name, m in model.named_modules() if getattr(m, "moves_weight", False)}
+    return {name: t for name, t in model.state_dict(keep_vars=True).items()
+            if t.requires_grad or name in moved or not isinstance(t, torch.nn.Parameter)}
+
+
+def identity(settings, source, pairs, processes):
+    """The settings that make a run this one and no other, with fingerprints of the base and the data: what must be the
+    same when it is resumed."""
+    free = "resume", "out", "save_merged", "device", "amp", "epochs", "compile"  # may change
+    settings = {name: value for name, value in settings.items() if name not in free}
+    settings["processes"] = processes
+    if settings["model"] not in MODELS and Path(settings["model"]).is_dir():
+        settings["model"] = str(source.resolve())  # from wherever the run is read
+    if settings["init_from"]:
+        settings["init_from"] = str(Path(settings["init_from"]).resolve())
+        settings["init_weights"] = fingerprint_adapter(settings["init_from"])
+    small = (source / name for name in ("config.json", *tokenizers.FILES))
+    return {**settings, "base_weights": fingerprint(source / "model.safetensors"),
+            "base_files": fingerprint([file.read_bytes() for file in small if file.exists()]),
+            "data": fingerprint(pairs)}
+
+
+class Log:
+    """What a run has measured, the rows of log.csv, and the weights that validated best.
+
+    first: the first step whose weights may be kept, see `begin` of a method. saved: the last step in the run folder.
+    """
+
+    def __init__(self, folder, settings, metric):
+        self.folder, self.settings, self.metric = folder, settings, metric
+        self.rows, self.best, self.first, self.saved = [], {}, 1, 0
+
+    @property
+    def step(self):
+        return self.rows[-1]["step"] if self.rows else 0
+
+    @property
+    def seconds(self):
+        """Seconds of training so far."""
+        return self.rows[-1]["seconds"] if self.rows else 0.0
+
+    def where(self):
+        """What an interrupted run has left, in words."""
+        return f"step {self.saved} is in {self.folder}" if self.saved else "nothing was saved"
+
+    def add(self, row, values, ranks):
+        """A row of the log; values: the metrics of its validation or {}, ranks: of the layers or None."""
+        if self.metric != "loss":
+            row[f"val_{self.metric}"] = values.get(self.metric)
+        if ranks:
+            row["ranks"] = " ".join(map(str, ranks))
+        self.rows.append(row)
+
+    def last_line(self):
+        """The last row, which has a validation, in words."""
+        row = self.rows[-1]
+        text = f"step {row['step']:5}  training loss {row['train_loss']:.4f}  validation loss {row['val_loss']:.4f}"
+        return text if self.metric == "loss" else f"{text}  {self.metric} {row[f'val_{self.metric}']:.4f}"
+
+    def save(self, model, optimizer):
+        """Keep the weights if they are the best so far; write the state and the log."""
+        if best_step(self.rows, self.first) == self.step:
+            self.best = {name: t.detach().to("cpu", copy=True) for name, t in changing(model).items()}
+        if not self.saved:  # what an earlier run has left goes, now that this one has something to show
+            clear(self.folder, STATE + RESULTS)
+        save_state(self.folder / STATE[0], model, optimizer, self.step, self.settings, self.rows, self.best, self.first)
+        write_csv(self.folder / STATE[1], self.rows)
+        self.saved = self.step
+
+    def resume(self, model, optimizer):
+        """Go on from the state in the run folder."""
+        state = load_state(self.folder / STATE[0], model, optimizer, self.settings, self.first)
+        self.saved, self.rows, self.best = state
+        print(f"resume   {self.folder} after step {self.saved}")
+
+    def finish(self, model):
+        """Put the best weights back into the model, and see that log.csv is complete: a kill may have cut it short."""
+        write_csv(self.folder / STATE[1], self.rows)
+        put(model, self.best)
+
+
+def best_step(rows, first=1):
+    """The step with the best validation: of the metric, if there is one beside the loss; of equals the lowest loss.
+    From the step `first` on, if the run has come that far, else the last."""
+    metric = next((name for name in rows[0] if name.startswith("val_") and name != "val_loss"), None)
+    validated = [row for row in rows if row["val_loss"] is not None]
+    validated = [row for row in validated if row["step"] >= first] or validated[-1:]
+    return max(validated, key=lambda row: (row[metric] if metric else 0, -row["val_loss"]))["step"]
+
+
+def save_state(path, model, optimizer, step, settings, rows, best=None, first=1):
+    """Weights, optimizer, random state, the weights `best` of an earlier step if they were better, and as metadata the
+    step, the settings and the rows of log.csv."""
+    tensors = {f"model.{name}": t for name, t in changing(model).items()}
+    if best_step(rows, first) != step:
+        tensors.update({f"best.{name}": t for name, t in best.items()})
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors.update({f"optimizer.{i}.{key}": t for key, t in state.items() if t is not None})
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    metadata = {"step": step, "settings": settings, "rows": rows}
+    metadata = {key: json.dumps(value) for key, value in metadata.items()}
+    write(path, lambda part: save_file(tensors, part, metadata))
+
+
+def read_state(path, settings):
+    """(tensors, step, rows) of resume.safetensors; ValueError when absent, damaged or of another configuration."""
+    if not path.exists():
+        raise ValueError(f"there is nothing to resume: {path} does not exist")
+    try:
+        with safe_open(path, "pt") as f:
+            step, before, rows = (json.loads(f.metadata()[key]) for key in ("step", "settings", "rows"))
+            tensors = {key: f.get_tensor(key) for key in f.keys()}
+        different = [key for key in sorted(settings.keys() | before.keys()) if settings.get(key) != before.get(key)]
+        steps = [row["step"] for row in rows]
+        if not (type(step) is int and steps[-1] == step and steps == sorted(set(steps)) and steps[0] > 0):
+            raise ValueError(f"its step is {step}, those of its log are {steps[-3:]}")
+        if not all(row.keys() == rows[0].keys() for row in rows):
+            raise ValueError("the rows of its log have different columns")
+        best_step(rows), rows[-1]["seconds"] + 0  # fail here if these are not the rows of a log
+        for name, t in tensors.items():
+            if t.is_floating_point() and not t.isfinite().all():
+                raise ValueError(f"{name} holds NaN or inf")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+        raise ValueError(f"{path} is damaged: {e!r}") from None
+    if different:
+        key = next((key for key in ("method", "model", "dataset") if key in different), different[0])
+        raise ValueError(f"cannot resume {path.parent} with {key} {settings.get(key)}: "
+                         f"it began with {before.get(key)}")
+    return tensors, step, rows
+
+
+def weights_of(tensors, kind, model, path):
+    """{name: tensor} of `changing(model)` among the tensors of a file, where their names begin with `kind`."""
+    weights, wanted = {key.removeprefix(kind): t for key, t in tensors.items() if key.startswith(kind)}, changing(model)
+    for name in wanted.keys() - weights.keys():
+        layer = name.removesuffix("W_has_moved")
+        if f"{layer}A_S" in weights:  # a Delta-LoRA run from before this flag: W moves when A and B leave A_S and B_S
+            pairs = [(weights[f"{layer}{factor}_S"], weights[f"{layer}{factor}_prev"]) for factor in "AB"]
+            weights[name] = torch.tensor(not all(torch.equal(*pair) for pair in pairs))
+    check_keys(weights, wanted, path)
+    return weights
+
+
+def load_best(path, model):
+    """Put the weights that a run kept, or has so far, into a model made with its settings."""
+    tensors = read_safetensors(path)
+    kind = "best." if any(key.startswith("best.") for key in tensors) else "model."
+    put(model, weights_of(tensors, kind, model, path))
+
+
+@torch.no_grad()
+def put(model, weights):
+    """Copy {name: tensor} of `changing(model)` into the model."""
+    for name, t in changing(model).items():
+        t.copy_(weights[name])
+
+
+def load_state(path, model, optimizer, settings, first=1):
+    """Put a saved state back into a model and an optimizer made with the same settings.
+
+    Returns its step, its rows, and the weights of the best step so far.
+    """
+    tensors, step, rows = read_state(path, settings)
+    weights = weights_of(tensors, "model.", model, path)
+    best = weights if best_step(rows, first) == step else weights_of(tensors, "best.", model, path)
+    state = {}
+    for key, t in tensors.items():
+        if key.startswith("optimizer."):
+            _, i, name = key.split(".")
+            state.setdefault(int(i), {})[name] = t
+    # one entry for each parameter and kind: Adam's moments have their parameter's shape
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    kinds = ("step", "exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.AdamW) else ()
+    shapes = {f"{i}.{kind}": () if kind == "step" else p.shape for i, p in enumerate(params) for kind in kinds}
+    check_keys({f"{i}.{kind}": t for i, kept in state.items() for kind, t in kept.items()},
+               {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, path)
+    kept, now = tensors.get("rng.cpu"), torch.get_rng_state()
+    if kept is None or (kept.shape, kept.dtype) != (now.shape, now.dtype):
+        raise ValueError(f"{path} lacks rng.cpu, the state of the random numbers, or holds that of another torch")
+    put(model, weights)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    return step, rows, best

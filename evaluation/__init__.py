@@ -1,0 +1,1 @@
+"""What a model is worth: losses and metrics, generated text, pictures."""

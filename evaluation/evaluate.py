@@ -1,0 +1,112 @@
+"""Losses and metrics of a model on a dataset, and the batches that merging is calibrated on.
+
+dataset: a data.Dataset. device, amp: where the model is, and the autocast context of its arithmetic.
+"""
+import torch
+
+from data import epoch_batches, metrics
+from data.tasks import Label
+from evaluation import decoding
+
+EVAL_EXAMPLES = 128  # validation texts for a point of the curve; the report uses the whole test split
+EVAL_LABELLED = 1000  # the same where texts are classified: an accuracy needs more of them
+EVAL_BATCH = 32  # fixed, whatever --batch-size is: which words are masked depends on the batch
+SCORED = 64  # texts decoded for a report; all of the test split where the dataset is judged by decoded texts
+DECODED = 16  # texts decoded at a time: the cache holds 2 L C numbers per token
+CALIBRATION = 16  # training batches that merging is calibrated on
+CALIBRATION_LABELLED = 128  # the same for a classifier: its texts are short, and few of their tokens count
+
+
+def to_device(idx, device):
+    """A copy that does not wait, where the device allows it. Targets stay on the CPU, see model.with_targets."""
+    return idx.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else idx.to(device)
+
+
+@torch.no_grad()
+def evaluate(model, examples, task, device, amp):
+    """(mean loss per target, logits (N, L) in the order of the examples where they are labelled, else None)"""
+    model.eval()
+    total, count, logits = 0, 0, []
+    near = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))  # neighbours in length: little padding
+    for i in range(0, len(near), EVAL_BATCH):
+        # the seed fixes which words are masked, so that models are comparable
+        idx, targets, _ = task.collate([examples[j] for j in near[i:i + EVAL_BATCH]], f"evaluation/{i}")
+        n = int((targets != -100).sum())
+        with amp:
+            out, mean = model(to_device(idx, device), targets)
+        total, count = total + n * mean, count + n
+        if isinstance(task, Label):
+            logits.append(out.float())
+    model.train()
+    return float(total) / count, torch.cat(logits).cpu()[torch.tensor(near).argsort()] if logits else None
+
+
+def decode(model, pairs, tokenizer, max_new=96):
+    """(prompts, greedy texts), in the dtype of the weights: the text of each record, or the continuation of a plain
+    text's beginning."""
+    prompts = [tokenizer.encode_ordinary(record + " ||" if record else text[:400]) for record, text in pairs]
+    begin = min(32, model.context // 2 - 1)  # tokens of a plain text
+    prompts = [p if record else p[:begin] for p, (record, _) in zip(prompts, pairs, strict=True)]
+    model.eval()
+    texts = []
+    for i in range(0, len(prompts), DECODED):
+        batch = [[tokenizer.eot_token, *p] for p in prompts[i:i + DECODED]]
+        texts += decoding.generate(model, batch, max_new, tokenizer.eot_token)
+    model.train()
+    return [tokenizer.decode(p).strip() for p in prompts], [tokenizer.decode(t).strip() for t in texts]
+
+
+def measure(model, dataset, split, device, amp, first=None, scored=None):
+    """{metric: value} on a split, or on its `first` examples; metrics of decoded texts on its first `scored` rows."""
+    examples, pairs = dataset.examples[split][:first], dataset.pairs[split]
+    loss, logits = evaluate(model, examples, dataset.task, device, amp)
+    if dataset.labels:
+        predicted = logits.squeeze(1) if len(dataset.labels) == 1 else logits.argmax(1)
+        truth = torch.tensor([label for _, label in examples], dtype=predicted.dtype)
+        return {"loss": loss, **{name: metrics.METRICS[name](predicted.numpy(), truth.numpy())
+                                 for name in dataset.metrics}}
+    values = {"loss": loss, "perplexity": metrics.perplexity(loss)}  # of a RoBERTa: for masked tokens
+    scorer = getattr(dataset.module, "score", None)
+    scored = SCORED if scored is None else scored
+    if scorer and scored:
+        max_new = getattr(dataset.module, "MAX_NEW", 96)
+        values.update(scorer(pairs[:scored], decode(model, pairs[:scored], dataset.tokenizer, max_new)[1]))
+    return values
+
+
+def validate(model, dataset, device, amp):
+    """{metric: value} for a point of the curve."""
+    first = EVAL_LABELLED if dataset.labels else EVAL_EXAMPLES
+    return measure(model, dataset, "validation", device, amp, first, None if dataset.metrics else 0)
+
+
+def report(model, dataset, device, amp):
+    """{metric: value} on the test split, and on a second test split if there is one."""
+    every = len(dataset.pairs["test"])
+    values = measure(model, dataset, "test", device, amp, scored=every if dataset.metrics else None)
+    for split in dataset.examples.keys() - {"train", "validation", "test"}:
+        more = measure(model, dataset, split, device, amp)
+        values.update({f"{name} ({split})": value for name, value in more.items()})
+    return values
+
+
+def calibration_batches(model, examples, task, batch_size, seed, device, amp):
+    """Send training batches through a model and yield (mask, M) after each, as `ResLoRALinear.calibrate` wants it.
+
+    mask (B, T) is True at real tokens. M is the sum of a classifier's margins (top logit minus mean) or of a
+    regression's predictions; None for a language model, which predicts at every token.
+    """
+    model.eval()
+    label = isinstance(task, Label)
+    order = epoch_batches(examples, batch_size, f"{seed}/0")
+    for number, indices in enumerate(order[:CALIBRATION_LABELLED if label else CALIBRATION]):
+        idx, targets, real = task.collate([examples[i] for i in indices], f"{seed}/0/{number}")
+        with amp, torch.set_grad_enabled(label):
+            M = None
+            if not label:
+                model.hidden(to_device(idx, device))  # all that the layers read, without the vocabulary
+            else:
+                logits, _ = model(to_device(idx, device), targets)  # (B, L)
+                M = (logits if logits.size(1) == 1 else logits.amax(1) - logits.mean(1)).sum()
+        yield real.to(device), M
+    model.train()

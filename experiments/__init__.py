@@ -1,0 +1,26 @@
+"""What was measured, and the scripts that measure it again. RESULTS.md is the report.
+
+    compare.py            a grid of runs: rows x ranks x learning rates x seeds -> one csv and one picture
+    bench.py              time and memory of a training step, beside transformers + peft and beside the floor
+    commands.py           README's first commands: what they print and how long they take
+    tables.py             the tables of RESULTS.md, made from the csv files
+    rank_theorem.py       rsLoRA's theorem: sizes after one step, by rank up to 2,048
+    rslora.sh             does a larger rank help, with alpha / r and alpha / sqrt(r), AdamW and SGD
+    reslora.sh            ResLoRA's training curves; how many earlier layers should join in
+    gradients.py          the gradient's norm in each layer
+    merges.py             what each merge keeps of ResLoRA, on four datasets
+    calibration.py        how many tokens merging by regression needs
+    merge_at.py           does a merged ResLoRA beat LoRA; does merging on the way help
+    deltalora.sh          lambda and K, beside LoRA with 3 alpha
+    deltalora_weights.py  rank and spectrum of the update, how far W turns, W in bf16
+    methods.sh            all methods at as many trained parameters as LoRA, and what they forget
+    dylora_cuts.py        one DyLoRA cut at all ranks, beside truncated and trained LoRA
+    difficulty.sh         how hard the embedded tasks are
+    decoding_time.py      seconds for 128 tokens, with and without a cache, beside transformers
+    e2e_split.py          the E2E split of RESULTS.md from the public file
+    base.sh, base_roberta.sh                    the two shipped models, from scratch
+    gpt2_medium_e2e.sh, roberta_base_glue.sh    the comparisons at the papers' sizes, for a GPU: not measured yet
+
+`python -m experiments.NAME` or `sh experiments/NAME.sh`; most take --quick, a few minutes on two cores. recipes/ holds
+the papers' settings as files of flags, results/ what the scripts wrote.
+"""

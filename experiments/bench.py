@@ -1,0 +1,494 @@
+"""Time and memory of a training step with every method, beside transformers + peft and beside the floor.
+
+    python -m experiments.bench                                    needs nothing
+    python -m experiments.bench --preset gpt2-small --peer peft    beside transformers + peft (requirements-dev.txt)
+    python -m experiments.bench --peer peft --e2e FOLDER           also examples per second on real E2E text
+
+All rows run in one process with the same random weights and the same batch. They take turns, so that whatever else the
+machine does slows all of them alike. The tables give medians over the rounds, and ratios are taken round by round. A
+step is train.py's own: forward, backward, clipping, AdamW. The peer runs as it is loaded, with its cache of keys and
+values on. The floor is the time of the matrix products that LoRA cannot avoid, measured in the same rounds at their own
+shapes: forward and input gradients of all linears (not of the first block's q, k, v), of attention (the causal half)
+and of the vocabulary, and the low-rank terms. Reading all weights twice from memory is timed beside it.
+"""
+import copy
+import importlib.util
+import itertools
+import json
+import math
+import platform
+import random
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+import data
+import lora
+import settings
+import train
+from checkpoints import tokenizers
+from checkpoints.files import check_writable, read_json, write
+from checkpoints.pretrained import MODELS, ROOT, save_pretrained
+from data.tasks import Write
+from evaluation.plots import picture
+from methods import METHODS, adapt
+from model import GPT, GPTConfig, RoBERTa, RobertaConfig
+from settings import Parser, command, pick_device
+
+# name: (config, batch, tokens per text)
+PRESETS = {
+    "tiny": (GPTConfig(vocab_size=2048, n_positions=256, n_embd=256, n_layer=4, n_head=8), 8, 128),
+    "gpt2-small": (GPTConfig(), 8, 256),
+    "gpt2-medium": (GPTConfig(n_embd=1024, n_layer=24, n_head=16), 8, 256),
+    "roberta-base": (RobertaConfig(), 8, 128),
+    "roberta-large": (RobertaConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+                                    intermediate_size=4096), 8, 128),
+}
+LABELS = 2
+# row: what it changes in the settings
+ROWS = {
+    "forward only": None, "lora": {}, "lora qkv": dict(targets="q,k,v"), "rslora": dict(method="rslora"),
+    **{f"reslora {shortcut} m {m}": dict(method="reslora", shortcut=shortcut, pre_num=m)
+       for shortcut in ("input", "block", "middle") for m in (1, 4)},
+    "deltalora": dict(method="deltalora", delta_start=0),
+    **{name: dict(method=name) for name in ("adalora", "dylora", "loha", "lokr", "full")},
+}
+PEER = "transformers + peft"
+E2E_STEPS = 12
+FIRST_STEP = {  # a fresh process: imports, model from a folder, adapters, one step
+    "ours": "import torch; from checkpoints.pretrained import from_pretrained; import lora, methods, train\n"
+            "model = from_pretrained(folder); lora.apply(model, lora.LoRALinear, ['q', 'v'], r=16, alpha=16)\n"
+            "loss = lambda idx: model(idx, idx)[1]",
+    PEER: "import torch; from peft import LoraConfig, get_peft_model\n"
+          "from transformers import GPT2LMHeadModel, logging\n"
+          "logging.set_verbosity_error(); logging.disable_progress_bar()\n"
+          "model = get_peft_model(GPT2LMHeadModel.from_pretrained(folder), LoraConfig(r=16, lora_alpha=16,\n"
+          "    target_modules=['c_attn'], fan_in_fan_out=True))\n"
+          "loss = lambda idx: model(input_ids=idx, labels=idx).loss",
+}
+
+
+def parse(argv):
+    parser = Parser("bench.py", __doc__, files=False)
+    add = parser.add_argument
+    add("--preset", default="tiny", help=f"shapes of the model: {', '.join(PRESETS)} (tiny)")
+    add("--rows", default=",".join(ROWS), type=lambda names: names.split(","), help="which, by commas (all)")
+    add("--peer", choices=("peft",), help="measure transformers + peft beside ours")
+    add("--e2e", help="folder of real E2E text: examples per second, whatever their lengths")
+    add("--rank", type=int, default=16, help="(16)")
+    add("--batch-size", type=int, help="texts (by preset)")
+    add("--context", type=int, help="tokens per text (by preset)")
+    add("--rounds", type=int, default=9, help="measured ones, after a warm-up (9)")
+    add("--device", default="auto", help="cpu, cuda (cuda, else cpu)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the arithmetic (bfloat16 on cuda)")
+    add("--compile", action="store_true", help="torch.compile our models")
+    add("--out", type=Path, help="experiments/results/bench-<machine>.json")
+    args = parser.parse_args(argv)
+    if args.preset not in PRESETS:
+        raise ValueError(f"unknown preset {args.preset!r}: choose from {', '.join(PRESETS)}")
+    for name in args.rows:
+        if name not in ROWS:
+            raise ValueError(f"unknown row {name!r}: choose from {', '.join(ROWS)}")
+    if "lora" not in args.rows:
+        raise ValueError("--rows needs lora, with which the others are compared")
+    config, batch, context = PRESETS[args.preset]
+    args.config, args.gpt = config, config.model_type == "gpt2"
+    args.batch_size, args.context = args.batch_size or batch, args.context or context
+    limits = ("rounds", 1, 1000), ("batch_size", 1, 4096), ("context", 4, config.context), ("rank", 1, 256)
+    for name, low, high in limits:
+        if not low <= getattr(args, name) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is not in {low}..{high}")
+    if args.e2e and not args.gpt:
+        raise ValueError(f"--e2e is for a GPT, not for {args.preset}")
+    if args.peer and not all(map(importlib.util.find_spec, ("transformers", "peft"))):
+        raise ValueError("--peer peft needs transformers and peft: pip install -r requirements-dev.txt")
+    if args.e2e:
+        data.load("e2e", args.e2e)  # what cannot be read is said before anything is measured
+    args.device, args.dtype, args.amp = pick_device(args.device, args.dtype)
+    if args.device.type == "mps":
+        raise ValueError("--device mps: only cpu and cuda are timed")
+    args.machine, slug = machine(args)
+    args.out = args.out or ROOT / f"experiments/results/bench-{slug}.json"
+    args.argv = sys.argv[1:] if argv is None else argv
+    # what train.py's step and optimizer read
+    vars(args).update(lr=1e-3, optimizer="adamw", weight_decay=0.01, clip=1.0, label_smoothing=0.0)
+    return args
+
+
+def machine(args):
+    """("AMD EPYC, 2 threads", "amd-epyc-2-threads")"""
+    if args.device.type == "cuda":
+        name = torch.cuda.get_device_name(args.device)
+    else:
+        info = Path("/proc/cpuinfo")
+        found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+        name = f"{found[1].strip() if found else platform.machine()}, {torch.get_num_threads()} threads"
+    return name, re.sub(r"\W+", "-", name.lower()).strip("-")
+
+
+def wait(device):
+    """Until a GPU has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured: each row is a function without arguments
+
+def batch_of(args):
+    """(idx, targets) as our models take them: a GPT predicts every next token, a RoBERTa tells classes apart."""
+    idx = torch.randint(4, args.config.vocab_size, (args.batch_size, args.context))
+    if args.gpt:
+        return idx, torch.cat([idx[:, 1:], torch.full_like(idx[:, :1], -100)], 1)
+    return idx, torch.randint(0, LABELS, (args.batch_size,))
+
+
+def adapted(base, change, args):
+    """(model, class, layers): a copy of the base with one row's adapters. What no row changes is shared by all."""
+    settings = {"method": "lora", "rank": args.rank, "alpha": 16.0, "dropout": 0.0, "targets": "q,v", "rs": False}
+    settings.update(change)
+    method = METHODS[settings["method"]]
+    own = {name: spec.get("default") for name, spec in method.flags.items()}
+    own = {name: value(10**6) if callable(value) else value for name, value in own.items()}
+    moves = method.trains_base or method.adapter.moves_weight
+    model = copy.deepcopy(base, {} if moves else {id(p): p for p in base.parameters()}).requires_grad_(moves)
+    if model.classifier and not moves:
+        model.classifier = copy.deepcopy(base.classifier, {})
+    return model, *adapt(model, {**own, **settings})
+
+
+def our_step(model, adapter, layers, args):
+    """(one optimizer step of train.py on given batches, its optimizer)"""
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = train.make_optimizer(model, args)
+    forward = torch.compile(model) if args.compile else model
+    step = 0
+    adapter.begin(layers, 10**6)
+
+    def one(batches):
+        nonlocal step
+        step += 1
+        train.one_step(forward, params, optimizer, adapter, layers, batches, step, args)
+    model.train()
+    return one, optimizer
+
+
+def their_step(folder, args):
+    """The same for transformers + peft, as their users write it; dropout off, as ours has none."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # its own, of its own code
+    if args.gpt:
+        off = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+        model = transformers.GPT2LMHeadModel.from_pretrained(folder, **off)
+        lora_config = LoraConfig(r=args.rank, lora_alpha=16, target_modules=["c_attn"], fan_in_fan_out=True)
+    else:
+        off = dict(hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+        model = transformers.RobertaForSequenceClassification.from_pretrained(folder, **off)
+        lora_config = LoraConfig(r=args.rank, lora_alpha=16, target_modules=["query", "value"], task_type="SEQ_CLS")
+    model = get_peft_model(model, lora_config).to(args.device).train()
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = train.make_optimizer(model, args)
+
+    def one(given):
+        with args.amp:
+            loss = model(**given).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(params, args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return one, optimizer, model
+
+
+def floor(args):
+    """[(how often, (m, k), (k, n))] of the matrix products that a step of LoRA on q and v cannot avoid; attention's are
+    batches of them."""
+    c, r, B, T = args.config, args.rank, args.batch_size, args.context
+    C, L, heads, inner, hs = c.width, c.n_layer, c.n_head, c.inner, c.head_dim
+    N, half = B * T, 0.5 if args.gpt else 1  # a GPT's tokens look at half of the others
+    often = [(4 * L + 4 * L - 3, (N, C), (C, C)),  # q, k, v, o; their input gradients, but for the first q, k, v
+             (2 * L, (N, C), (C, inner)), (2 * L, (N, inner), (inner, C)),
+             # the six low-rank terms of q and of v: u = A x, B u, and the gradients of u, of x, of A and of B
+             (2 * L, (N, C), (C, r)), (2 * L, (N, r), (r, C)), (2 * L, (N, C), (C, r)), (2 * L - 2, (N, r), (r, C)),
+             (2 * L, (r, N), (N, C)), (2 * L, (C, N), (N, r)),
+             # scores and their gradient's; weighted values and the gradients of q, k, v, but for the first k
+             (half * 2 * L, (B * heads, T, hs), (B * heads, hs, T)),
+             (half * (4 * L - 1), (B * heads, T, T), (B * heads, T, hs))]
+    if args.gpt:
+        asked = B * (T - 1)  # the last tokens have no next one
+        often += [(1, (asked, C), (C, c.vocab_size)), (1, (asked, c.vocab_size), (c.vocab_size, C))]
+    return often
+
+
+def gflop(args):
+    return sum(often * 2 * math.prod(a) * b[-1] for often, a, b in floor(args)) / 1e9
+
+
+def floor_timers(base, args):
+    """{row: a function that returns its seconds}: each shape of `floor`, timed up to four times and counted as often as
+    the step has it; and all weights read twice."""
+    like = dict(dtype=torch.bfloat16 if args.dtype == "bfloat16" else torch.float32, device=args.device)
+    products = [(often, torch.randn(a, **like), torch.randn(*b[:-2], b[-1], b[-2], **like).transpose(-1, -2),
+                 torch.empty(*a[:-1], b[-1], **like)) for often, a, b in floor(args)]
+    weights = [p.detach().to(like["dtype"]) for p in base.parameters()]
+
+    def multiply():
+        total = 0.0
+        for often, a, b, out in products:
+            times = min(4, math.ceil(often))
+            wait(args.device)
+            start = time.perf_counter()
+            for _ in range(times):
+                torch.matmul(a, b, out=out)
+            wait(args.device)
+            total += often / times * (time.perf_counter() - start)
+        return total
+
+    def read():
+        wait(args.device)
+        start = time.perf_counter()
+        for w in (*weights, *weights):
+            w.sum()
+        wait(args.device)
+        return time.perf_counter() - start
+    return {"floor": multiply, "weights": read}
+
+
+def peak(step, model, optimizer, args):
+    """Bytes of tensors at the highest point of a step: weights, optimizer, and what the step adds."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers(), *(
+        t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)))}
+    standing = sum(t.nbytes for t in tensors.values())
+    if args.device.type == "cuda":
+        wait(args.device)
+        before = torch.cuda.memory_allocated(args.device)
+        torch.cuda.reset_peak_memory_stats(args.device)
+        step()
+        wait(args.device)
+        return standing + torch.cuda.max_memory_allocated(args.device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    now = highest = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return standing + highest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+def take_turns(rows, args, label, other={}):  # noqa: B006  (it is only read)
+    """{row: [seconds of each round]}; `other` are functions that return their seconds themselves."""
+    seconds = {name: [] for name in (*rows, *other)}
+    warm_up = 3 if args.compile or args.device.type == "cuda" else 1
+    for number in tqdm(range(warm_up + args.rounds), desc=label, unit="round", disable=None):
+        for name in random.Random(number).sample(list(seconds), len(seconds)):  # nobody always has the same neighbour
+            if name in rows:
+                wait(args.device)
+                start = time.perf_counter()
+                rows[name]()
+                wait(args.device)
+                seconds[name].append(time.perf_counter() - start)
+            else:
+                seconds[name].append(other[name]())
+        if number == warm_up - 1:
+            seconds = {name: [] for name in seconds}
+    return seconds
+
+
+def ratio(a, b):
+    """Median of a / b, round by round."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def steps(base, args, folder):
+    """[{row, ms, tokens per second, peak memory, ratios, share of the floor}]"""
+    idx, targets = batch_of(args)
+    rows, measured = {}, {}
+    for name in args.rows:
+        if ROWS[name] is None:
+            def forward(model=base):
+                with torch.no_grad(), args.amp:
+                    model(idx.to(args.device), targets)
+            rows[name] = forward
+            continue
+        model, adapter, layers = adapted(base, ROWS[name], args)
+        one, optimizer = our_step(model, adapter, layers, args)
+        rows[name] = lambda one=one: one([(idx, targets, 1.0)])
+        measured[name] = model, optimizer
+    if args.peer:
+        one, optimizer, model = their_step(folder, args)
+        # transformers shifts a language model's labels itself
+        given = dict(input_ids=idx, labels=idx if args.gpt else targets)
+        given = {key: t.to(args.device) for key, t in given.items()}
+        rows[PEER] = lambda: one(given)
+        measured[PEER] = model, optimizer
+    seconds = take_turns(rows, args, "steps", floor_timers(base, args))
+    table = []
+    for name in seconds:
+        median = statistics.median(seconds[name])
+        trains = name in measured
+        table.append({
+            "row": name, "ms": 1e3 * median, "tokens/s": args.batch_size * args.context / median if trains else None,
+            "peak GB": peak(rows[name], *measured[name], args) / 1e9 if trains else None,
+            "trained": sum(p.numel() for p in measured[name][0].parameters() if p.requires_grad) if trains else None,
+            "of lora": ratio(seconds[name], seconds["lora"]),
+            "of peer": ratio(seconds[name], seconds[PEER]) if args.peer else None,
+            # full fine-tuning computes more than LoRA's floor
+            "of floor": ratio(seconds["floor"], seconds[name]) if trains and name != "full" else None,
+        })
+    return table
+
+
+def inference(base, args):
+    """{row: (ms of a forward of one text without gradients, ratio to the base)}"""
+    idx = batch_of(args)[0][:1].to(args.device)
+    model, _, layers = adapted(base, {}, args)
+    for layer in layers:
+        nn.init.normal_(layer.lora_B, std=0.01)
+    # merging writes into the weights, which are shared
+    models = {"base": base, "unmerged": model, "merged": lora.merge(copy.deepcopy(model))}
+    rows = {name: lambda m=m: m(idx) for name, m in models.items()}
+    for m in models.values():
+        m.eval()
+    with torch.no_grad(), args.amp:
+        seconds = take_turns(rows, args, "inference")
+    return {name: (1e3 * statistics.median(s), ratio(s, seconds["base"])) for name, s in seconds.items()}
+
+
+def end_to_end(base, args, folder):
+    """{"ours" or the peer: examples per second} over the same texts of real E2E: in our batches as train.py composes
+    them, in theirs shuffled; both are padded to the longest of a batch."""
+    tokenizer = tokenizers.for_model(MODELS["tiny-gpt"] if args.preset == "tiny" else folder, args.config)
+    task = Write(tokenizer, min(args.config.context, 256))
+    examples, _ = task.encode(data.load("e2e", args.e2e)["train"])
+    size = settings.DEFAULTS["e2e"]["batch_size"]
+    number = min(E2E_STEPS, len(examples) // size)
+    if not number:
+        raise ValueError(f"--e2e {args.e2e} has {len(examples)} texts to train on, a batch is of {size}")
+    examples = random.Random(0).sample(examples, number * size)
+    loop = SimpleNamespace(**{**vars(args), "batch_size": size, "rounds": number})
+    model, adapter, layers = adapted(base, {}, args)
+    one, _ = our_step(model, adapter, layers, args)
+    ours = itertools.cycle(itertools.islice(data.step_batches(examples, task, size), number))
+    rows = {"ours": lambda: one(next(ours))}
+    if args.peer:
+        theirs, _, _ = their_step(folder, args)
+        order = itertools.cycle([examples[i:i + size] for i in range(0, len(examples), size)])  # shuffled above
+
+        def their_one():
+            batch = next(order)
+            longest = max(len(ids) for ids, _ in batch)
+            ids, mask = torch.zeros(len(batch), longest, dtype=torch.long), torch.zeros(len(batch), longest)
+            labels = torch.full_like(ids, -100)
+            for i, (text, start) in enumerate(batch):
+                ids[i, :len(text)] = torch.tensor(text)
+                mask[i, :len(text)] = 1
+                labels[i, start:len(text)] = torch.tensor(text[start:])
+            theirs({key: t.to(args.device) for key, t in
+                    dict(input_ids=ids, attention_mask=mask, labels=labels).items()})
+        rows[PEER] = their_one
+    # a round is a batch, and all batches are as many as the rounds: every text once; so the mean, not the median
+    return {name: size / statistics.mean(s) for name, s in take_turns(rows, loop, "real e2e").items()}
+
+
+def first_steps(args, folder):
+    """{"ours" or the peer: seconds from the start of a Python process to the end of its first step}, medians."""
+    found = {}
+    for name, code in FIRST_STEP.items():
+        if name == "ours" or args.peer:
+            code = (f"folder = {str(folder)!r}\n{code}\nidx = torch.randint(0, 60, (2, 8))\n"
+                    "optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])\n"
+                    "loss(idx).backward(); optimizer.step()")
+            found[name] = []
+            for _ in range(3):
+                start = time.perf_counter()
+                subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT)
+                found[name].append(time.perf_counter() - start)
+    return {name: statistics.median(s) for name, s in found.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+def print_table(found):
+    floor_ms = next(row["ms"] for row in found["steps"] if row["row"] == "floor")
+    print(f"\nfloor: {found['GFLOP']:,.1f} GFLOP at {found['GFLOP'] / floor_ms * 1e3:,.0f} GFLOP/s")
+    columns = {"ms": "{:,.1f}", "tokens/s": "{:,.0f}", "peak GB": "{:.2f}", "trained": "{:,}", "of lora": "{:.2f}",
+               "of peer": "{:.2f}", "of floor": "{:.2f}"}
+    print(f"{'':22}" + "".join(f"{name:>12}" for name in columns))
+    for row in found["steps"]:
+        cells = ("" if row[name] is None else form.format(row[name]) for name, form in columns.items())
+        print(f"{row['row']:22}" + "".join(f"{cell:>12}" for cell in cells))
+    for name, (ms, of) in found["inference"].items():
+        print(f"inference {name:12} {ms:12.1f} ms{of:11.2f} of the base")
+    for what, unit in (("e2e", "examples/s on real E2E"), ("first step", "s to the first step")):
+        for name, value in found.get(what, {}).items():
+            print(f"{name:22}{value:12.2f} {unit}")
+
+
+def draw(path, title, table):
+    rows = [row for row in table if row["tokens/s"]][::-1]
+    with picture(path, figsize=(7, 0.3 * len(rows) + 1.2)) as (_, axis):
+        colours = ["0.55" if row["row"] == PEER else "C0" if row["row"] == "lora" else "#9ecae1" for row in rows]
+        bars = axis.barh([row["row"] for row in rows], [row["ms"] for row in rows], color=colours)
+        axis.bar_label(bars, [f"{row['ms']:,.0f}" for row in rows], padding=3)
+        floor_ms = next(row["ms"] for row in table if row["row"] == "floor")
+        axis.axvline(floor_ms, color="k", ls="--", lw=1)
+        axis.annotate("LoRA's matrix products alone", (floor_ms, len(rows) - 0.4), xytext=(3, 0),
+                      textcoords="offset points", fontsize=8, annotation_clip=False)
+        axis.set(xlabel="ms a step (median)", title=title, xlim=(0, 1.1 * max(row["ms"] for row in rows)),
+                 ylim=(-0.6, len(rows) + 0.1))
+        axis.title.set_size(10)
+        axis.spines[["top", "right"]].set_visible(False)
+
+
+def bench(args):
+    """Everything for one preset. The file keeps one entry for each preset, a compiled one apart."""
+    torch.manual_seed(0)
+    kept = read_json(args.out) if args.out.exists() else {}
+    check_writable(args.out.parent)
+    print(f"{args.preset}: {args.batch_size} x {args.context} tokens, r {args.rank}, {args.dtype}, {args.machine}")
+    base = (GPT(args.config) if args.gpt else RoBERTa(args.config, LABELS)).requires_grad_(False)
+    said = shlex.join("FOLDER" if word == args.e2e else word for word in args.argv)
+    found = {"command": f"python -m experiments.bench {said}", "torch": torch.__version__, "machine": args.machine,
+             "batch": [args.batch_size, args.context], "rank": args.rank, "dtype": args.dtype, "rounds": args.rounds,
+             "GFLOP": gflop(args)}
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(base, folder)
+        base = base.to(args.device)
+        found["steps"] = steps(base, args, folder)
+        found["inference"] = inference(base, args)
+        if args.gpt:
+            found["first step"] = first_steps(args, folder)
+        if args.e2e:
+            found["e2e"] = end_to_end(base, args, folder)
+    print_table(found)
+    name = args.preset + " compiled" * args.compile
+    write(args.out, lambda part: part.write_text(json.dumps({**kept, name: found}, indent=1) + "\n"))
+    draw(args.out.with_name(f"{args.out.stem}-{name.replace(' ', '-')}.png"),
+         f"{name}, {args.batch_size} x {args.context} tokens, r {args.rank}\n{args.machine}", found["steps"])
+    print(f"everything is in {args.out}")
+
+
+def main(argv=None):
+    return command("bench.py", parse, bench, argv)
+
+
+if __name__ == "__main__":
+    main()

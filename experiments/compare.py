@@ -1,0 +1,415 @@
+"""A grid of train.py's runs, fair and resumable: rows x ranks x learning rates x seeds -> one csv and one picture.
+
+    python -m experiments.compare out/demo --row "LoRA: --method lora" --row "mine: --method reslora --pre-num 2" \\
+        --lr 1.2e-2 2.4e-2 --seeds 3 --best-lr -- --dataset restaurants --rank 16
+
+All flags after -- go to every run. With --best-lr each row, at each rank, tries all learning rates on the first seed,
+and only the rate that validates best runs the other seeds. The csv keeps every run, and its column `best` marks these
+rates. A grid may be stopped and started again: a finished run is never repeated, in any grid. Runs lie in out/compare,
+and the column `run` names their folder.
+experiments/*.sh are the comparisons of RESULTS.md.
+"""
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import re
+import shlex
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+from checkpoints.files import check_writable, read_csv, write, write_csv
+from checkpoints.pretrained import ROOT, from_pretrained
+from data import Dataset
+from evaluation import evaluate
+from evaluation.plots import picture
+from methods import METHODS
+from settings import Parser, command
+
+RESULTS = ROOT / "experiments/results"
+
+# The same for a method in every picture, in grey and without colours too: colour, marker, line
+STYLES = {"lora": ("C0", "o", "-"), "rslora": ("C1", "s", "--"), "input": ("C2", "^", "-"),
+          "block": ("C4", "D", "--"), "middle": ("C3", "v", "-."), "deltalora": ("C5", "X", "--"),
+          "adalora": ("C6", "p", ":"), "dylora": ("C7", "h", ":"), "loha": ("C8", "<", "-."), "lokr": ("C9", ">", "-."),
+          "full": ("0.35", "P", ":")}
+
+
+class Also(str):
+    """A row that --quick leaves out."""
+
+
+def parse(argv):
+    parser = Parser("compare.py", __doc__)
+    add = parser.add_argument
+    add("to", type=Path, help="PATH of PATH.csv and PATH.png")
+    add("--row", action="append", required=True, help='"LABEL: flags of train.py", one for each line of the table')
+    add("--also", dest="row", action="append", type=Also, help="a row that --quick leaves out")
+    add("--lr", nargs="+", type=float, required=True, help="rates; a row may have its own, behind --lr in its flags")
+    add("--rank", nargs="+", type=int, help="ranks")
+    add("--seeds", type=int, default=1, help="how many, from 0 (1)")
+    add("--best-lr", action="store_true", help="all seeds only at the rate with the best validation of seed 0")
+    add("--quick", action="store_true", help="one seed, at the rates that PATH.csv calls best, of ranks the first "
+        "and the last; into out/quick")
+    add("--jobs", type=int, help="runs at a time, one thread each (cores; 1 on a GPU)")
+    add("--plot", choices=("rows", "rank", "lr", "step", "none"), default="rows",
+        help="what the picture's axis is (rows)")
+    add("--metric", default="merged loss", help="what it shows: a column of the csv (merged loss)")
+    add("--title", default="")
+    add("--forgetting", help="a dataset whose loss is measured before and after, the pretraining text")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    own = argv[:argv.index("--")] if "--" in argv else argv
+    args = parser.parse_args(own)
+    args.flags = words(argv[len(own) + 1:])
+    if args.seeds < 1 or args.jobs is not None and args.jobs < 1:
+        raise ValueError("--seeds and --jobs must be 1 or more")
+    args.lr, args.rank = list(dict.fromkeys(args.lr)), list(dict.fromkeys(args.rank or []))
+    args.rank = args.rank[::len(args.rank) - 1] if args.quick and len(args.rank) > 1 else args.rank
+    args.rows, args.rates, slugs = {}, {}, set()
+    for row in args.row:
+        if args.quick and isinstance(row, Also):
+            continue
+        label, colon, flags = row.partition(":")
+        label, flags = label.strip(), words(flags)
+        if not colon or not slug(label) or slug(label) in slugs:
+            raise ValueError(f"--row {row!r} is not 'LABEL: flags', with letters and numbers that no other label has")
+        for flag in ("--seed", "--out", *["--rank"] * bool(args.rank)):
+            if flag in flags + args.flags:
+                raise ValueError(f"{flag} is set by the grid: take it out of row {label!r} and from behind --")
+        slugs.add(slug(label))
+        args.rows[label], args.rates[label] = own_rates(flags) if "--lr" in flags else (flags, args.lr)
+    if "--lr" in args.flags:
+        raise ValueError("--lr is set by the grid: take it out from behind --")
+    if len(args.rank) > 1 and args.plot != "rank":
+        raise ValueError(f"several ranks are drawn by --plot rank, not {args.plot}")
+    return args
+
+
+def own_rates(flags):
+    """Flags with "--lr A B" among them -> (the others, [A, B])"""
+    at = flags.index("--lr")
+    end = next((i for i in range(at + 1, len(flags)) if flags[i].startswith("--")), len(flags))
+    try:
+        rates = list(dict.fromkeys(map(float, flags[at + 1:end])))
+    except ValueError:
+        rates = []
+    if not rates:
+        raise ValueError(f"a row's own rates are numbers, not --lr {shlex.join(flags[at + 1:end])}")
+    return flags[:at] + flags[end:], rates
+
+
+def words(flags):
+    """"--a=1 --b 2" or a list of such -> ["--a", "1", "--b", "2"]"""
+    flags = shlex.split(flags) if isinstance(flags, str) else flags
+    return [part for word in flags for part in (word.split("=", 1) if word.startswith("--") else [word])]
+
+
+def slug(label):
+    return re.sub(r"\W+", "-", label).strip("-").lower()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+
+def folder(flags):
+    """Of a run: the same flags, in whatever order, are the same run in every grid; the last of a flag counts."""
+    pairs = [pair.split() for pair in " ".join(map(str, flags)).split("--")]
+    last = sorted({tuple(pair[:1]): pair for pair in pairs}.values())
+    return ROOT / "out/compare" / hashlib.sha256(json.dumps(last).encode()).hexdigest()[:12]
+
+
+def code():
+    """Fingerprint of all files that decide a run's numbers beside its flags: models, methods, data, training."""
+    digest = hashlib.sha256()
+    for folder in (".", "baselines", "checkpoints", "data", "evaluation", "experiments/recipes"):
+        patterns = "*.py", "*.args", "*/config.json"
+        for file in sorted(file for pattern in patterns for file in (ROOT / folder).glob(pattern)):
+            digest.update(file.read_bytes() if file.name != "generate.py" else b"")
+    return digest.hexdigest()[:12]
+
+
+def cell(flags, forgetting=None):
+    """One run of train.py; its result.json, or {"diverged": why}. A finished run is read back."""
+    import train
+    evaluate.SCORED = 0  # the tables are of losses and accuracies: no time for decoding
+    out, flags = folder(flags), list(map(str, flags))
+    done = out / "cell.json"
+    known = json.loads(done.read_text()) if done.exists() else {}
+    also = known.get("also", {})
+    measure = forgetting and f"base loss on {forgetting}" not in also and "diverged" not in also
+    if not known or measure:
+        known = known or {"flags": flags, "code": code()}  # of the files as they are before the run
+        trains = "also" not in known
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out.with_suffix(".txt"), "w") as said, contextlib.redirect_stdout(said), \
+                contextlib.redirect_stderr(said):
+            try:
+                if trains:
+                    train.train(train.parse([*flags, "--out", str(out)]))
+                if measure:
+                    also.update(losses_on(out, forgetting))
+            except train.Diverged as e:  # no reason to stop a grid: this rate is the worst
+                also = {"diverged": str(e)}
+            except ValueError as e:
+                raise ValueError(f"{shlex.join(flags)}: {e}") from None
+        out.mkdir(exist_ok=True)  # a run that left nothing has left no folder either
+        known["also"] = also
+        write(done, lambda part: part.write_text(json.dumps(known)))
+    result = {} if "diverged" in also else json.loads((out / "result.json").read_text())
+    return {**result, **also, "also": also, "stale": known.get("code") != code()}
+
+
+def trained(flags):
+    """train.Run of the same run, its model as it was kept, not merged yet."""
+    import train
+    cell(flags)
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = train.Run(train.parse([*map(str, flags), "--out", str(folder(flags)), "--resume"]))
+        train.fit(run)  # no step is left: this puts the best weights into the model
+    return run
+
+
+def losses_on(out, dataset):
+    """{"base" or "merged": loss on the validation split of another dataset} of a finished run."""
+    import generate
+    merged, settings, source = generate.load_run(out)
+    examples, task, base = before(dataset, source, settings["context"])
+    return {f"base loss on {dataset}": base, f"merged loss on {dataset}": loss_of(merged, examples, task)}
+
+
+def loss_of(model, examples, task):
+    return evaluate.evaluate(model, examples, task, torch.device("cpu"), contextlib.nullcontext())[0]
+
+
+@functools.cache
+def before(dataset, source, context):
+    """(64 examples, task, loss of the base on them): the same for all runs from one base."""
+    base = from_pretrained(source)
+    dataset = Dataset(dataset, None, source, base, context)
+    examples = dataset.examples["validation"][:64]
+    return examples, dataset.task, loss_of(base, examples, dataset.task)
+
+
+def validation(out):
+    """(value, loss, better high?) of the checkpoint that a run kept: the value by the metric that chose it."""
+    selected = json.loads((out / "result.json").read_text())["selected"]
+    metric = selected["by"].removeprefix("validation ")
+    kept = next(row for row in read_csv(out / "log.csv") if int(row["step"]) == selected["step"])
+    return float(kept[f"val_{metric}"]), float(kept["val_loss"]), metric != "loss"
+
+
+def worth(args, key, results):
+    """What a rate is chosen by, better low: the validation metric, at a tie the validation loss."""
+    if "diverged" in results[key]:
+        return math.inf, math.inf
+    found, loss, high = validation(folder(flags_of(args, *key)))
+    return -found if high else found, loss
+
+
+def pool(jobs, setup=None):
+    """Processes for `jobs` runs at a time, one thread each; `setup()` is called first in each of them."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # before a worker imports torch
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=setup)
+
+
+def flags_of(args, label, rank, lr, seed):
+    return [*args.flags, *args.rows[label], *(["--rank", rank] if rank is not None else []), "--lr", f"{lr:g}",
+            "--seed", seed]
+
+
+def tidy(args, key, result, best):
+    """The csv row of a run: what was run, what was chosen, what came out."""
+    label, rank, lr, seed = key
+    flags = list(map(str, flags_of(args, *key)))
+    if "--data-dir" in flags:
+        flags[flags.index("--data-dir") + 1] = "FOLDER"  # wherever it is
+    if "diverged" in result:
+        rank = int(flags[flags.index("--rank") + 1]) if "--rank" in flags else None
+        return {"row": label, "rank": rank, "lr": lr, "seed": seed, "best": int(best), "diverged": result["diverged"],
+                "flags": shlex.join(flags)}
+    settings, out = result["settings"], folder(flags_of(args, *key))
+    log = read_csv(out / "log.csv")
+    late = log[-max(1, len(log) // 10):]  # the last tenth
+    row = {"row": label, "dataset": settings["dataset"], "method": settings["method"], "rank": settings["rank"],
+           "lr": settings["lr"], "seed": seed, "best": int(best), "trained": result["parameters"]["trainable"],
+           "kept step": result["selected"]["step"], result["selected"]["by"]: round(validation(out)[0], 5),
+           "late training loss": round(sum(float(r["train_loss"]) for r in late) / len(late), 5),
+           "late gradient norm": round(sum(float(r["grad_norm"]) for r in late) / len(late), 5)}
+    for stage, values in result["metrics"].items():
+        names = ("unmerged", "merged") if stage == "trained" else (stage,)  # full fine-tuning: nothing to merge
+        row.update({f"{name} {metric}": round(value, 5) for name in names for metric, value in values.items()})
+    row.update({name: round(value, 5) for name, value in result["also"].items()})
+    return {**row, "training seconds": result["seconds"]["training"], "run": out.name, "flags": shlex.join(flags)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The grid
+
+def run_all(workers, args, keys, bar):
+    """{key: result.json} of the runs `keys`; the first that fails stops the rest."""
+    jobs = {workers.submit(cell, flags_of(args, *key), args.forgetting): key for key in keys}
+    found = {}
+    try:
+        for job in as_completed(jobs):
+            found[jobs[job]] = job.result()
+            bar.update()
+    except BaseException:
+        workers.shutdown(cancel_futures=True)
+        raise
+    return {key: found[key] for key in keys}
+
+
+def compare(args, setup=None):
+    """Run what has not been run, write PATH.csv and PATH.png; returns the rows. setup: see `pool`."""
+    import train
+    args.jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
+    to, rates = args.to, {}
+    for label, own in args.rows.items():
+        asked = train.parse([*args.flags, *own])  # a mistake in a row is said before anything runs
+        plain = [name for name in data.DATASETS if data.about(name, "PLAIN")]
+        if args.forgetting and (data.about(asked.dataset, "LABELS") or args.forgetting not in plain):
+            raise ValueError(f"--forgetting {args.forgetting} is the loss of a GPT on one of {', '.join(plain)}")
+        for rank in args.rank if METHODS[asked.method].adapter and args.rank else [None]:
+            rates[label, rank] = args.rates[label]
+    check_writable(ROOT / "out/quick" if args.quick else to.parent)
+    if args.quick:
+        csv_file = to.with_name(to.name + ".csv")
+        known = read_csv(csv_file) if csv_file.exists() else []
+        for key in rates:
+            best = [float(r["lr"]) for r in known if r["best"] == "1" and r["row"] == key[0]
+                    and key[1] in (None, int(r["rank"] or 0))]
+            if not best:
+                print(f"note     {to}.csv knows no best rate of {key[0]}: the middle one is taken")
+            rates[key] = [best[0] if best else rates[key][len(rates[key]) // 2]]
+        args.seeds, to = 1, ROOT / "out/quick" / to.name
+    first = [(*key, lr, 0) for key, some in rates.items() for lr in some]
+    more = len(rates) if args.best_lr else len(first)
+    bar = tqdm(total=len(first) + more * (args.seeds - 1), unit="run", desc=to.name)
+    with bar, pool(args.jobs, setup) as workers:
+        results = run_all(workers, args, first, bar)
+        best = {key: min(some, key=lambda lr, key=key: worth(args, (*key, lr, 0), results))
+                for key, some in rates.items()}
+        chosen = [(*key, lr) for key, some in rates.items() for lr in ([best[key]] if args.best_lr else some)]
+        results.update(run_all(workers, args, [(*key, seed) for key in chosen for seed in range(1, args.seeds)], bar))
+    if stale := sum(result["stale"] for result in results.values()):
+        print(f"note     {stale} runs are from before the code changed: delete out/compare to repeat them")
+    # what has diverged with every rate has no best one
+    rows = [tidy(args, key, result, best[key[:2]] == key[2] and "diverged" not in results[*key[:3], 0])
+            for key, result in results.items()]
+    write_csv(to.with_name(to.name + ".csv"), rows)
+    if not all(args.metric in row for row in rows if row["best"] and "diverged" not in row):
+        raise ValueError(f"--metric {args.metric!r} is no column of {to}.csv: {', '.join(rows[0])}")
+    if args.plot != "none":
+        draw(args, to.with_name(to.name + ".png"), rows)
+    report(args, rows)
+    return rows
+
+
+def groups(rows, *columns):
+    """{values of the columns: rows}, in order."""
+    found = {}
+    for row in rows:
+        found.setdefault(tuple(row[c] for c in columns), []).append(row)
+    return found
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def report(args, rows):
+    """Markdown: each row at its best rate, mean and range over the seeds."""
+    name = args.metric
+    print(f"\n| | rank | rate | seeds | trained | {name} |\n|---|---|---|---|---|---|")
+    for (label, rank, lr), same in groups([r for r in rows if r["best"]], "row", "rank", "lr").items():
+        tried = args.rates[label]
+        end = " (the end of its range)" * (len(tried) > 1 and lr in (min(tried), max(tried)))
+        print(f"| {label} | {rank or ''} | {lr:g}{end} | {len(same)} | {same[0]['trained']:,} | {spread(same, name)} |")
+
+
+def spread(rows, name):
+    """"0.171 (0.165-0.180)", or one number for one seed; a run that diverged is no number, but is said."""
+    values = [float(r[name]) for r in rows if not r.get("diverged")]
+    more = f" ({min(values):.3f}-{max(values):.3f})" * (len(values) > 1)
+    return f"{mean(values):.3f}{more}" + f", {len(rows) - len(values)} diverged" * (len(values) < len(rows))
+
+
+def style(row):
+    """(colour, marker, line) of a row's method; ResLoRA's by its shortcut."""
+    key = row["method"].partition("-")[0]  # an experiment's "reslora-merged-at" looks like ResLoRA
+    if key == "reslora":
+        key = next((s for s in ("block", "middle") if f"--shortcut {s}" in row["flags"]), "input")
+    return STYLES.get(key, ("k", "x", "-"))
+
+
+def draw(args, path, rows):
+    """The picture: against rank, rate or step a line with the range of its seeds, or one point for each seed."""
+    shown = [r for r in rows if (r["best"] or args.plot == "lr") and "diverged" not in r]
+    labels = groups(shown, "row")
+    tall = 0.34 * len(labels) + 1.1 if args.plot == "rows" else 3.8
+    with picture(path, figsize=(6.4, tall)) as (_, axis):
+        fill(args, axis, shown, labels)
+
+
+def fill(args, axis, shown, labels):
+    """The rows that are shown, by label, on the axis."""
+    unit = ""
+    if args.metric.endswith("loss"):
+        classes = max((len(data.about(r["dataset"], "LABELS")) for r in shown), default=0)
+        unit = {0: " (nats per target token)", 1: " (squared error)"}.get(classes, " (nats per text)")
+    used = set()
+    for y, ((label,), same) in enumerate(labels.items()):
+        colour, marker, line = style(same[0])
+        look = dict(color=colour, marker=marker, fillstyle="none" if colour in used else "full", ms=6)
+        used.add(colour)  # a method's second row is hollow
+        if args.plot == "rows":
+            beside = [y + 0.12 * (i - (len(same) - 1) / 2) for i in range(len(same))]  # equal values, seen
+            axis.plot([float(r[args.metric]) for r in same], beside, ls="", alpha=0.85, **look)
+            continue
+        if args.plot == "step":
+            keys = [(label, r["rank"] if args.rank else None, r["lr"], r["seed"]) for r in same]
+            logs = [read_csv(folder(flags_of(args, *key)) / "log.csv") for key in keys]
+            points = {int(at[0]["step"]): [float(r["train_loss"]) for r in at] for at in zip(*logs, strict=True)}
+            label = f"{label}, rate {same[0]['lr']:g}"
+        else:
+            if not same[0][args.plot]:  # full fine-tuning has no rank
+                axis.axhline(mean([float(r[args.metric]) for r in same]), color=colour, ls=line, label=label)
+                continue
+            points = {value: [float(r[args.metric]) for r in at] for (value,), at in groups(same, args.plot).items()}
+        x = sorted(points)
+        axis.plot(x, [mean(points[v]) for v in x], ls=line, label=label, **{**look, "ms": 0 if len(x) > 12 else 6})
+        axis.fill_between(x, [min(points[v]) for v in x], [max(points[v]) for v in x], color=colour, alpha=0.15, lw=0)
+    if args.plot == "rows":
+        axis.set_yticks(range(len(labels)), [label for (label,) in labels])
+        axis.set_ylim(len(labels) - 0.5, -0.5)
+        axis.margins(x=0.08)
+        axis.set_xlabel(args.metric + unit + ", a mark for each seed")
+        axis.grid(axis="x", alpha=0.3)
+    else:
+        names = {"rank": "rank r", "lr": "learning rate", "step": "step"}
+        axis.set(xlabel=names[args.plot], ylabel=("training loss" if args.plot == "step" else args.metric) + unit)
+        if args.plot != "step":
+            axis.set_xscale("log", base=2 if args.plot == "rank" else 10)
+        if args.plot == "rank":
+            ranks = sorted({r["rank"] for r in shown if r["rank"]})
+            axis.set_xticks(ranks, map(str, ranks))
+        axis.legend(frameon=False, fontsize=9)
+    axis.set_title(args.title, fontsize=10, loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def main(argv=None):
+    return command("compare.py", parse, compare, argv)
+
+
+if __name__ == "__main__":
+    main()

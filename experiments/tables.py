@@ -1,0 +1,216 @@
+"""The tables of RESULTS.md, made from the csv files under experiments/results/.
+
+    python -m experiments.tables [--write]      prints them; --write puts each behind its mark in RESULTS.md
+
+tests/test_results.py compares both. A cell with a range is the mean of the seeds, the lowest and the highest. * marks a
+rate at the end of those that were tried: a better one may lie beyond.
+"""
+import argparse
+import re
+
+from experiments.compare import RESULTS, ROOT, groups, mean, read_csv, spread, write
+
+RATES = {"restaurants": "2.4e-2", "stdlib": "2.4e-2", "e2e": "2.4e-2", "reviews": "3e-3"}  # of experiments/merges.py
+MERGES = "regression", "input", "weight", "none"
+
+
+def best(name):
+    """{row: its runs at its best rate} of a csv of compare.py; each gets "tried": that rate, marked if at an end."""
+    rows = read_csv(RESULTS / f"{name}.csv")
+    for same in groups(rows, "row", "rank").values():
+        tried = sorted({float(r["lr"]) for r in same})
+        for r in same:
+            r["tried"] = rate(r["lr"]) + "*" * (len(tried) > 1 and float(r["lr"]) in (tried[0], tried[-1]))
+    return {row: same for (row,), same in groups([r for r in rows if r["best"] == "1"], "row").items()}
+
+
+def rate(lr):
+    """0.024 -> 2.4e-2, 3.0 -> 3"""
+    lr = float(lr)
+    return f"{lr:g}" if lr >= 1 else f"{lr:.1e}".replace("e-0", "e-").replace(".0e", "e")
+
+
+def average(rows, column, digits=3):
+    return f"{mean([float(r[column]) for r in rows]):.{digits}f}"
+
+
+def paired(rows, others, column="merged loss"):
+    """What lies between two rows seed by seed: mean and standard error, "+0.0039 (0.0086)"."""
+    of = {r["seed"]: float(r[column]) for r in others}
+    differences = [float(r[column]) - of[r["seed"]] for r in rows]
+    center = mean(differences)
+    if len(differences) == 1:
+        return f"{center:+.4f}"
+    error = (sum((d - center)**2 for d in differences) / (len(differences) - 1) / len(differences))**0.5
+    return f"{center:+.4f} ({error:.4f})"
+
+
+def markdown(header, rows):
+    return [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def deployed(name):
+    """Each row of a grid at its best rate, before and after merging, and against LoRA seed by seed."""
+    found = best(name)
+    against = [row for row in ("LoRA", "LoRA, 3 alpha") if row in found]
+    accuracy = ["merged accuracy"] * bool(found["LoRA"][0].get("merged accuracy"))
+    return markdown(["", "rate", "seeds", "unmerged", "merged", *accuracy, *(f"above {other}" for other in against)], [
+        [row, same[0]["tried"], str(len(same)), average(same, "unmerged loss"), spread(same, "merged loss"),
+         *(average(same, column) for column in accuracy),
+         *("" if row in ("LoRA", other) else paired(same, found[other]) for other in against)]
+        for row, same in found.items()])
+
+
+def pre_num():
+    """Unmerged loss of one seed by structure and m, each at its best rate."""
+    found = best("reslora-pre-num")
+    lora = found.pop("LoRA (m 0)")[0]
+    structures, ms = (list(dict.fromkeys(row.split(", ")[i] for row in found)) for i in (0, 1))
+
+    def cell(row):
+        return f"{float(row['unmerged loss']):.3f} ({row['tried']})"
+    return markdown(["", *structures], [
+        ["m 0: LoRA", *[cell(lora)] * len(structures)],
+        *([m, *(cell(found[f"{structure}, {m}"][0]) for structure in structures)] for m in ms)])
+
+
+def loss(row, how):
+    """Of a row of a csv, as it is unmerged, or merged by a name of MERGES; None where that was not asked for."""
+    column = "merged" if how == "regression" else f"merged by {how}" if how in MERGES else how
+    found = row.get(f"{column} loss")
+    return float(found) if found else None
+
+
+def kept(row, how):
+    """Share of the unmerged model's gain over the base that the merge keeps."""
+    return (loss(row, "base") - loss(row, how)) / (loss(row, "base") - loss(row, "unmerged"))
+
+
+def merges(where=RESULTS):
+    """Loss before and after each merge, one seed; what regression keeps of the gain over the base."""
+    def cells(row):
+        return [f"{value:.3f}" if (value := loss(row, how)) is not None else "-" for how in ("unmerged", *MERGES)]
+    files = [where / f"merges-{dataset}.csv" for dataset in RATES]
+    rows = [row for file in files if file.exists() for row in read_csv(file)]
+    return markdown(["dataset", "structure", "unmerged", "**regression**", *MERGES[1:], "kept by regression"],
+                    [[r["dataset"], r["row"], *cells(r), f"{kept(r, 'regression'):.1%}"] for r in rows])
+
+
+def calibration(where=RESULTS):
+    """Merged loss by texts, mean of the draws."""
+    found = groups(read_csv(where / "calibration.csv"), "dataset", "row")
+    texts = list(groups(next(iter(found.values())), "texts"))
+    return markdown(["", "unmerged", "1 text", *(f"{n} texts" for (n,) in texts[1:]), "shortcut dropped"], [
+        [f"{dataset}: {row}", average(same, "unmerged loss"),
+         *(average(at, "merged loss") for at in groups(same, "texts").values()), average(same, "merged by none loss")]
+        for (dataset, row), same in found.items()])
+
+
+def gradients(where=RESULTS):
+    """Norms by layer, mean of the seeds."""
+    rows = read_csv(where / "reslora-gradients.csv")
+    return markdown(["", *(f"layer {layer}" for (layer,) in groups(rows, "layer"))], [
+        [f"{target}: {row}", *(average(at, "gradient norm", 4) for at in groups(same, "layer").values())]
+        for target in ("q", "v") for (row,), same in groups([r for r in rows if r["target"] == target], "row").items()])
+
+
+def rslora(optimizer):
+    """Loss by rank at the best rate, mean of the seeds, and at one rate, with the gradient norm that goes with that."""
+    own = {row: groups(same, "rank") for row, same in best(f"rslora-{optimizer}").items()}
+    one = best(f"rslora-{optimizer}-fixed")
+    rows = [[f"{row}, best rate", *(f"{average(r, 'merged loss')} ({r[0]['tried']})" for r in same.values())]
+            for row, same in own.items()]
+    rows += [["rsLoRA above LoRA", *(paired(r, own["LoRA"][rank]) for rank, r in own["rsLoRA"].items())]]
+    for name, column in (("", "merged loss"), (": gradient norm", "late gradient norm")):
+        rows += [[f"{row}, rate {rate(same[0]['lr'])}{name}", *(f"{float(r[column]):.3f}" for r in same)]
+                 for row, same in one.items()]
+    return markdown(["", *(f"r {r}" for (r,) in own["LoRA"])], rows)
+
+
+def deltalora():
+    """Each lambda and K; lambda 2 beside its fair baseline, LoRA with (1 + lambda) alpha."""
+    found = best("deltalora")
+    return markdown(["", "rate", "seeds", "test loss", "above LoRA", "above LoRA with 3 alpha"], [
+        [row, same[0]["tried"], str(len(same)), spread(same, "merged loss"),
+         "" if row == "LoRA, alpha" else paired(same, found["LoRA, alpha"]),
+         paired(same, found["LoRA, 3 alpha"]) if "lambda 2" in row else ""] for row, same in found.items()])
+
+
+def weights(where=RESULTS):
+    """Rank and cosine over the layers."""
+    rows = []
+    for (row, lr), same in groups(read_csv(where / "deltalora-weights.csv"), "row", "lr").items():
+        ranks = sorted({int(r["rank"]) for r in same})
+        moved = [float(r["share of the motion"]) for r in same if r["share of the motion"]]
+        rows.append([row, rate(lr), f"{float(same[0]['unmerged loss']):.3f}",
+                     f"{ranks[0]}" + f" to {ranks[-1]}" * (len(ranks) > 1), average(same, "cosine"),
+                     f"{mean(moved):.2f}" if moved else ""])
+    return markdown(["", "rate", "test loss", "rank of W' - W_0", "cosine of W_0 and W'", "motion that W made"], rows)
+
+
+def dylora(where=RESULTS):
+    """Loss by rank."""
+    rows = read_csv(where / "dylora.csv")
+    return markdown(["", *(f"r {b}" for (b,) in groups(rows, "rank"))], [
+        [adapter, *(spread(at, "loss") for at in groups(same, "rank").values())]
+        for (adapter,), same in groups(rows, "adapter").items()])
+
+
+def theorem(where=RESULTS):
+    """Size of the branch after one step by rank, mean of the seeds."""
+    rows = read_csv(where / "rank-theorem.csv")
+    names = {"lora": "LoRA", "rslora": "rsLoRA"}
+    return markdown(["branch", *(f"r {r}" for (r,) in groups(rows, "rank"))], [
+        [f"{optimizer}, {names[method]}",
+         *(f"{mean([float(r['branch']) for r in at]):.2g}" for at in groups(same, "rank").values())]
+        for (optimizer, method), same in groups(rows, "optimizer", "method").items()])
+
+
+def decoding():
+    """Seconds with the cache, and how many times as long the other ways take."""
+    rows = []
+    for (prompts, beams), same in groups(read_csv(RESULTS / "decoding.csv"), "prompts", "beams").items():
+        ways = {r["way"]: r for r in same}
+        times = (ways.get(way, {}).get("of cached") for way in ("transformers", "uncached"))
+        rows.append([prompts, beams, f"{float(ways['cached']['seconds']):.2f} s",
+                     *(f"{float(of):.1f} times" if of else "" for of in times)])
+    return markdown(["prompts", "beams", "with the cache", "`transformers`", "without a cache"], rows)
+
+
+def methods(name, more):
+    """Each method at its best rate: `more` are {header: column} beside the loss."""
+    found = best(name)
+    return markdown(["", "trained", "rate", "test loss", "above LoRA", *more], [
+        [row, f"{int(same[0]['trained']):,}", same[0]["tried"], spread(same, "merged loss"),
+         "" if row == "LoRA r 16" else paired(same, found["LoRA r 16"]),
+         *(spread(same, column) for column in more.values())] for row, same in found.items()])
+
+
+TABLES = {
+    **{name: lambda name=name: deployed(name)
+       for name in ("merge-at-restaurants", "merge-at-reviews", "merge-at-e2e", "reslora-curves-best")},
+    "reslora-pre-num": pre_num, "merges": merges, "calibration": calibration, "reslora-gradients": gradients,
+    "rslora-adamw": lambda: rslora("adamw"), "rslora-sgd": lambda: rslora("sgd"), "deltalora": deltalora,
+    "deltalora-weights": weights, "dylora": dylora, "rank-theorem": theorem, "decoding": decoding,
+    "methods-e2e": lambda: methods("methods-e2e", {"pretraining text": "merged loss on world"}),
+    "methods-reviews": lambda: methods("methods-reviews", {"accuracy": "merged accuracy"}),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="into RESULTS.md")
+    page = (ROOT / "RESULTS.md").read_text()
+    for name in re.findall(r"<!-- table: (\S+) -->", page):
+        table = "\n".join(TABLES[name]())
+        print(f"\n{name}\n\n{table}")
+        page, times = re.subn(rf"(<!-- table: {name} -->\n\n)(?:\|.*\n)*\n*",
+                                lambda found, t=table: f"{found[1]}{t}\n\n", page)
+        if times != 1:
+            raise ValueError(f"RESULTS.md has <!-- table: {name} --> and an empty line {times} times, not once")
+    if parser.parse_args().write:
+        write(ROOT / "RESULTS.md", lambda part: part.write_text(page))
+
+
+if __name__ == "__main__":
+    main()

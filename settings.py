@@ -1,0 +1,292 @@
+"""What the commands share: flags and their defaults, errors as one line with exit code 2, devices, processes."""
+import argparse
+import math
+import os
+import re
+import shlex
+import sys
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+import data
+from checkpoints.pretrained import MODELS
+from lora import LoRALinear
+from methods import METHODS
+
+# One of several processes that torchrun has started, or the only one
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in
+                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+# Steps, examples per step and learning rate. With the embedded models a run takes half a minute on two CPU cores. Full
+# fine-tuning wants a smaller rate than an adapter, methods that start with small factors a larger one.
+SMALL_START = ("adalora_lr", "loha_lr", "lokr_lr")
+DEFAULTS = {
+    "restaurants": dict(steps=180, batch_size=32, lr=1e-2, full_lr=6e-3, **dict.fromkeys(SMALL_START, 3e-2)),
+    "e2e": dict(steps=150, batch_size=32, lr=1e-2, full_lr=3e-3, **dict.fromkeys(SMALL_START, 3e-2)),
+    "stdlib": dict(steps=100, batch_size=16, lr=5e-3, full_lr=2e-3),
+    "text": dict(steps=100, batch_size=16, lr=5e-3, full_lr=2e-3),
+    "world": dict(steps=100, batch_size=32, lr=5e-3, full_lr=3e-3),
+    "opinions": dict(steps=100, batch_size=32, lr=5e-3, full_lr=3e-3),
+    "reviews": dict(steps=500, batch_size=64, lr=3e-3, full_lr=1e-3, head_lr=1e-2,
+                    **dict.fromkeys(SMALL_START, 1e-2)),
+    # For real models: a first try. The papers train longer, their recipes are in experiments/recipes/.
+    "gsm8k": dict(epochs=3, batch_size=16, lr=5e-4, full_lr=5e-5),
+    "glue": dict(epochs=3, batch_size=32, lr=4e-4, full_lr=2e-5),
+}
+OTHER = dict(epochs=3, batch_size=32, lr=1e-3, full_lr=1e-4)  # a dataset that is not in the table
+ADAPTER = dict(rank=8, alpha=16.0, dropout=0.0, targets="q,v")  # for every method that has an adapter
+
+
+def parser(description):
+    """The flags of train.py. A flag that depends on dataset or method has no default here: `fill_in` gives it one."""
+    parser = Parser("train.py", description)
+    add = parser.add_argument_group("method").add_argument
+    add("--method", default="lora", help=", ".join(METHODS))
+    add("--rank", type=int, help="r, 1 up to the smaller side of the linears (8)")
+    add("--alpha", type=float, help="numerator of the scale (16)")
+    add("--rs", action="store_true", help="alpha times sqrt(r), rsLoRA's scale, for whatever method")
+    add("--dropout", type=float, help="on the input of A (0)")
+    add("--targets", help="which linears, of q,k,v,o,up,down (q,v, the papers' choice)")
+    add("--init-from", help="method lora: go on from an adapter folder, ours or PEFT's, with its ranks and targets")
+    for name, method in METHODS.items():
+        add = parser.add_argument_group(name).add_argument if method.flags else None
+        for name, spec in method.flags.items():  # SUPPRESS: a flag that was not given leaves no trace
+            add("--" + name.replace("_", "-"), **{**spec, "default": argparse.SUPPRESS})
+    add = parser.add_argument_group("model and data").add_argument
+    add("--model", help=f"{', '.join(MODELS)}, a checkpoint folder or a hub id (the tiny one that fits the dataset)")
+    add("--dataset", help=", ".join(data.DATASETS) + " (restaurants; with a RoBERTa by name, reviews)")
+    add("--data-dir", help="read the dataset from this folder (text: or file) instead of the hub")
+    add("--context", type=int, help="longest sequence in tokens (the model's, at most 256)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--steps", type=int, help="optimizer steps (by dataset)")
+    add("--epochs", type=float, help="instead of --steps")
+    add("--batch-size", type=int, help="examples per forward (by dataset)")
+    add("--grad-accum", type=int, default=1, help="batches per step: the same step with less memory (1)")
+    add("--lr", type=float, help="peak learning rate (by dataset)")
+    add("--optimizer", choices=("adamw", "sgd"), default="adamw")
+    add("--schedule", choices=("linear", "cosine", "constant"), default="linear", help="after the warm-up")
+    add("--warmup", type=float, default=0.06, help="steps, or below 1 the share of the run (.06)")
+    add("--weight-decay", type=float, default=0.01, help="on matrices, decoupled (.01)")
+    add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping (1)")
+    add("--label-smoothing", type=float, default=0.0)
+    add("--seed", type=int, default=0, help="of adapters, data order and dropout")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="cpu, cuda, mps (cuda, else cpu)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the arithmetic (bfloat16 on cuda)")
+    add("--compile", action="store_true", help="torch.compile: a slow start, then faster on a GPU")
+    add = parser.add_argument_group("run folder").add_argument
+    add("--out", type=Path, help="out/<dataset>-<method>-r<rank>-s<seed>")
+    add("--eval-every", type=int, help="steps between validations, each a checkpoint (a tenth of the run)")
+    add("--resume", action="store_true", help="go on from the run folder's last checkpoint")
+    add("--save-merged", action="store_true", help="write merged/, a checkpoint that transformers loads")
+    return parser
+
+
+def parse(argv=None, description=None):
+    """Parses the flags, fills in defaults, refuses contradictions with ValueError."""
+    args = parser(description).parse_args(argv)
+    if args.method not in METHODS:
+        raise ValueError(f"unknown method {args.method!r}: choose from {', '.join(METHODS)}")
+    if args.dataset is None:
+        args.dataset = "reviews" if "roberta" in Path(args.model or "").name else "restaurants"
+    if args.dataset not in data.DATASETS:
+        raise ValueError(f"unknown dataset {args.dataset!r}: choose from {', '.join(data.DATASETS)}")
+    check_method(args)
+    fill_in(args)
+    check_ranges(args)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file, not a folder")
+    args.device, args.dtype, args.amp = pick_device(args.device, args.dtype)
+    return args
+
+
+def check_method(args):
+    """Refuse what does not go with the method."""
+    method, adapter = METHODS[args.method], METHODS[args.method].adapter
+    if not (adapter or method.trains_base or data.about(args.dataset, "LABELS")):
+        raise ValueError(f"--method {args.method} trains a classifier's head alone, and {args.dataset} has nothing to "
+                         "classify")
+    for other in METHODS:
+        for name in METHODS[other].flags.keys() & vars(args).keys() - method.flags.keys():
+            raise ValueError(f"--{name.replace('_', '-')} is a flag of method {other}, not of {args.method}")
+    if args.rs and (adapter is None or adapter.scale is not LoRALinear.scale):
+        raise ValueError(f"--rs is not for {args.method}: it gives the square root to adapters that scale by alpha / r")
+    if args.init_from is not None:
+        if adapter is not LoRALinear:
+            raise ValueError(f"--init-from {args.init_from} is for method lora, not {args.method}")
+        for name in ("rank", "alpha", "targets", "rs"):
+            if getattr(args, name):
+                raise ValueError(f"--init-from {args.init_from} brings its own {name}: drop --{name}")
+
+
+def fill_in(args):
+    """Give every flag that depends on the dataset or the method its default."""
+    adapter = METHODS[args.method].adapter
+    reads = data.about(args.dataset, "LABELS") or args.dataset == "opinions"
+    args.model = args.model or ("tiny-roberta" if reads else "tiny-gpt")
+    for name, value in ADAPTER.items():
+        if adapter is None:
+            if getattr(args, name) is not None:
+                print(f"note     --{name} does nothing here: method {args.method} has no adapter")
+            setattr(args, name, None)
+        elif getattr(args, name) is None and (name == "dropout" or args.init_from is None):
+            setattr(args, name, value)
+    defaults = DEFAULTS.get(args.dataset.split("/")[0], OTHER)
+    args.batch_size = defaults["batch_size"] if args.batch_size is None else args.batch_size
+    if args.lr is None:
+        args.lr = defaults.get(f"{args.method}_lr", defaults["lr"])
+    if args.steps is not None and args.epochs is not None:
+        raise ValueError("--steps and --epochs say the same thing: give one")
+    if args.steps is None and args.epochs is None:
+        args.steps, args.epochs = defaults.get("steps"), defaults.get("epochs")
+    rank = "" if args.rank is None else f"-r{args.rank}"
+    args.out = args.out or Path(f"out/{args.dataset.replace('/', '-')}-{args.method}{rank}-s{args.seed}")
+
+
+def check_ranges(args):
+    """Refuse numbers out of range."""
+    for name in ("steps", "epochs", "batch_size", "grad_accum", "lr", "alpha", "context", "eval_every"):
+        value = getattr(args, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    for name, high in (("warmup", math.inf), ("weight_decay", math.inf), ("clip", math.inf), ("label_smoothing", 1)):
+        if not 0 <= getattr(args, name) < high:
+            raise ValueError(f"--{name.replace('_', '-')} must be 0 or more{' and below 1' * (high == 1)}, "
+                             f"not {getattr(args, name)}")
+    if (args.steps or 0) > 10**8:
+        raise ValueError(f"--steps must be at most 10^8, not {args.steps}")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed must be in 0..2^63 - 1, not {args.seed}")
+
+
+def check_folders(args, source):
+    """Refuse a run that would overwrite the model or the adapter that it starts from."""
+    for flag, folder in (("model", source), ("init-from", args.init_from)):
+        if folder is not None and Path(folder).resolve() in (args.out.resolve(), (args.out / "merged").resolve()):
+            raise ValueError(f"--{flag} {folder} lies in the run folder {args.out}, which this run replaces: "
+                             "choose another --out")
+
+
+def check_model(args, model, source):
+    """Refuse what does not go with the model."""
+    labels = data.about(args.dataset, "LABELS")
+    if not labels and model.fresh_head and not METHODS[args.method].trains_base:
+        raise ValueError(f"--method {args.method} freezes the head, and {source} has none for masked tokens: choose a "
+                         "checkpoint with one, or --method full")
+    if not 4 <= args.context <= model.context:
+        raise ValueError(f"--context {args.context} is not in 4..{model.context}, the model's")
+    if len(labels) == 1 and args.label_smoothing:
+        raise ValueError(f"--label-smoothing {args.label_smoothing:g} is for classes, not for numbers as in "
+                         f"{args.dataset}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For all commands
+
+class Parser(argparse.ArgumentParser):
+    """Flags are written in full. With `files` @FILE reads flags from a file, # begins a comment there. Errors are
+    ValueErrors."""
+
+    def __init__(self, name, description, files=True):
+        super().__init__(name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, fromfile_prefix_chars="@" if files else None,
+                         epilog="@FILE reads flags from a file, one a line." if files else None)
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(re.sub(r"(^|\s)#.*", "", line))
+
+    def error(self, message):
+        if "--merge-at" in message:
+            message = ("--merge-at brought nothing and is an experiment now: python -m experiments.merge_at --help")
+        raise ValueError(message)
+
+    def parse_args(self, argv=None):
+        try:
+            return self.parse_intermixed_args(argv)  # flags may stand before, between and behind the rest
+        except RecursionError:
+            raise ValueError("a file of flags includes itself") from None
+
+
+def pick_device(name, dtype):
+    """(device, dtype, autocast context) of --device and --dtype; of several processes each has a GPU of its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and WORLD > 1:
+        name = f"cuda:{LOCAL_RANK}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}: choose cpu, cuda or mps") from None
+    ready = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not ready.get(device.type, False) or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine or this build of torch has none")
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return device, dtype, torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+def join(device):
+    """Meet the other processes: gradients travel by nccl between GPUs, by gloo between CPUs. The first one writes."""
+    if WORLD == 1 or dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # the others wait while the first one evaluates, however long that takes
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+
+
+def parallel(model, seed):
+    """The model as a training step calls it. DDP averages gradients over the processes, and gradients only: updates
+    outside the optimizer, of Delta-LoRA's W for one, are deterministic, so all processes agree on them. Each process
+    has random numbers of its own, for dropout."""
+    if RANK:
+        torch.manual_seed(hash((seed[0], RANK, seed[1])))
+    return nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False) if WORLD > 1 else model
+
+
+def accumulating(forward, more):
+    """The context of one forward and backward. While `more` of them follow in this step, processes keep their gradients
+    to themselves: they exchange them once, after the last."""
+    return forward.no_sync() if WORLD > 1 and more else nullcontext()
+
+
+def mean_over_processes(readings):
+    """A tensor, averaged over the processes."""
+    if WORLD > 1:
+        dist.all_reduce(readings)
+    return readings / WORLD
+
+
+def command(name, parse, run, argv=None):
+    """run(parse(argv)), with every expected failure as one line on stderr."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
+
+    def end(message, code=2):
+        print(f"{name}: " + " ".join(message.split()), file=sys.stderr)
+        raise SystemExit(code) from None
+    try:
+        return run(parse(argv))
+    except BrokenPipeError:  # the reader of our output, `head` say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except (ValueError, OSError) as e:
+        end(str(e))
+    except torch.OutOfMemoryError as e:
+        end(f"out of memory: a smaller --batch-size may help, in training with --grad-accum ({str(e).splitlines()[0]})")
+    except KeyboardInterrupt as e:
+        end("; ".join(["interrupted", *map(str, e.args)]), 130)
+    except Exception as e:
+        if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        end(f"--compile does not work on this machine: {' '.join(str(e).split()[:12])}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
