@@ -30,12 +30,12 @@ ALSO = "block", "middle, merged at the end"  # rows that --quick leaves out
 
 
 class MergedOnTheWay(ResLoRALinear):
-    """ResLoRALinear, shortcut input, whose layers become plain LoRA after `share` of the steps."""
+    """ResLoRALinear whose layers become plain LoRA after `share` of the steps."""
 
     batches = None  # the calibration batches of this process's run, see `register`
 
-    def __init__(self, linear, r, alpha, dropout=0.0, share=0.9):
-        super().__init__(linear, r, alpha, dropout)
+    def __init__(self, linear, r, alpha, dropout=0.0, share=0.9, **own):
+        super().__init__(linear, r, alpha, dropout, **own)
         if not 0 < share < 1:
             raise ValueError(f"share {share} is not a share of the steps, above 0 and below 1")
         self.share, self.merge_step = share, None

@@ -13,9 +13,10 @@ sys.path.insert(0, str(ROOT))
 
 torch.set_num_threads(1)  # for tensors this small threads cost more than they bring
 
-import hub  # noqa: E402
 import lora  # noqa: E402
-from data import bpe, restaurants, reviews  # noqa: E402
+from checkpoints import hub, tokenizers  # noqa: E402
+from checkpoints.pretrained import save_pretrained  # noqa: E402
+from data import restaurants, reviews  # noqa: E402
 from methods import METHODS  # noqa: E402
 from model import GPT, GPTConfig, RoBERTa, RobertaConfig  # noqa: E402
 
@@ -142,7 +143,7 @@ def one_step(model, layers, optimizer, step, some):
 
 
 def run_over(model, *batches):
-    """The `run` of `calibrate`: sends each batch through the model; all positions count but a RoBERTa's padding."""
+    """The `batches` of `calibrate`: sends each batch through the model; all positions count but a RoBERTa's padding."""
     def run():
         for idx in batches:
             with torch.no_grad():
@@ -153,7 +154,8 @@ def run_over(model, *batches):
 
 def calibrated(model, layers, how=None):
     """Calibrate on random tokens and return the layers."""
-    layers[0].calibrate(layers, run_over(model, batch(model, 16)[0], batch(model, 16)[0]), how)
+    batches = run_over(model, batch(model, 16)[0], batch(model, 16)[0])
+    layers[0].prepare_merge(layers, how or layers[0].merges[0], batches)
     return layers
 
 
@@ -164,8 +166,8 @@ def small_roberta(tmp_path_factory):
     torch.manual_seed(0)
     model = RoBERTa(RobertaConfig(vocab_size=325, max_position_embeddings=66, hidden_size=16, num_hidden_layers=2,
                                   num_attention_heads=2, intermediate_size=32))
-    model.save_pretrained(folder)
-    bpe.save(bpe.train([text for (text,), _ in reviews.load()["validation"]], 320), folder)
+    save_pretrained(model, folder)
+    tokenizers.save(tokenizers.train([text for (text,), _ in reviews.load()["validation"]], 320), folder)
     return folder
 
 
@@ -175,8 +177,8 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=320, n_positions=256, n_embd=16, n_layer=2, n_head=2))
-    model.save_pretrained(folder)
-    bpe.save(bpe.train([text for _, text in restaurants.load()["validation"]], 319), folder)
+    save_pretrained(model, folder)
+    tokenizers.save(tokenizers.train([text for _, text in restaurants.load()["validation"]], 319), folder)
     return folder
 
 

@@ -299,7 +299,7 @@ def test_a_budget_that_does_not_fit_is_refused():
                          (dict(budget_every=1.5), "budget_every 1.5"), (dict(init_rank=4.5), "init_rank 4.5")):
         with pytest.raises(ValueError, match=message):
             AdaLoRALinear(linear(), 4, 6, **own)
-    assert [AdaLoRALinear(linear(), r, 6).r for r in (1, 4, 5, 10, 12)] == [2, 6, 8, 12, 12]
+    assert [AdaLoRALinear(linear(), r, 6).init_rank for r in (1, 4, 5, 10, 12)] == [2, 6, 8, 12, 12]
     with pytest.raises(ValueError, match="rank 13 is not in 1..12"):
         AdaLoRALinear(linear(), 13, 6)
 
@@ -364,9 +364,9 @@ def test_a_cut_beyond_the_ranks_is_refused():
     for cut, named in ((0, 0), (5, 5), ([2, 5], 5), ([2.5], 2.5), ([True], True)):
         with pytest.raises(ValueError, match=rf"cut {named} is not in 1\.\.4"):
             DyLoRALinear(linear(), 4, 6, cut=cut)
-    assert DyLoRALinear(linear(), 6, 6).merges == ["cut 6", "cut 1", "cut 2", "cut 4"]
-    assert DyLoRALinear(linear(), 8, 6, cut=2).merges == ["cut 2"]
-    assert DyLoRALinear(linear(), 8, 6, cut=[4, 1]).merges == ["cut 4", "cut 1"]
+    assert DyLoRALinear(linear(), 6, 6).merges == [6, 1, 2, 4]
+    assert DyLoRALinear(linear(), 8, 6, cut=2).merges == [2]
+    assert DyLoRALinear(linear(), 8, 6, cut=[4, 1]).merges == [4, 1]
 
 
 @pytest.mark.parametrize("adapter", [AdaLoRALinear, DyLoRALinear])

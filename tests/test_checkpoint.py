@@ -20,10 +20,10 @@ from conftest import (
 )
 from safetensors.torch import load_file, save_file
 
-from checkpoints import adapters, files, state
 import lora
+from checkpoints import adapters, state
+from checkpoints.pretrained import from_pretrained, save_pretrained
 from methods import METHODS
-from model import from_pretrained
 
 ALL = ("q", "k", "v", "o", "up", "down")
 
@@ -51,7 +51,7 @@ def test_peft_loads_the_adapter_and_gives_the_merged_models_logits(tmp_path, met
     our unmerged model too. A classifier's head, changed by the training, travels along. It is what the fp32 files hold
     that is compared, so the forwards are in float64."""
     model = tiny(torch.float32)
-    model.save_pretrained(tmp_path / "base")
+    save_pretrained(model, tmp_path / "base")
     idx = batch(model)[0]
     base_logits = model(idx)[0]
     layers = adapt(model, method, hparams, targets=targets)
@@ -114,7 +114,7 @@ def test_an_adapter_made_by_peft_loads_here(tmp_path, targets, config):
     import transformers
     gpt = targets[0].startswith(("c_", "attn"))
     model = (tiny_gpt if gpt else tiny_roberta)(torch.float32)
-    model.save_pretrained(tmp_path / "base")
+    save_pretrained(model, tmp_path / "base")
     kind = transformers.GPT2LMHeadModel if gpt else transformers.RobertaForSequenceClassification
     config = peft.LoraConfig(**{**dict(r=3, lora_alpha=6, target_modules=targets, fan_in_fan_out=gpt,
                                        task_type="CAUSAL_LM" if gpt else "SEQ_CLS"), **config})
@@ -143,7 +143,7 @@ def test_an_untrained_adapter_loads_too(tmp_path):
     adapters.save_adapter(tmp_path, model, "some/base")
     A = model.h[2].attn.q.lora_A.detach()
     layers = adapters.load_adapter(fresh := tiny_gpt(torch.float32), tmp_path, dropout=0.3)
-    assert len(layers) == 12 and all(layer.dropout.p == 0.3 and not layer.lora_B.any() for layer in layers)
+    assert len(layers) == 12 and all(layer.drop.p == 0.3 and not layer.lora_B.any() for layer in layers)
     assert all(torch.equal(linear.lora_A, A) for linear in (fresh.h[2].attn.q, fresh.h[2].attn.k, fresh.h[2].attn.v))
 
 

@@ -5,9 +5,10 @@ from concurrent.futures import Future
 
 import pytest
 
-from checkpoints import adapters, files, state
-import compare
 import train
+from evaluation import evaluate
+from evaluation.plots import picture
+from experiments import compare
 
 TEXT = "".join(f"the {a} {b} ran to the {c} .\n" for a in ("old", "red", "big", "wet") for b in ("dog", "cat", "hen")
                for c in ("hill", "lake", "tree", "barn")) * 4
@@ -17,7 +18,7 @@ TEXT = "".join(f"the {a} {b} ran to the {c} .\n" for a in ("old", "red", "big", 
 def grid(tmp_path, base, monkeypatch):
     """Runs a tiny grid with more flags; returns the rows as they stand in the csv."""
     (tmp_path / "text.txt").write_text(TEXT)
-    monkeypatch.setattr(train, "SCORED", train.SCORED)  # cell sets it
+    monkeypatch.setattr(evaluate, "SCORED", evaluate.SCORED)  # cell sets it
     monkeypatch.setattr(compare, "ROOT", tmp_path)
 
     def run(*more, rows=("LoRA: --method lora", "block: --method reslora --shortcut block")):
@@ -126,7 +127,7 @@ def test_a_picture_says_the_unit_of_its_loss(tmp_path, dataset, unit):
     """A language model's, a classifier's, a regression's."""
     row = {"row": "LoRA", "dataset": dataset, "method": "lora", "flags": "", "merged loss": "0.5"}
     args = Namespace(plot="rows", metric="merged loss", title="")
-    with checkpoint.picture(tmp_path / "a.png") as (_, axis):
+    with picture(tmp_path / "a.png") as (_, axis):
         compare.fill(args, axis, [row], {("LoRA",): [row]})
         assert f"({unit})" in axis.get_xlabel()
 

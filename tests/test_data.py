@@ -17,10 +17,10 @@ import torch
 from conftest import REAL, ROOT, hub_cache, needs_real
 
 import data
-import hub
-from data import bpe, e2e, glue, gsm8k, opinions, restaurants, reviews, text, world
+from checkpoints import hub, tokenizers
+from checkpoints.pretrained import from_pretrained
+from data import e2e, glue, gsm8k, opinions, restaurants, reviews, text, world
 from data.tasks import Label, Mask, Write
-from model import from_pretrained
 
 UNICODE = "Café £ 20 - 25 — naïve 日本語 🙂\n\n  two  spaces\ttab\r\n'quoted' it's 007 "
 
@@ -29,7 +29,7 @@ UNICODE = "Café £ 20 - 25 — naïve 日本語 🙂\n\n  two  spaces\ttab\r\n'
 
 def test_bpe_encodes_any_text_and_decodes_it_back(base):
     """Byte fallback: also what the vocabulary never saw; the trained merges shorten what it saw."""
-    tokenizer = bpe.load(base, 320)
+    tokenizer = tokenizers.load(base, 320)
     for sample in (UNICODE, "", " ", "\x00\ud7ff", restaurants.load()["test"][0][1]):
         assert tokenizer.decode(tokenizer.encode_ordinary(sample)) == sample
     seen = restaurants.load()["validation"][0][1]
@@ -39,15 +39,15 @@ def test_bpe_encodes_any_text_and_decodes_it_back(base):
 
 def test_bpe_merges_the_most_frequent_pair_first():
     """By hand: in "aab aab ab" the pair (a, b) stands three times, then (a, ab) twice; ties go by bytes."""
-    assert bpe.train(["aab", "aab", "ab"], 258)[256:] == [b"ab", b"aab"]
-    assert bpe.train(["xy", "ab"], 257)[256:] == [b"xy"]
+    assert tokenizers.train(["aab", "aab", "ab"], 258)[256:] == [b"ab", b"aab"]
+    assert tokenizers.train(["xy", "ab"], 257)[256:] == [b"xy"]
 
 
 def test_bpe_training_is_the_definition():
     """Against the plain algorithm: count all pairs anew before every merge."""
     texts = [pair[1] for pair in restaurants.load()["validation"][:20]]
-    words = [[bytes([b]) for b in w.encode()] for t in texts for w in bpe.regex.findall(bpe.PATTERN, t)]
-    for token in bpe.train(texts, 300)[256:]:
+    words = [[bytes([b]) for b in w.encode()] for t in texts for w in tokenizers.regex.findall(tokenizers.PATTERN, t)]
+    for token in tokenizers.train(texts, 300)[256:]:
         pairs = [p for word in words for p in zip(word, word[1:], strict=False)]
         best = max(set(pairs), key=lambda p: (pairs.count(p), p))
         assert token == best[0] + best[1]
@@ -64,14 +64,14 @@ def test_the_pattern_loses_nothing():
     rng = random.Random(0)
     for _ in range(300):
         sample = "".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0x2FFF), 10, 32])) for _ in range(30))
-        assert "".join(bpe.regex.findall(bpe.PATTERN, sample)) == sample
+        assert "".join(tokenizers.regex.findall(tokenizers.PATTERN, sample)) == sample
 
 
 def test_gpt2_checkpoints_get_gpt2s_tokenizer(tmp_path):
     """50,257 embeddings and no own ranks: tiktoken's gpt2, "Hello world" is 15496 995."""
     if not os.environ.get("TIKTOKEN_CACHE_DIR"):
         pytest.skip("GPT-2's vocabulary: set TIKTOKEN_CACHE_DIR to a folder that holds it")
-    tokenizer = bpe.load(tmp_path, 50257)
+    tokenizer = tokenizers.load(tmp_path, 50257)
     assert tokenizer.encode_ordinary("Hello world") == [15496, 995] and tokenizer.eot_token == 50256
 
 
@@ -79,10 +79,10 @@ def test_gpt2_checkpoints_get_gpt2s_tokenizer(tmp_path):
 def test_robertas_ids_are_those_of_transformers(tmp_path):
     """GPT-2's BPE and the checkpoint's vocab.json, on every line of SST-2 and on odd texts, single and in pairs."""
     transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
-    ours = bpe.RobertaTokenizer(Path(REAL) / "roberta-base-vocab", 50265)
+    ours = tokenizers.RobertaTokenizer(Path(REAL) / "roberta-base-vocab", 50265)
     assert ours.build(ours.encode_ordinary("Hello world")) == [0, 31414, 232, 2]
     # transformers wants GPT-2's merges, which follow from the ranks: a token was merged from its two best-ranked parts
-    letters, ranks = bpe.byte_letters(), tiktoken.get_encoding("gpt2")._mergeable_ranks
+    letters, ranks = tokenizers.byte_letters(), tiktoken.get_encoding("gpt2")._mergeable_ranks
     lines = [" ".join("".join(letters[b] for b in part) for part in parts_of(token, rank, ranks))
              for token, rank in sorted(ranks.items(), key=lambda item: item[1]) if len(token) > 1]
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n")
@@ -108,7 +108,7 @@ def parts_of(token, rank, ranks):
 
 def test_the_small_roberta_numbers_its_tokens_as_robertas_do(small_roberta):
     """<s> 0, <pad> 1, </s> 2, <unk> 3, then the ranks, <mask> last; texts and pairs are framed as in the paper."""
-    tok = bpe.RobertaTokenizer(small_roberta, 325)
+    tok = tokenizers.RobertaTokenizer(small_roberta, 325)
     ids = tok.encode_ordinary("the soup")
     assert min(ids) >= 4 and tok.mask == 324 and tok.encoding.decode([i - 4 for i in ids]) == "the soup"
     assert tok.build(ids) == [0, *ids, 2] and tok.build(ids, [9]) == [0, *ids, 2, 2, 9, 2]
@@ -118,16 +118,16 @@ def test_the_small_roberta_numbers_its_tokens_as_robertas_do(small_roberta):
 def test_a_bad_roberta_vocabulary_is_refused(tmp_path, small_roberta):
     """Neither file, too few ranks, a vocab.json that is damaged or numbers other tokens than there are embeddings."""
     with pytest.raises(ValueError, match="has neither tokenizer.tiktoken nor vocab.json"):
-        bpe.RobertaTokenizer(tmp_path, 325)
+        tokenizers.RobertaTokenizer(tmp_path, 325)
     with pytest.raises(ValueError, match="320 ranks, the model's 400 embeddings need 395"):
-        bpe.RobertaTokenizer(small_roberta, 400)
+        tokenizers.RobertaTokenizer(small_roberta, 400)
     good = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 4, "<mask>": 5}
     for content, message in (("{", "damaged"), ("[1]", "damaged"), (json.dumps({**good, "b": "x"}), "damaged"),
                              (json.dumps({**good, "b": 6}), r"0..5: <s> 0"), (json.dumps({**good, "a": 9}), "0..5"),
                              (json.dumps({**good, "<s>": 1, "<pad>": 0}), "<mask> 5")):
         (tmp_path / "vocab.json").write_text(content)
         with pytest.raises(ValueError, match=message):
-            bpe.RobertaTokenizer(tmp_path, 6)
+            tokenizers.RobertaTokenizer(tmp_path, 6)
 
 
 @needs_real
@@ -136,21 +136,21 @@ def test_a_vocabulary_of_other_tokens_is_refused(tmp_path):
     special = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 99}
     (tmp_path / "vocab.json").write_text(json.dumps({**special, **{f"word{i}": i for i in range(4, 99)}}))
     with pytest.raises(ValueError, match="lacks 50257 of GPT-2's tokens"):
-        bpe.RobertaTokenizer(tmp_path, 100)
+        tokenizers.RobertaTokenizer(tmp_path, 100)
 
 
 def test_a_bad_tokenizer_is_refused(tmp_path, base):
     """Ranks that do not fit the embeddings, damaged ranks, or none for a vocabulary that is not GPT-2's."""
     with pytest.raises(ValueError, match="319 ranks, the model's 400 embeddings need 399"):
-        bpe.load(base, 400)
+        tokenizers.load(base, 400)
     with pytest.raises(ValueError, match="has no tokenizer.tiktoken"):
-        bpe.load(tmp_path, 320)
-    lines = (base / bpe.FILE).read_text().splitlines()
+        tokenizers.load(tmp_path, 320)
+    lines = (base / tokenizers.FILE).read_text().splitlines()
     for bad in (["YQ== 0", "nonsense"], [*lines[:-1], "!!!! 318"], [*lines[:-1], lines[-1].split()[0] + " 5"],
                 [*lines[:-1], lines[-1].split()[0] + " 319"], ["eHl4eXh5 0", *lines[1:]]):
-        (tmp_path / bpe.FILE).write_text("\n".join(bad))
+        (tmp_path / tokenizers.FILE).write_text("\n".join(bad))
         with pytest.raises(ValueError, match="damaged"):
-            bpe.load(tmp_path, 320)
+            tokenizers.load(tmp_path, 320)
 
 
 # Datasets
@@ -314,7 +314,7 @@ def test_glue_holds_out_a_tenth_of_train_and_reports_validation(tmp_path):
     both = [(texts[0], label) for split in ("train", "validation") for texts, label in found[split]]
     assert sorted(both) == sorted((row["sentence"], row["label"]) for row in SST2)
     assert found["test"] == [((row["sentence"],), row["label"]) for row in SST2[:3]]
-    said = data.splits("glue/sst2")
+    said = data.about("glue/sst2", "SPLITS")
     assert said["test"] == "validation" and "tenth of train" in said["validation"]
     pyarrow.csv.write_csv(pyarrow.Table.from_pylist(SST2), tmp_path / "train.csv")
     (tmp_path / "train.jsonl").unlink()
@@ -331,9 +331,9 @@ def test_every_glue_task_reads_its_columns(tmp_path, name):
     found = data.load(f"glue/{name}", tmp_path)
     assert found["test"] == [(tuple(f"a {column}" for column in task.COLUMNS), row["label"])]
     assert ("mismatched" in found) == (name == "mnli")
-    assert len(data.labels(f"glue/{name}")) == {"stsb": 1, "mnli": 3}.get(name, 2)
-    assert data.metrics(f"glue/{name}")[0] == {"cola": "matthews", "stsb": "pearson", "mrpc": "f1", "qqp": "f1"}.get(
-        name, "accuracy")
+    assert len(data.about(f"glue/{name}", "LABELS")) == {"stsb": 1, "mnli": 3}.get(name, 2)
+    first = {"cola": "matthews", "stsb": "pearson", "mrpc": "f1", "qqp": "f1"}.get(name, "accuracy")
+    assert data.about(f"glue/{name}", "METRICS")[0] == first
 
 
 @pytest.mark.parametrize("name, row, message", [
@@ -442,7 +442,7 @@ def test_text_is_split_in_order_or_by_file(tmp_path):
 
 def test_records_carry_loss_on_their_text_only(base):
     """targets are the sentence and <|endoftext|>, shifted by one; the record and the padding are -100."""
-    tokenizer = bpe.load(base, 320)
+    tokenizer = tokenizers.load(base, 320)
     pairs = [("name : A", "A is a pub ."), ("name : The Swan | food : Thai", "The Swan is Thai .")]
     task = Write(tokenizer, 100)
     examples, cut = task.encode(pairs)
@@ -459,7 +459,7 @@ def test_records_carry_loss_on_their_text_only(base):
 
 def test_texts_longer_than_the_context_are_cut_and_counted(base):
     """A record's sentence is cut at the context and counted; a record that fills it alone is refused."""
-    tokenizer = bpe.load(base, 320)
+    tokenizer = tokenizers.load(base, 320)
     task = Write(tokenizer, 30)
     examples, cut = task.encode([("name : A", "A is a pub . " * 50), ("name : A", "A .")])
     assert cut == 1 and [len(ids) for ids, _ in examples][0] == 31
@@ -469,7 +469,7 @@ def test_texts_longer_than_the_context_are_cut_and_counted(base):
 
 def test_plain_text_predicts_every_token_once(base):
     """Pieces overlap by one token: the targets of all pieces, in order, are the text and <|endoftext|>."""
-    tokenizer = bpe.load(base, 320)
+    tokenizer = tokenizers.load(base, 320)
     sample = restaurants.load()["test"][0][1] * 3
     examples, _ = Write(tokenizer, 16).encode([("", sample)])
     assert max(len(ids) for ids, _ in examples) == 17
@@ -491,7 +491,7 @@ def test_batches_hold_every_example_once_and_neighbours_in_length():
 
 def test_labelled_texts_and_pairs_are_framed_padded_and_cut(small_roberta):
     """<s> a </s></s> b </s>, padded with 1; too long a pair loses tokens of its longer text, counted."""
-    tok = bpe.RobertaTokenizer(small_roberta, 325)
+    tok = tokenizers.RobertaTokenizer(small_roberta, 325)
     task = Label(tok, 20, 2)
     a, b = tok.encode_ordinary("the soup was cold"), tok.encode_ordinary("no")
     examples, cut = task.encode([(("the soup was cold", "no"), 1), (("no", "no"), 0)])
@@ -514,7 +514,7 @@ def test_labelled_texts_and_pairs_are_framed_padded_and_cut(small_roberta):
 def test_masking_asks_for_what_it_hides(small_roberta):
     """Targets are the original tokens; 30 % are asked, 8 in 10 hidden behind <mask>; never the frame or the padding;
     the same seed masks the same, another one other tokens."""
-    tok = bpe.RobertaTokenizer(small_roberta, 325)
+    tok = tokenizers.RobertaTokenizer(small_roberta, 325)
     task = Mask(tok, 64)
     examples, _ = task.encode(opinions.load()["test"])
     original, _, _ = Label(tok, 64, 2).collate([(ids, 0) for ids, _ in examples])
@@ -540,8 +540,8 @@ def test_a_roberta_is_not_asked_to_write(small_roberta):
 def test_the_shipped_tokenizer_and_model_belong_together():
     """data/tiny-gpt: ranks and embeddings fit, and the file is what tiktoken reads."""
     folder = ROOT / "data/tiny-gpt"
-    tokenizer = bpe.load(folder, json.loads((folder / "config.json").read_text())["vocab_size"])
-    ranks = tiktoken.load.load_tiktoken_bpe(str(folder / bpe.FILE))
+    tokenizer = tokenizers.load(folder, json.loads((folder / "config.json").read_text())["vocab_size"])
+    ranks = tiktoken.load.load_tiktoken_bpe(str(folder / tokenizers.FILE))
     assert {tokenizer.decode_single_token_bytes(i): i for i in range(len(ranks))} == ranks
     assert tokenizer.decode(tokenizer.encode_ordinary(UNICODE)) == UNICODE
 
@@ -550,7 +550,7 @@ def test_the_shipped_roberta_reads_denials():
     """data/tiny-roberta, as masked LM, prefers the right verdict behind an opinion, stated or denied."""
     folder = ROOT / "data/tiny-roberta"
     model, rng = from_pretrained(folder), random.Random(0)
-    tok = bpe.RobertaTokenizer(folder, model.config.vocab_size)
+    tok = tokenizers.RobertaTokenizer(folder, model.config.vocab_size)
     verdicts = [tok.encode_ordinary(word)[0] for word in (" bad", " good")]
     right = []
     for _ in range(200):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import adapt, every_variant, tiny_gpt
 
-from decoding import beam_search, generate, stream
+from checkpoints.pretrained import save_pretrained
+from evaluation.decoding import beam_search, generate, stream
 from model import GPT, GPTConfig
 
 
@@ -120,7 +121,7 @@ def test_beam_search_is_that_of_transformers(tmp_path, beams, penalty):
     one beam is greedy decoding."""
     transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
     prompts, lengths, model = [[1, 3], [5, 4, 3, 2], [2, 7, 1, 4, 3, 2], [3], [8, 8]], set(), few_words(9)
-    model.save_pretrained(tmp_path)
+    save_pretrained(model, tmp_path)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
     for stop in range(9):
         found = beam_search(model, prompts, 9, stop, beams, penalty)

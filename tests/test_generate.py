@@ -10,8 +10,9 @@ from test_train import command, few_records  # noqa: F401
 import data
 import generate
 import train
+from checkpoints.pretrained import from_pretrained, save_pretrained
+from evaluation import evaluate
 from methods import METHODS
-from model import from_pretrained
 
 RECORD = "name : The Mill | food : Italian"
 
@@ -48,7 +49,7 @@ def test_every_run_writes_merged_and_unmerged(run, capsys, method):
     unmerged, _, _ = generate.load_run(folder, unmerged=True)
     _, task = data.task("restaurants", source, unmerged, settings["context"])
     args = train.parse(command(source, folder))
-    loss = train.evaluate(unmerged, task.encode(data.load("restaurants")["test"])[0], task, args)[0]
+    loss = evaluate.evaluate(unmerged, task.encode(data.load("restaurants")["test"])[0], task, args.device, args.amp)[0]
     metrics = json.loads((folder / "result.json").read_text())["metrics"]
     assert loss == pytest.approx(metrics["trained" if method == "full" else "unmerged"]["loss"], abs=1e-5)
     texts = [written(capsys, folder, RECORD, "--max-new", "12", *flags)[1] for flags in ((), ("--unmerged",))]
@@ -104,10 +105,10 @@ def test_the_weights_that_were_kept_are_those_that_write(tmp_path, base, monkeyp
     """Not the last ones: after a better validation at step 2 of 6, the unmerged model is that of step 2."""
     losses = iter([0, 1, 2, 3, 0, 0])
 
-    def rising(*args, real=train.evaluate):
+    def rising(*args, real=evaluate.evaluate):
         loss, logits = real(*args)
         return loss + next(losses), logits
-    monkeypatch.setattr(train, "evaluate", rising)
+    monkeypatch.setattr(evaluate, "evaluate", rising)
     assert train.main(command(base, tmp_path, "--lr", "0.1"))["selected"]["step"] == 2
     idx = tokens(V=320)[0]
     merged, unmerged = (generate.load_run(tmp_path, unmerged)[0](idx)[0] for unmerged in (False, True))
@@ -227,5 +228,5 @@ def test_folders_that_are_no_run(run, tmp_path, base, capsys, small_roberta):
     train.main(command(tmp_path / "base", tmp_path / "other"))
     model = from_pretrained(base)
     model.wte.weight.data *= 1.5
-    model.save_pretrained(tmp_path / "base")
+    save_pretrained(model, tmp_path / "base")
     assert "has other weights than those" in refused(capsys, tmp_path / "other", RECORD)

@@ -19,6 +19,7 @@ from conftest import (
 )
 
 import lora
+from experiments.merge_at import MergedOnTheWay
 from lora import LoRALinear
 from reslora import MERGES, ResLoRALinear, regression
 
@@ -210,19 +211,23 @@ def test_regression_has_the_least_error_of_all_merges_on_its_calibration_data(sh
 
 
 @pytest.mark.parametrize("shortcut, m", APPROXIMATE)
-def test_merging_while_training_leaves_the_plain_lora_of_the_regression(shortcut, m):
-    """merge_at 0.5 of four steps: after the second the layers are LoRALinears with A* and B in all they compute, before
-    it they are ResLoRA; a run that has more steps behind it starts as LoRA."""
+def test_merging_while_training_leaves_the_plain_lora_of_the_regression(shortcut, m, monkeypatch):
+    """The experiment's share 0.5 of four steps: after the second the layers are LoRALinears with A* and B in all they
+    compute, before it they are ResLoRA; a run that has more steps behind it starts as LoRA."""
     model = tiny_gpt()
-    layers = adapt(model, "reslora", dict(shortcut=shortcut, pre_num=m, merge_at=0.5))
+    own = dict(shortcut=shortcut, pre_num=m, share=0.5)
+    layers = lora.apply(model, MergedOnTheWay, ["q", "v"], r=3, alpha=5, **own)
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B, std=0.4)
     idx = tokens(8, 12)[0]
+    monkeypatch.setattr(MergedOnTheWay, "batches", staticmethod(run_over(model, idx)))
     assert layers[0].begin(layers, 4) == 2
-    layers[0].after_step(layers, 1, run_over(model, idx))
+    layers[0].after_step(layers, 1)
     assert not layers[1].exact_merge
     layers[0].calibrate(layers, run_over(model, idx))
     expected = [[t.clone() for t in layer.as_lora()] for layer in layers]
     before = model(idx)[0]
-    layers[0].after_step(layers, 2, run_over(model, idx))
+    layers[0].after_step(layers, 2)
     assert (model(idx)[0] - before).abs().max() > 1e-3
     plain = tiny_gpt()
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if "lora_" not in k})
@@ -230,16 +235,12 @@ def test_merging_while_training_leaves_the_plain_lora_of_the_regression(shortcut
         layer.lora_A.data.copy_(A)
         layer.lora_B.data.copy_(B)
     torch.testing.assert_close(model(idx)[0], plain(idx)[0])
-    again = adapt(tiny_gpt(), "reslora", dict(shortcut=shortcut, pre_num=m, merge_at=0.5))
+    again = lora.apply(tiny_gpt(), MergedOnTheWay, ["q", "v"], r=3, alpha=5, **own)
     again[0].begin(again, 4, done=2)
     assert all(layer.exact_merge for layer in again)
     for bad in (0, 1.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="not a share of the steps"):
-            adapt(tiny_gpt(), "reslora", dict(merge_at=bad))
-    with pytest.raises(ValueError, match="merges by regression, not by input"):
-        adapt(tiny_gpt(), "reslora", dict(merge="input", merge_at=0.5))
-    with pytest.raises(ValueError, match="block merges exactly"):
-        adapt(tiny_gpt(), "reslora", dict(shortcut="block", merge_at=0.5))
+            lora.apply(tiny_gpt(), MergedOnTheWay, ["q"], r=3, alpha=5, share=bad)
 
 
 @pytest.mark.parametrize("shortcut, m", APPROXIMATE)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-import metrics
+from data import metrics
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ from conftest import batch, hub_cache, tiny_gpt, tiny_roberta, tokens
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import bench
 import lora
-from model import GPT, GPTConfig, RoBERTa, RobertaConfig, from_pretrained, vocabulary_loss
+from checkpoints.pretrained import from_pretrained, save_pretrained
+from experiments import bench
+from model import GPT, GPTConfig, RoBERTa, RobertaConfig, vocabulary_loss
 
 transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
 
@@ -44,7 +45,7 @@ def test_logits_and_loss_equal_transformers(tmp_path, config):
 def test_what_we_save_is_what_transformers_reads(tmp_path):
     """save_pretrained -> GPT2LMHeadModel and GPT2Model give our logits; and we read our own file back exactly."""
     model = tiny_gpt(torch.float32)
-    model.save_pretrained(tmp_path)
+    save_pretrained(model, tmp_path)
     theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     idx = tokens()[0]
@@ -221,7 +222,7 @@ def test_padding_changes_no_prediction_of_a_roberta():
 def test_a_saved_roberta_is_read_by_transformers(tmp_path, labels):
     """save_pretrained -> transformers, no key missing or unexpected, equal logits; and we read our own file exactly."""
     model = RoBERTa(RobertaConfig(61, 18, 16, 2, 2, 32), labels)
-    model.save_pretrained(tmp_path)
+    save_pretrained(model, tmp_path)
     kind = transformers.RobertaForSequenceClassification if labels else transformers.RobertaForMaskedLM
     theirs, info = kind.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]

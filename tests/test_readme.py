@@ -9,9 +9,9 @@ import pytest
 import torch.nn as nn
 from conftest import ROOT, factors
 
-import bench
 import lora
-from compare import spread
+from experiments import bench
+from experiments.compare import spread
 from methods import METHODS
 
 README = (ROOT / "README.md").read_text()

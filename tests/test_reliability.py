@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from test_checkpoint import optimizer_of
 from test_train import command, cut_down, few_records  # noqa: F401
 
-from checkpoints import adapters, files, state
 import data
 import generate
 import train
-from data import bpe
+from checkpoints import adapters, files, state, tokenizers
+from checkpoints.pretrained import from_pretrained
+from evaluation import evaluate
 from methods import METHODS
-from model import from_pretrained
+from settings import Parser
 
 
 def cases(test):
@@ -67,7 +68,7 @@ def check_readable(folder, flags):
         if path.suffix == ".json":
             json.loads(path.read_text())
         if path.suffix == ".safetensors":
-            checkpoint.read_safetensors(path)
+            files.read_safetensors(path)
     if (folder / "result.json").exists() and "dylora" not in flags:
         generate.load_run(folder)
 
@@ -143,13 +144,13 @@ def flags_of(parse):
     def stop(parser, *args):
         actions.extend(parser._actions)
         raise Stop
-    real, train.Parser.parse_args = train.Parser.parse_args, stop
+    real, Parser.parse_args = Parser.parse_args, stop
     try:
         parse([])
     except Stop:
         pass
     finally:
-        train.Parser.parse_args = real
+        Parser.parse_args = real
     some = {}
     for action in actions:
         for name in set(action.option_strings) - LEFT - {"-h"}:
@@ -176,7 +177,7 @@ def ends_well(main, argv, capsys):
 @given(flags=flags_of(train.parse), method=st.sampled_from(sorted(METHODS)))
 def test_any_flags_of_train(flags, method, base, tmp_path, capsys, monkeypatch):
     """A method and up to three random flags: a whole run in two steps, or a line."""
-    monkeypatch.setattr(train, "SCORED", 0)
+    monkeypatch.setattr(evaluate, "SCORED", 0)
     before = set((tmp_path / "out").glob("*"))
     if not ends_well(train.main, command(base, tmp_path / "out", "--steps", "2", "--method", method, *flags), capsys):
         assert {p.name for p in set((tmp_path / "out").glob("*")) - before} <= {"log.csv", "resume.safetensors"}
@@ -218,7 +219,7 @@ def test_any_lines_of_jsonl(lines, base, tmp_path):
     except ValueError as e:
         assert "jsonl" in str(e) and "\n" not in str(e)
         return
-    task = data.tasks.Write(bpe.load(base, 320), 64)
+    task = data.tasks.Write(tokenizers.load(base, 320), 64)
     try:
         examples, _ = task.encode(pairs["train"])
     except ValueError as e:
@@ -315,5 +316,5 @@ def test_a_pickle_is_no_state(tmp_path, base):
     for name in ("resume.safetensors", "adapter_model.safetensors"):
         torch.save(model.state_dict(), tmp_path / name)
         with pytest.raises(ValueError, match="damaged"):
-            checkpoint.read_safetensors(tmp_path / name)
+            files.read_safetensors(tmp_path / name)
     assert math.isfinite(sum(p.sum().item() for p in model.parameters()))

@@ -1,4 +1,5 @@
 """The command line, end to end, and every bad input with the line it must give."""
+import contextlib
 import csv
 import functools
 import json
@@ -17,13 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_checkpoint import peft_logits, relative
 
-from checkpoints import adapters, files, state
 import data
 import generate
 import train
-from data import bpe, reviews
+from checkpoints import adapters, state, tokenizers
+from checkpoints.pretrained import from_pretrained, save_pretrained
+from data import reviews
+from evaluation import evaluate
+from experiments import merge_at
 from methods import METHODS
-from model import RoBERTa, RobertaConfig, from_pretrained
+from model import RoBERTa, RobertaConfig
 
 FAST = ["--rank", "4", "--steps", "6", "--batch-size", "8", "--eval-every", "2", "--lr", "1e-2"]
 
@@ -53,7 +57,7 @@ def weights(out):
     return {k: v for k, v in load_file(out / "resume.safetensors").items() if k.startswith("model.")}
 
 
-@pytest.mark.parametrize("method", METHODS.keys() - {"head"})
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"head"}))
 def test_every_method_trains_merges_and_leaves_a_whole_run_folder(tmp_path, base, method, capsys):
     """Loss falls; result.json, log.csv and the adapter agree with each other; nothing half-written lies about."""
     result = train.main(command(base, tmp_path, "--method", method, "--save-merged"))
@@ -76,7 +80,8 @@ def test_every_method_trains_merges_and_leaves_a_whole_run_folder(tmp_path, base
     model, args = from_pretrained(tmp_path / "merged"), train.parse(command(base, tmp_path, "--method", method))
     _, task = data.task("restaurants", tmp_path / "merged", model, 256)
     test, _ = task.encode(data.load("restaurants")["test"])
-    assert train.evaluate(model, test, task, args)[0] == pytest.approx(metrics[last]["loss"], abs=1e-6)
+    loss, _ = evaluate.evaluate(model, test, task, args.device, args.amp)
+    assert loss == pytest.approx(metrics[last]["loss"], abs=1e-6)
     if adapter:
         idx = tokens(V=320)[0]
         assert relative(peft_logits(base, tmp_path, idx)[0], model(idx)[0]) < 1e-5
@@ -100,7 +105,7 @@ def test_every_method_classifies(tmp_path, small_roberta, method, capsys):
     _, task = data.task("reviews", tmp_path / "merged", merged, 64)
     examples, _ = task.encode(data.load("reviews")["test"])
     args = train.parse(command(small_roberta, tmp_path, *flags))
-    loss, logits = train.evaluate(merged, examples, task, args)
+    loss, logits = evaluate.evaluate(merged, examples, task, args.device, args.amp)
     assert loss == pytest.approx(metrics[last]["loss"], abs=1e-6)
     assert (logits.argmax(1) == torch.tensor([label for _, label in examples])).double().mean() == pytest.approx(
         metrics[last]["accuracy"])
@@ -124,7 +129,7 @@ def test_logits_come_in_the_order_of_the_examples(small_roberta):
     _, task = data.task("reviews", small_roberta, model, 64)
     examples, _ = task.encode(data.load("reviews")["test"])
     assert len({len(ids) for ids, _ in examples}) > 3
-    _, logits = train.evaluate(model, examples, task, train.parse(["--dataset", "reviews", "--batch-size", "5"]))
+    _, logits = evaluate.evaluate(model, examples, task, torch.device("cpu"), contextlib.nullcontext())
     alone = torch.cat([model(task.collate([example])[0])[0] for example in examples])
     torch.testing.assert_close(logits, alone.detach())
     assert (alone - alone.roll(1, 0)).abs().max() > 1e-4
@@ -170,14 +175,14 @@ def test_gsm8k_is_selected_by_exact_match(tmp_path, base):
 
 def test_the_best_checkpoint_is_the_one_that_is_kept(tmp_path, small_roberta, monkeypatch):
     """Accuracies .5, .7, .6 at steps 2, 4, 6: step 4 is reported, exported and merged, also after resuming."""
-    real, found = train.Run.validate, iter([0.5, 0.7, 0.6])
+    real, found = train.validate, iter([0.5, 0.7, 0.6])
     states = {}
 
-    def validate(run):
-        values = {**real(run), "accuracy": next(found)}
-        states[values["accuracy"]] = {k: v.clone() for k, v in run.model.state_dict().items()}
+    def validate(model, *rest):
+        values = {**real(model, *rest), "accuracy": next(found)}
+        states[values["accuracy"]] = {k: v.clone() for k, v in model.state_dict().items()}
         return values
-    monkeypatch.setattr(train.Run, "validate", validate)
+    monkeypatch.setattr(train, "validate", validate)
     flags = command(small_roberta, tmp_path, "--dataset", "reviews", "--save-merged")
     result = train.main(flags)
     assert result["selected"] == {"step": 4, "by": "validation accuracy"}
@@ -274,11 +279,11 @@ def test_a_dylora_run_can_be_cut_at_any_rank_afterwards(tmp_path, base):
     numbers are those that the first run said of it."""
     flags = command(base, tmp_path, "--method", "dylora", "--rank", "4")
     whole = train.main([*flags, "--save-merged"])["metrics"]
-    assert list(whole) == ["base", "unmerged", "merged by cut 1", "merged by cut 2", "merged"]
+    assert list(whole) == ["base", "unmerged", "merged at rank 1", "merged at rank 2", "merged"]
     assert len({values["loss"] for stage, values in whole.items() if stage != "unmerged"}) == 4
     cut = train.main([*flags, "--resume", "--cut", "2,4"])
-    assert cut["metrics"]["merged"] == whole["merged by cut 2"] and cut["settings"]["cut"] == [2, 4]
-    assert cut["metrics"]["merged by cut 4"] == whole["merged"]
+    assert cut["metrics"]["merged"] == whole["merged at rank 2"] and cut["settings"]["cut"] == [2, 4]
+    assert cut["metrics"]["merged at rank 4"] == whole["merged"]
     assert cut["metrics"]["unmerged"] == whole["unmerged"] and not (tmp_path / "merged").exists()
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 2 * 2  # q and v in one c_attn
 
@@ -297,10 +302,10 @@ def test_adalora_ends_with_its_budget_and_says_where_the_ranks_are(tmp_path, bas
     flags = ["--method", "adalora", "--rank", "2", "--steps", "12", "--budget-final", "3", "--eval-every", "1"]
     added = iter(range(1000))
 
-    def rising(*args, real=train.evaluate):
+    def rising(*args, real=evaluate.evaluate):
         loss, logits = real(*args)
         return loss + next(added), logits
-    monkeypatch.setattr(train, "evaluate", rising)  # every checkpoint is worse than the one before
+    monkeypatch.setattr(evaluate, "evaluate", rising)  # every checkpoint is worse than the one before
     result = train.main(command(base, tmp_path, *flags))
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
     budgets = [sum(map(int, row["ranks"].split())) for row in rows]
@@ -332,7 +337,7 @@ def test_adalora_resumes_in_every_phase_of_its_budget(tmp_path, base, killed, ev
         real(path, model, optimizer, step, *rest)
         if step == killed:
             raise KeyboardInterrupt
-    monkeypatch.setattr(checkpoint, "save_state", stop)
+    monkeypatch.setattr(state, "save_state", stop)
     with pytest.raises(SystemExit):
         train.main(command(base, tmp_path / "b", *flags))
     monkeypatch.undo()
@@ -347,11 +352,11 @@ def test_a_log_that_is_a_step_behind_catches_up(tmp_path, base, monkeypatch):
     """Killed between the last state and its log: resuming writes the log that an uninterrupted run has."""
     whole = train.main(command(base, tmp_path / "a"))
 
-    def stop(path, rows, real=checkpoint.write_log):
+    def stop(path, rows, real=state.write_csv):
         if len(rows) == 3:
             raise KeyboardInterrupt
         real(path, rows)
-    monkeypatch.setattr(checkpoint, "write_log", stop)
+    monkeypatch.setattr(state, "write_csv", stop)
     with pytest.raises(SystemExit):
         train.main(command(base, tmp_path / "b"))
     monkeypatch.undo()
@@ -393,7 +398,7 @@ def test_a_run_goes_on_from_an_adapter_that_peft_made(tmp_path, base, capsys, ta
     metrics = result["metrics"]
     merged = theirs.merge_and_unload()
     merged.save_pretrained(tmp_path / "peft")
-    shutil.copyfile(base / bpe.FILE, tmp_path / "peft" / bpe.FILE)
+    shutil.copyfile(base / tokenizers.FILE, tmp_path / "peft" / tokenizers.FILE)
     plain = train.main(["--model", str(tmp_path / "peft"), *FAST, "--out", str(tmp_path / "plain")])["metrics"]
     assert metrics["base"]["loss"] == pytest.approx(plain["base"]["loss"], abs=1e-5)
     assert metrics["merged"]["loss"] < metrics["base"]["loss"]
@@ -495,40 +500,51 @@ def test_flags_from_a_file(tmp_path, base):
 def test_the_recipes_are_valid_and_can_be_changed_behind(recipe, monkeypatch):
     """runs/*.args parse, name a model and a dataset; a flag after the file wins."""
     monkeypatch.chdir(ROOT)
-    args = train.parse([f"@runs/{recipe}", "--epochs", "2"])
+    args = train.parse([f"@experiments/recipes/{recipe}", "--epochs", "2"])
     assert args.model in train.MODELS and args.epochs == 2 and args.rank in (4, 8) and args.targets == "q,v"
     assert args.method == ("deltalora" if "deltalora" in recipe else "reslora" if "reslora" in recipe else "lora")
 
 
 # Resuming
 
-# of merge_at: merged before the last checkpoint, at it, after it
-MERGE_AT = [pytest.param("reslora", dict(shortcut="middle", pre_num=1, merge_at=at), id=f"reslora merge_at {at}")
-            for at in (0.34, 0.67, 0.83)]
+# of the experiment that merges on the way: merged before the last checkpoint, at it, after it
+MERGE_AT = [pytest.param(merge_at.NAME, dict(share=share), id=f"{merge_at.NAME} {share}")
+            for share in (0.34, 0.67, 0.83)]
+
+
+def register(monkeypatch):
+    """The experiment's method, for this test."""
+    monkeypatch.setitem(METHODS, merge_at.NAME, None)
+    monkeypatch.setattr(train, "Run", train.Run)
+    merge_at.register()
 
 
 @pytest.mark.parametrize("method, hparams", [*(v for v in variants() if "-1" not in v.id), *MERGE_AT], ids=str)
 def test_a_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(tmp_path, base, method, hparams, monkeypatch):
     """Killed after a checkpoint, with dropout where the method has it: same weights bit for bit, metrics and log."""
     flags = ["--method", method]
+    if method == merge_at.NAME:
+        register(monkeypatch)
     for name, value in hparams.items():
         if value not in (None, False):
             flags += ["--" + name.replace("_", "-")] + [value] * (value is not True)
     flags += ["--dropout", "0.1"] if method != "deltalora" else []
     whole = train.main(command(base, tmp_path / "a", *flags))
-    real, calls = train.evaluate, []
+    real, calls = evaluate.evaluate, []
 
     def die(*args):
         calls.append(args)
         if len(calls) == 4:  # the base, then the validations of steps 2, 4 and, never ending, 6
             raise KeyboardInterrupt
         return real(*args)
-    monkeypatch.setattr(train, "evaluate", die)
+    monkeypatch.setattr(evaluate, "evaluate", die)
     with pytest.raises(SystemExit) as e:
         train.main(command(base, tmp_path / "b", *flags))
     assert e.value.code == 130
     monkeypatch.undo()
     cut_down(monkeypatch)
+    if method == merge_at.NAME:
+        register(monkeypatch)
     resumed = train.main(command(base, tmp_path / "b", *flags, "--resume"))
     assert resumed["metrics"] == whole["metrics"]
     one, two = weights(tmp_path / "a"), weights(tmp_path / "b")
@@ -539,22 +555,27 @@ def test_a_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(tmp_path, b
 
 
 @pytest.mark.parametrize("dataset", ["restaurants", "reviews"])
-def test_merged_on_the_way_is_merged_exactly(tmp_path, base, small_roberta, dataset):
-    """--merge-at: weights from before it are never kept, what the run ends with is a plain LoRA, and merging costs it
-    nothing; without it the same run of a GPT loses something. generate.py knows both forms."""
+def test_merged_on_the_way_is_merged_exactly(tmp_path, base, small_roberta, dataset, monkeypatch):
+    """experiments/merge_at.py: weights from before the merge are never kept, what the run ends with is a plain LoRA,
+    and merging costs it nothing; merged at the end the same run of a GPT loses something."""
+    register(monkeypatch)
     source = base if dataset == "restaurants" else small_roberta
-    flags = ["--dataset", dataset, "--method", "reslora", "--shortcut", "middle", "--lr", "0.05"]
-    found = train.main(command(source, tmp_path / "a", *flags, "--merge-at", "0.6"))
+    flags = ["--dataset", dataset, "--lr", "0.05"]
+    found = train.main(command(source, tmp_path / "a", *flags, "--method", merge_at.NAME, "--share", "0.6"))
     loss = {stage: values["loss"] for stage, values in found["metrics"].items()}
     assert found["selected"]["step"] >= 4
     assert loss["merged"] == pytest.approx(loss["unmerged"], abs=1e-5) and abs(loss["base"] - loss["merged"]) > 1e-3
     if dataset == "restaurants":
-        never = train.main(command(source, tmp_path / "b", *flags))["metrics"]
-        assert abs(never["merged"]["loss"] - never["unmerged"]["loss"]) > 1e-4
-        model, _, _ = generate.load_run(tmp_path / "a", unmerged=True)
-        merged, _, _ = generate.load_run(tmp_path / "a")
-        idx = tokens(V=320)[0]
-        torch.testing.assert_close(model(idx)[0], merged(idx)[0], rtol=1e-4, atol=1e-5)
+        end = train.main(command(source, tmp_path / "b", *flags, "--method", "reslora"))["metrics"]
+        assert abs(end["merged"]["loss"] - end["unmerged"]["loss"]) > 1e-4
+
+
+def test_merging_on_the_way_is_no_flag_of_train(tmp_path, base, capsys):
+    """--merge-at ends in one line that names the experiment."""
+    with pytest.raises(SystemExit) as e:
+        train.main(command(base, tmp_path, "--method", "reslora", "--merge-at", "0.9"))
+    assert e.value.code == 2 and capsys.readouterr().err == (
+        "train.py: --merge-at brought nothing and is an experiment now: python -m experiments.merge_at --help\n")
 
 
 def test_kill_9_in_the_middle_and_resume(tmp_path, base):
@@ -648,8 +669,9 @@ def test_bad_flags(tmp_path, base, capsys, flags, message, monkeypatch):
 
 def test_adapters_on_a_masked_lm_without_its_head_are_refused(tmp_path, capsys):
     """A random head that stays frozen, and is exported with nothing, would be a silent failure; full may train it."""
-    RoBERTa(RobertaConfig(325, 66, 16, 2, 2, 32), 2).save_pretrained(tmp_path / "base")
-    bpe.save(bpe.train(["abc"] + [reviews.load()["test"][i][0][0] for i in range(50)], 320), tmp_path / "base")
+    save_pretrained(RoBERTa(RobertaConfig(325, 66, 16, 2, 2, 32), 2), tmp_path / "base")
+    texts = ["abc"] + [reviews.load()["test"][i][0][0] for i in range(50)]
+    tokenizers.save(tokenizers.train(texts, 320), tmp_path / "base")
     flags = command(tmp_path / "base", tmp_path / "out", "--dataset", "stdlib", "--context", "64")
     assert "has none for masked tokens: choose a checkpoint with one, or --method full" in refused(capsys, flags)
     assert train.main([*flags, "--method", "full"])["metrics"]["trained"]["loss"] > 0
@@ -660,7 +682,7 @@ def test_resuming_with_another_tokenizer_is_refused(tmp_path, base, capsys):
     shutil.copytree(base, tmp_path / "base")
     flags = command(tmp_path / "base", tmp_path / "run")
     train.main(flags)
-    file = tmp_path / "base" / bpe.FILE
+    file = tmp_path / "base" / tokenizers.FILE
     lines = file.read_text().splitlines()
     ranks = [line.split()[1] for line in lines]
     file.write_text("\n".join(f"{line.split()[0]} {rank}" for line, rank in zip(lines, ranks[::-1], strict=True)))
@@ -695,7 +717,7 @@ def test_resuming_on_another_base_or_other_data_is_refused(tmp_path, base, capsy
     (tmp_path / "train.txt").write_text("It is a truth. " * 300)
     model = from_pretrained(base)
     model.wte.weight.data *= 1.5
-    model.save_pretrained(tmp_path / "base")
+    save_pretrained(model, tmp_path / "base")
     assert "with base_weights" in refused(capsys, [*flags, "--resume"])
 
 
@@ -710,7 +732,7 @@ def test_a_failing_run_leaves_an_earlier_one_alone(tmp_path, base, capsys):
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, base, capsys, monkeypatch):
     """Writing fails at step 4: one line, no partial file, and the state of step 2 resumes."""
-    real, calls = checkpoint.save_file, []
+    real, calls = state.save_file, []
 
     def full(tensors, path, metadata):
         calls.append(path)
@@ -718,7 +740,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, base, capsys, monk
             path.write_bytes(b"half")
             raise SafetensorError("No space left on device")
         real(tensors, path, metadata)
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(state, "save_file", full)
     assert "resume.safetensors cannot be written: No space" in refused(capsys, command(base, tmp_path))
     assert not list(tmp_path.glob("*.part"))
     train.main(command(base, tmp_path, "--resume"))
@@ -741,7 +763,7 @@ def test_damaged_checkpoints(tmp_path, base, capsys):
 
 def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path, base, capsys, monkeypatch):
     """NaN after step 4: the message says so, and the state of step 4 is there and loads."""
-    real, calls = train.evaluate, []
+    real, calls = evaluate.evaluate, []
 
     def poison(model, *args):
         calls.append(1)
@@ -750,8 +772,8 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path, bas
             next(p for p in model.parameters() if p.requires_grad).data[0] = float("nan")
             return value
         return real(model, *args)
-    monkeypatch.setattr(train, "evaluate", poison)
-    monkeypatch.setattr(train.checkpoint, "save_state", lambda *a, real=train.state.save_state: (
+    monkeypatch.setattr(evaluate, "evaluate", poison)
+    monkeypatch.setattr(state, "save_state", lambda *a, real=state.save_state: (
         real(*a) if len(calls) < 3 else None))
     message = refused(capsys, command(base, tmp_path))
     assert "is not finite at step 5" in message
