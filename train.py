@@ -62,7 +62,7 @@ def make_optimizer(model, args):
 
 
 def one_step(forward, params, optimizer, adapter, layers, batches, step, args):
-    """One optimizer step on `batches`, [(idx (B, T), targets, share)], one for each accumulation; the shares sum to 1.
+    """One optimizer step on `batches`, [(idx (B, T), targets, share)], one for each accumulation (data.step_batches).
     Returns (2,): the loss and the norm of the gradient, still on the device."""
     loss = 0
     for number, (idx, targets, share) in enumerate(batches, 1):

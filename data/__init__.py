@@ -92,7 +92,8 @@ def epoch_batches(examples, batch_size, seed):
 
 def step_batches(examples, task, batch_size, grad_accum=1, seed=0, skip=0, rank=0, world=1):
     """Endless, epoch after epoch, from step `skip` on: the batches of one process for each optimizer step, a list of
-    (idx, targets, share of all targets of the step) with one item for each accumulation.
+    (idx, targets, share) with one item for each accumulation. share is that of all targets of the step, times `world`,
+    because gradients are averaged over the processes.
 
     Process `rank` of `world` takes every world-th part of a step's examples. How many parts there are does not change
     which examples a step has: two processes, or two accumulations, with half the batch each see what one sees.
@@ -108,6 +109,6 @@ def step_batches(examples, task, batch_size, grad_accum=1, seed=0, skip=0, rank=
                 rows, counts = (slice(part, None, parts), True) if part < len(indices) else (slice(1), False)
                 T = int(real[rows].sum(1).max())
                 mine = targets[rows, :T] if targets.dim() > 1 else targets[rows]
-                batches.append((idx[rows, :T], mine, counts * int((mine != -100).sum()) / total))
+                batches.append((idx[rows, :T], mine, world * (counts * int((mine != -100).sum()) / total)))
             yield batches
         skip, epoch = max(0, skip - len(order)), epoch + 1

@@ -129,10 +129,10 @@ def folder(flags):
 
 def code():
     """Fingerprint of all files that decide a run's numbers beside its flags: models, methods, data, training."""
-    digest = hashlib.sha256()
+    digest, root = hashlib.sha256(), Path(__file__).resolve().parent.parent
     for folder in (".", "baselines", "checkpoints", "data", "evaluation", "experiments/recipes"):
         patterns = "*.py", "*.args", "*/config.json"
-        for file in sorted(file for pattern in patterns for file in (ROOT / folder).glob(pattern)):
+        for file in sorted(file for pattern in patterns for file in (root / folder).glob(pattern)):
             digest.update(file.read_bytes() if file.name != "generate.py" else b"")
     return digest.hexdigest()[:12]
 

@@ -26,8 +26,8 @@ def grid(tmp_path, base, monkeypatch):
         compare.main([str(tmp_path / "grid"), *rows, "--lr", "1e-4", "1e-2", "--jobs", "1", *more, "--", "--model",
                       str(base), "--dataset", "text", "--data-dir", str(tmp_path / "text.txt"), "--steps", "6",
                       "--context", "16", "--batch-size", "4"])
-        return compare.read(tmp_path / "grid.csv")
-    monkeypatch.setattr(compare, "pool", lambda jobs: Inline())
+        return compare.read_csv(tmp_path / "grid.csv")
+    monkeypatch.setattr(compare, "pool", lambda jobs, setup=None: Inline())
     return run
 
 
@@ -89,7 +89,7 @@ def test_quick_runs_the_best_rates_of_the_csv_and_leaves_it(grid, tmp_path):
     before = (tmp_path / "grid.csv").read_text()
     grid(*ranks, "--also", "more: --method rslora", "--quick")
     assert (tmp_path / "grid.csv").read_text() == before
-    quick = compare.read(tmp_path / "out/quick/grid.csv")
+    quick = compare.read_csv(tmp_path / "out/quick/grid.csv")
     assert {(r["row"], r["rank"], r["lr"], r["merged loss"]) for r in quick} == {
         (r["row"], r["rank"], r["lr"], r["merged loss"]) for r in rows if r["best"] == "1"} and len(quick) == 4
 
