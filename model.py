@@ -3,13 +3,11 @@
 GPT      Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": reads from left to right, LayerNorm
          before each part of a block, output projection tied to the token embedding.
 RoBERTa  Liu et al. 2019, arXiv:1907.11692: reads in both directions, LayerNorm after each part, and a head that
-predicts
-         masked tokens or classifies the whole text.
+         predicts masked tokens or classifies the whole text.
 
-Both have one interface, so nothing outside this file asks which of them it has: a `config` with vocab_size, context,
-width, n_layer, n_head, n_kv_head, head_dim and inner; `hidden(idx)`, (B, T) token ids -> (B, T, C); `head(x)`, ->
-logits over the vocabulary; `forward(idx, targets=None) -> (logits, loss)`; `classifier`, a module or None; and
-`causal`, which is True for a model that can write.
+Both have one interface, so that nothing outside asks which of them it has: `config` with vocab_size, context, width,
+n_layer, n_head, n_kv_head, head_dim and inner; `hidden(idx)`, (B, T) token ids -> (B, T, C); `head(x)`, (..., C) ->
+(..., V); `forward(idx, targets=None) -> (logits, loss)`; `classifier`, a module or None; `causal`: can it write.
 
 Three things differ from the usual code. q, k and v are separate linears (GPT-2 stores them fused as `c_attn`; they are
 split on loading), so that an adapter on "q" and "v" is an adapter on q and v. The vocabulary is projected onto only at
@@ -23,19 +21,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn import LinearCrossEntropyOptions
 
 
-class Config:
-    """What every config answers, whatever names its family's config.json has for it."""
+class Config:  # what every config answers, whatever names its family's config.json has for it
     head_dim = property(lambda self: self.width // self.n_head)
     n_kv_head = property(lambda self: self.n_head)  # no heads share their keys and values here
 
 
 class Attention(nn.Module):
-    """(B, T, C) -> (B, T, C). mask (B, 1, 1 or T, S): True where a position may be looked at; None: causal.
+    """(B, T, C) -> (B, T, C). mask (B, 1, 1 or T, S): True where a position may be attended to; None: causal.
 
-    cache (2, B, S, nh, hs), at: keys and values of what was seen, and the index (rows, positions) where x's go.
-    """
+    cache (2, B, S, nh, hs): keys and values of earlier tokens. at: the index (rows, positions) where x's are stored."""
 
     def __init__(self, C, n_head):
         super().__init__()
@@ -69,78 +66,31 @@ class MLP(nn.Module):
 
 
 def with_targets(x, targets):
-    """x (B, T, C), targets (B, T) -> the N rows of x that have a target (N, C), and these targets (N,).
-
-    Targets may stay on the CPU: then the CPU finds these positions without waiting for the GPU.
-    """
+    """x (B, T, C), targets (B, T) -> the N rows of x with a target (N, C), and these targets (N,). Targets may stay on
+    the CPU: then it finds these positions without waiting for the GPU."""
     targets = targets.flatten()
     where = (targets != -100).nonzero().flatten()  # (N,)
     x = x.flatten(0, 1).index_select(0, where.to(x.device, non_blocking=True))
     return x, targets[where].to(x.device, non_blocking=True)
 
 
-CHUNK = 2**25  # logits at a time: 134 MB in fp32, where 2,048 tokens of GPT-2 have 412 MB, thrice to autograd
-
-
-class VocabularyLoss(torch.autograd.Function):
-    """Mean cross entropy in nats of logits z = x W^T + b (N, V), of which at most CHUNK numbers are in memory at once.
-
-    x (N, C), W (V, C), b (V,) or None, targets (N,). With e = exp(z - max z), s = sum e and, for label smoothing eps,
-    q = (1 - eps) onehot + eps / V
-
-        loss = mean(log s + max z - sum q z)        N dloss/dz = softmax(z) - q = (e - s q) / s
-
-    The gradient needs nothing but the logits, so forward computes it while they are there, in their place: no product
-    is done twice, and backward finds dloss/dx (N, C) ready. A frozen W costs nothing.
-    """
-
-    @staticmethod
-    def forward(ctx, x, W, b, targets, eps, train):
-        N, V, loss = len(x), len(W), 0
-        dx, dW, db = (torch.zeros_like(t) if train and needed else None
-                      for t, needed in zip((x, W, b), ctx.needs_input_grad[:3], strict=True))
-        n = max(1, CHUNK // V)
-        for i in range(0, N, n):
-            x_n, t = x[i:i + n], targets[i:i + n, None]
-            z = F.linear(x_n, W, b)  # (n, V)
-            z = z.to(torch.promote_types(z.dtype, torch.float32))
-            # q z = (1 - eps) z_t + eps mean z
-            qz = (1 - eps) * z.gather(1, t) + (eps * z.mean(1, keepdim=True) if eps else 0)
-            top = z.amax(1, keepdim=True)
-            e = z.sub_(top).exp_()
-            s = e.sum(1, keepdim=True)
-            loss = loss + (s.log() + top - qz).sum() / N
-            if dx is not None or dW is not None or db is not None:
-                # s N dloss/dz = e - s q; the factor 1 / s goes to the smaller tensors, unless they are narrow
-                dz = e.scatter_add_(1, t, (eps - 1) * s)
-                dz = dz.sub_(eps / V * s) if eps else dz
-                if db is not None:
-                    db += (dz / s).sum(0) / N
-                if W.dtype != dz.dtype:
-                    dz, s = dz.div_(s).to(W.dtype), 1
-                if dx is not None:
-                    dx[i:i + n] = dz @ W / (s * N)
-                if dW is not None:
-                    dW += dz.T @ (x_n / (s * N)).to(dz.dtype)
-                del dz
-            del z, e  # before the next chunk is made
-        ctx.save_for_backward(dx, dW, db)
-        return loss
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return *(None if d is None else gradient * d for d in ctx.saved_tensors), None, None, None
+CHUNK = 2**25  # logits at a time: 134 MB in fp32. 2,048 tokens of GPT-2 have 412 MB, and autograd holds them thrice.
 
 
 def vocabulary_loss(x, W, b, targets, label_smoothing=0.0):
-    """VocabularyLoss; NaN, as F.cross_entropy says, where there is no target at all."""
+    """Mean cross entropy in nats of logits x W^T + b: x (N, C), W (V, C), b (V,) or None, targets (N,). NaN for N = 0.
+
+    torch's chunked loss computes the gradient of a chunk of logits while the chunk is there, so the logits (N, V) never
+    stand in memory as a whole. It has no label smoothing, and in bf16 it rounds the loss: there it is the plain one."""
     if not len(x):
         return x.sum() * math.nan
-    return VocabularyLoss.apply(x, W, b, targets, label_smoothing, torch.is_grad_enabled())
+    if not (label_smoothing or x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type)):
+        options = LinearCrossEntropyOptions(batch_chunk_size=max(1, CHUNK // len(W)), chunking_method=None)
+        return F.linear_cross_entropy(x, W, targets, linear_bias=b, options=options)
+    z = F.linear(x, W, b)  # (N, V)
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    return F.cross_entropy(z, targets, label_smoothing=label_smoothing)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# GPT-2
 
 @dataclass
 class GPTConfig(Config):
@@ -194,9 +144,8 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None, pos=None):
         """(B, T) token ids -> (B, T, C), before the last LayerNorm.
 
-        With a cache (L, 2, B, S, nh, hs), `pos` (B, T) says where each token stands; it looks at all up to there. Or
-        `pos` is a number: 0 for whole prompts that fill the cache, S - 1 for one more token a row.
-        """
+        With a cache (n_layer, 2, B, S, nh, hs), `pos` (B, T) is the position of each token, which sees all up to there.
+        Or `pos` is a number: 0 for whole prompts that fill the cache, S - 1 for one more token a row."""
         if idx.size(1) > self.context:
             raise ValueError(f"{idx.size(1)} tokens do not fit the model's context of {self.context}")
         if cache is None:
@@ -220,17 +169,13 @@ class GPT(nn.Module):
         return F.linear(self.ln_f(x), self.wte.weight)
 
     def forward(self, idx, targets=None, label_smoothing=0.0):
-        """(logits of every position (B, T, V), None), or with targets (B, T) (None, the mean cross entropy in nats of
-        the positions that have one); -100 marks a position without a target.
-        """
+        """(logits (B, T, V), None), or with targets (B, T) (None, their mean cross entropy in nats). -100 marks a
+        position without a target."""
         x = self.hidden(idx)
         if targets is None:
             return self.head(x), None
         x, targets = with_targets(x, targets)
         return None, vocabulary_loss(self.ln_f(x), self.wte.weight, None, targets, label_smoothing)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# RoBERTa
 
 @dataclass
 class RobertaConfig(Config):
@@ -334,19 +279,14 @@ class RoBERTa(nn.Module):
         return F.linear(self.lm_head(x), self.wte.weight, self.lm_head.bias)
 
     def forward(self, idx, targets=None, label_smoothing=0.0):
-        """(logits, loss); without targets the loss is None.
-
-        Masked LM: as GPT, -100 marks a position that is not predicted. Classifier: logits (B, L), targets (B,) whole
-        numbers, the mean cross entropy in nats. Regression: logits (B, 1), targets (B,) real numbers, the mean squared
-        error.
-        """
+        """(logits, loss). Masked LM: as GPT. Classifier: logits (B, L), targets (B,) whole numbers, the mean cross
+        entropy in nats. Regression: logits (B, 1), targets (B,) real numbers, the mean squared error."""
         x = self.hidden(idx)
         if self.lm_head and targets is None:
             return self.head(x), None
         if self.lm_head:
             x, targets = with_targets(x, targets)
-            head = self.lm_head
-            return None, vocabulary_loss(head(x), self.wte.weight, head.bias, targets, label_smoothing)
+            return None, vocabulary_loss(self.lm_head(x), self.wte.weight, self.lm_head.bias, targets, label_smoothing)
         logits = self.classifier(x)
         if targets is None:
             return logits, None

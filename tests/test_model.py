@@ -132,7 +132,7 @@ def test_the_logits_of_a_batch_never_stand_whole_in_memory(monkeypatch):
     idx = torch.randint(0, 500, (6, 10))
     with Largest() as largest:
         model(idx, idx)[1].backward()
-    assert largest.size == 5000
+    assert largest.size <= 5000
     x, W = torch.randn(4000, 4, requires_grad=True), torch.randn(500, 4)
     args, nothing = SimpleNamespace(device=torch.device("cpu")), torch.nn.ReLU()
     monkeypatch.setattr("model.CHUNK", 500_000)
