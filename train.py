@@ -180,9 +180,9 @@ class Run:
         """[rank of each layer] of a method that moves ranks, else None."""
         return self.adapter.ranks(self.layers)
 
-    def report(self, model):
-        """{metric: value} on the test split."""
-        return report(model, self.data, self.args.device, self.args.amp)
+    def report(self, model, stage=None):
+        """{metric: value} on the test split; prints what is evaluated if `stage` says it."""
+        return report(model, self.data, self.args.device, self.args.amp, stage)
 
     def calibration_batches(self, model):
         """See ResLoRALinear.calibrate."""
@@ -200,10 +200,10 @@ def merge(run, metrics):
         layers = [m for m in trial.modules() if isinstance(m, adapter)]
         adapter.prepare_merge(layers, way, functools.partial(run.calibration_batches, trial))
         name = f"merged by {way}" if isinstance(way, str) else f"merged at rank {way}"
-        metrics[name] = run.report(lora.merge(trial))
+        metrics[name] = run.report(lora.merge(trial), name)
     adapter.prepare_merge(run.layers, kept, functools.partial(run.calibration_batches, model))
     adapters.save_adapter(args.out, model, run.source, args.dropout)
-    metrics["merged"] = run.report(lora.merge(model))
+    metrics["merged"] = run.report(lora.merge(model), "merged")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def one_run(args):
     if settings.RANK:
         return fit(run)
     files.check_writable(args.out)
-    metrics = {"base": run.report(run.model)}  # B = 0: the base; a classifier with a fresh head guesses
+    metrics = {"base": run.report(run.model, "base")}  # at B = 0 this is the base; a fresh head guesses
     if not math.isfinite(metrics["base"]["loss"]):
         raise ValueError(f"the loss of {run.source} is {metrics['base']['loss']} before any step: its weights are "
                          "damaged, or --alpha is far too large")
@@ -239,7 +239,8 @@ def one_run(args):
     except KeyboardInterrupt:
         more = ", --resume goes on from there" if run.log.saved else ""
         raise KeyboardInterrupt(run.log.where() + more) from None
-    metrics["unmerged" if run.layers else "trained"] = run.report(run.model)
+    stage = "unmerged" if run.layers else "trained"
+    metrics[stage] = run.report(run.model, stage)
     ranks = run.ranks()
     if run.layers:
         merge(run, metrics)
@@ -251,12 +252,12 @@ def one_run(args):
               "selected": {"step": state.best_step(rows, run.log.first), "by": f"validation {run.data.metric}"},
               "versions": {"python": platform.python_version(), "torch": torch.__version__},
               "seconds": {"training": rows[-1]["seconds"], "all": round(time.time() - started, 1)}}
-    title = f"{args.method} on {args.dataset}"
+    title = f"{args.method}{f' r {args.rank}' * bool(args.rank)} on {args.dataset}, learning rate {args.lr:g}"
     if ranks:
         result["ranks"] = dict(zip(run.names, ranks, strict=True))
         plots.draw_ranks(args.out / "ranks.png", rows, run.names, title)
     files.write_json(args.out / "result.json", result)
-    plots.draw_curve(args.out / "curve.png", rows, title, run.data.metric)
+    plots.draw_curve(args.out / "curve.png", rows, title, metrics["base"], run.data.metric)
     print_examples(run.model, run.data, args.device, args.amp)
     print_table(f"{args.dataset} (test)", metrics)
     print(f"{rows[-1]['seconds']:.0f} s of training, {time.time() - started:.0f} s in all; everything is in {args.out}")

@@ -12,7 +12,7 @@ EVAL_EXAMPLES = 128  # validation texts for a point of the curve; the report use
 EVAL_LABELLED = 1000  # the same where texts are classified: an accuracy needs more of them
 EVAL_BATCH = 32  # fixed, whatever --batch-size is: which words are masked depends on the batch
 SCORED = 64  # texts decoded for a report; all of the test split where the dataset is judged by decoded texts
-DECODED = 16  # texts decoded at a time: the cache holds 2 L C numbers per token
+DECODED = 32  # texts decoded at a time: the cache holds 2 L C numbers per token
 CALIBRATION = 16  # training batches that merging is calibrated on
 CALIBRATION_LABELLED = 128  # the same for a classifier: its texts are short, and few of their tokens count
 
@@ -22,7 +22,7 @@ def to_device(idx, device):
     return idx.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else idx.to(device)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(model, examples, task, device, amp):
     """(mean loss per target, logits (N, L) in the order of the examples where they are labelled, else None)"""
     model.eval()
@@ -41,6 +41,7 @@ def evaluate(model, examples, task, device, amp):
     return float(total) / count, torch.cat(logits).cpu()[torch.tensor(near).argsort()] if logits else None
 
 
+@torch.inference_mode()
 def decode(model, pairs, tokenizer, max_new=96):
     """(prompts, greedy texts), in the dtype of the weights: the text of each record, or the continuation of a plain
     text's beginning."""
@@ -48,12 +49,15 @@ def decode(model, pairs, tokenizer, max_new=96):
     begin = min(32, model.context // 2 - 1)  # tokens of a plain text
     prompts = [p if record else p[:begin] for p, (record, _) in zip(prompts, pairs, strict=True)]
     model.eval()
-    texts = []
-    for i in range(0, len(prompts), DECODED):
-        batch = [[tokenizer.eot_token, *p] for p in prompts[i:i + DECODED]]
-        texts += decoding.generate(model, batch, max_new, tokenizer.eot_token)
+    texts = {}
+    near = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours in length: little padding
+    for start in range(0, len(near), DECODED):
+        chosen = near[start:start + DECODED]
+        batch = [[tokenizer.eot_token, *prompts[i]] for i in chosen]
+        texts.update(zip(chosen, decoding.generate(model, batch, max_new, tokenizer.eot_token), strict=True))
     model.train()
-    return [tokenizer.decode(p).strip() for p in prompts], [tokenizer.decode(t).strip() for t in texts]
+    return ([tokenizer.decode(p).strip() for p in prompts],
+            [tokenizer.decode(texts[i]).strip() for i in range(len(prompts))])
 
 
 def measure(model, dataset, split, device, amp, first=None, scored=None):
@@ -80,9 +84,14 @@ def validate(model, dataset, device, amp):
     return measure(model, dataset, "validation", device, amp, first, None if dataset.metrics else 0)
 
 
-def report(model, dataset, device, amp):
-    """{metric: value} on the test split, and on a second test split if there is one."""
+def report(model, dataset, device, amp, stage=None):
+    """{metric: value} on the test split, and on a second test split if there is one. Prints what is evaluated first, if
+    `stage` says it in words."""
     every = len(dataset.pairs["test"])
+    if stage:
+        decodes = hasattr(dataset.module, "score") and (every if dataset.metrics else SCORED)
+        also = f", and {min(decodes, every)} texts are decoded" * bool(decodes)
+        print(f"evaluate {stage}: the loss of {len(dataset.examples['test'])} test examples{also}", flush=True)
     values = measure(model, dataset, "test", device, amp, scored=every if dataset.metrics else None)
     for split in dataset.examples.keys() - {"train", "validation", "test"}:
         more = measure(model, dataset, split, device, amp)

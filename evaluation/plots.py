@@ -16,20 +16,38 @@ def picture(path, rows=1, columns=1, **options):
     plt.close(figure)
 
 
-def draw_curve(path, rows, title, metric="loss"):
-    """Training and validation loss against steps, and the task's metric if it has another, as a picture."""
+def draw_curve(path, rows, title, base, metric="loss"):
+    """Losses against steps, and the task's metric if it has another, as a picture.
+
+    rows: of log.csv. base: {metric: value} of the base on the test split. A point of the training loss is its mean over
+    the steps since the last validation, so that all points average over equally many steps.
+    """
     panels = ["loss"] if metric == "loss" else ["loss", metric]
+    training = even_means(rows)
     with picture(path, 1, len(panels), figsize=(2 + 4 * len(panels), 3.6), squeeze=False) as (figure, axes):
         for axis, name in zip(axes[0], panels, strict=True):
-            for column, style in ((f"train_{name}", dict(color="0.6", label="training")),
-                                  (f"val_{name}", dict(color="C0", marker="o", ms=3, label="validation"))):
-                points = [(row["step"], row[column]) for row in rows if row.get(column) is not None]
-                if points:
-                    axis.plot(*zip(*points, strict=True), **style)
+            if name == "loss":
+                axis.plot(*zip(*training, strict=True), color="0.6", marker=".", label="training")
+            points = [(row["step"], row[f"val_{name}"]) for row in rows if row["val_loss"] is not None]
+            axis.plot(*zip(*points, strict=True), color="C0", marker="o", ms=3, label="validation")
+            if name in base:
+                axis.axhline(base[name], color="0.3", ls=":", label="base (test split)")
             axis.set(xlabel="step", ylabel="loss (nats)" if name == "loss" else name)
             axis.grid(alpha=0.3)
             axis.legend(frameon=False)
         figure.suptitle(title)
+
+
+def even_means(rows):
+    """[(step, mean training loss of the steps since the last validation)]. A row's loss is the mean of the steps since
+    the row before."""
+    points, total, before, begun = [], 0.0, 0, 0
+    for row in rows:
+        total, before = total + row["train_loss"] * (row["step"] - before), row["step"]
+        if row["val_loss"] is not None:
+            points.append((before, total / (before - begun)))
+            total, begun = 0.0, before
+    return points
 
 
 def draw_ranks(path, rows, names, title):
