@@ -31,10 +31,6 @@ LOG_EVERY = 10  # steps between two readings of the loss: reading it makes a GPU
 parse = functools.partial(settings.parse, description=__doc__)
 
 
-class Diverged(ValueError):
-    """A run whose loss or gradient is not finite any more."""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The pieces of a step
 
@@ -112,13 +108,13 @@ def fit(run):
             continue
         readings = settings.mean_over_processes(torch.stack(pending)).tolist()  # (steps, 2); here the CPU waits
         seconds, pending, tokens_read = time.time() - clock, [], tokens
-        check_finite(readings, step, log, args)
+        log.check_finite(readings, step)
         if settings.RANK:
             continue  # the first of several processes validates and writes
 
         # validate
         values = validate(model, data, args.device, args.amp) if due else {}
-        check_finite([[values.get("loss", 0.0)]], step, log, args)
+        log.check_finite([[values.get("loss", 0.0)]], step)
         train_loss, grad_norm = (sum(column) / len(readings) for column in zip(*readings, strict=True))
         log.add(dict(step=step, lr=lr_at(step, args.steps, args), train_loss=train_loss, grad_norm=grad_norm,
                      val_loss=values.get("loss"), seconds=round(log.seconds + seconds, 3)), values, run.ranks())
@@ -132,14 +128,6 @@ def fit(run):
     if not settings.RANK:
         log.finish(model)
     return log.rows
-
-
-def check_finite(readings, step, log, args):
-    """Diverged at the first step, of those up to `step`, whose loss or gradient norm is not finite."""
-    for number, values in enumerate(readings, step - len(readings) + 1):
-        if not all(map(math.isfinite, values)):
-            raise Diverged(f"loss or gradient is not finite at step {number}: stopped; {log.where()}. "
-                           f"A lower --lr than {args.lr:g} may help")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

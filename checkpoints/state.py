@@ -8,6 +8,7 @@ A run folder holds
 Only JSON and safetensors are ever read back.
 """
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -66,6 +67,10 @@ def identity(settings, source, pairs, processes):
             "data": fingerprint(pairs)}
 
 
+class Diverged(ValueError):
+    """A run whose loss or gradient is not finite any more."""
+
+
 class Log:
     """What a run has measured, the rows of log.csv, and the weights that validated best.
 
@@ -88,6 +93,13 @@ class Log:
     def where(self):
         """What an interrupted run has left, in words."""
         return f"step {self.saved} is in {self.folder}" if self.saved else "nothing was saved"
+
+    def check_finite(self, readings, step):
+        """Diverged at the first step, of those up to `step`, that has a value which is not finite."""
+        for number, values in enumerate(readings, step - len(readings) + 1):
+            if not all(map(math.isfinite, values)):
+                raise Diverged(f"loss or gradient is not finite at step {number}: stopped; {self.where()}. "
+                               f"A lower --lr than {self.settings['lr']:g} may help")
 
     def add(self, row, values, ranks):
         """A row of the log; values: the metrics of its validation or {}, ranks: of the layers or None."""

@@ -29,6 +29,7 @@ from tqdm import tqdm
 import data
 from checkpoints.files import check_writable, read_csv, write, write_csv
 from checkpoints.pretrained import ROOT, from_pretrained
+from checkpoints.state import Diverged
 from data import Dataset
 from evaluation import evaluate
 from evaluation.plots import picture
@@ -157,7 +158,7 @@ def cell(flags, forgetting=None):
                     train.train(train.parse([*flags, "--out", str(out)]))
                 if measure:
                     also.update(losses_on(out, forgetting))
-            except train.Diverged as e:  # no reason to stop a grid: this rate is the worst
+            except Diverged as e:  # no reason to stop a grid: this rate is the worst
                 also = {"diverged": str(e)}
             except ValueError as e:
                 raise ValueError(f"{shlex.join(flags)}: {e}") from None

@@ -1,304 +1,299 @@
-"""What the README says of the code is true."""
-import csv
-import importlib
-import json
+"""What README says of the code is true: the table, the snippets, the sizes, who imports whom, and how to add things."""
+import ast
 import re
-import statistics
+import sys
+import textwrap
+import types
 
+import peft
 import pytest
+import torch
 import torch.nn as nn
+import torch.nn.functional as F
+import transformers
 from conftest import ROOT, factors
+from test_train import command, few_records  # noqa: F401
 
+import data
 import lora
-from experiments import bench
-from experiments.compare import spread
-from methods import METHODS
+import train
+from methods import METHODS, Method
+from reslora import ResLoRALinear
 
 README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_the_table_of_methods():
-    """For each file its number of lines, the trained numbers of a 768 -> 768 linear at r 8, and how it merges."""
+    """For each file the trained numbers of a 768 -> 768 linear at r 8, and how it merges."""
     rows = [line.split("|")[1:-1] for line in README.splitlines() if re.match(r"\| \S.* · .*\| \[", line)]
-    rows = [row for row in rows if len(row) == 6]
     of = {method.adapter.__module__.replace(".", "/") + ".py": method.adapter
           for method in METHODS.values() if method.adapter}
-    assert len(rows) == len(of) == 8
-    for _, _, file, lines, trained, merges in rows:
-        file = re.search(r"\[(.*?)\]", file)[1]
-        assert int(lines) == len((ROOT / file).read_text().splitlines()), file
+    files = {re.search(r"\[(.*?)\]", row[2])[1]: row for row in rows}
+    assert files.keys() == of.keys()
+    for file, (_, _, _, trained, merges) in files.items():
         layers = lora.apply(nn.ModuleDict({"q": nn.Linear(768, 768)}), of[file], ["q"], r=8, alpha=16)
         assert int(re.search(r"[\d,]+", trained)[0].replace(",", "")) == sum(p.numel() for p in factors(layers)), file
         assert ("approximately" in merges) == (file == "reslora.py") and "exactly" in merges
     assert "590,592" in README and sum(p.numel() for p in nn.Linear(768, 768).parameters()) == 590592
 
 
-def test_the_table_of_times_is_what_was_measured():
-    """Each cell, and the numbers below the table, are in results/."""
-    found = json.loads((ROOT / "results/bench-amd-epyc-2-threads.json").read_text())
-    rows = {name: {row["row"]: row for row in preset["steps"]} for name, preset in found.items()}
-    text = README[README.index("### Time and memory"):]
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    table = [cells for cells in table if len(cells) == 11]
-    columns = {"ms": "{:,.1f}", "of lora": "{:.2f}", "of peer": "{:.2f}", "peak GB": "{:.2f}", "of floor": "{:.2f}"}
-    assert len(table) == 1 + len(bench.ROWS) + 1
-    for name, *cells in table[1:]:
-        of = [rows[preset].get(name, {}).get(column) for preset in ("tiny", "gpt2-small") for column in columns]
-        assert cells == ["" if value is None else form.format(value)
-                         for value, form in zip(of, [*columns.values()] * 2, strict=True)], name
-    text = " ".join(text.split())
-    for preset, form in (("tiny", "{:.1f}"), ("gpt2-small", "{:.2f}")):
-        ours, theirs = (form.format(value) for value in found[preset]["e2e"].values())
-        assert f"{ours} examples" in text or f"{ours} against" in text
-        assert f"against {theirs} for {preset}" in text
-    peer = bench.PEER
-    assert f"takes {rows['tiny compiled']['lora']['of peer']:.2f} of the peer's" in text
-    base = rows["roberta-base"]
-    assert f"{base['lora']['of peer']:.2f} of the peer's time, {base['lora']['of floor']:.2f} of it" in text
-    assert f"near the floor too ({base[peer]['of floor']:.2f})" in text
-    first = found["tiny"]["first step"]
-    assert f"{first['ours']:.1f} s against {first[peer]:.1f} s for tiny" in text
-    for preset in found.values():
-        assert preset["command"].startswith("python bench.py")
-
-
-def results(name):
-    """The rows of a csv, numbers as numbers."""
-    def number(text):
-        try:
-            return float(text)
-        except ValueError:
-            return text
-    with open(ROOT / "results" / name, newline="") as f:
-        return [{column: number(text) for column, text in row.items()} for row in csv.DictReader(f)]
-
-
-def section(title):
-    return README[README.index(f"### {title}"):].partition("\n### ")[0]
-
-
-def table(title, number=0):
-    """Cells of the rows of a section's first table, or of a later one, without its header."""
-    tables = [block.splitlines() for block in section(title).split("\n\n") if block.startswith("|")]
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables[number][2:]]
-
-
-@pytest.mark.parametrize("name", re.findall(r"<!-- table: (\S+) -->", README))
-def test_the_tables_of_results_are_their_csv(name, monkeypatch):
-    """Behind each mark of runs/tables.py stands what it makes of the csv files, and nothing else."""
-    monkeypatch.syspath_prepend(ROOT / "runs")
-    made = importlib.import_module("tables").TABLES[name]()
-    found = README.partition(f"<!-- table: {name} -->\n\n")[2].splitlines()
-    assert len(made) > 3 and found[:len(made)] == made and not found[len(made)]
-
-
-def test_no_number_without_a_mark():
-    """Tables of results that runs/tables.py does not make are those that other tests here compare."""
-    text = README[README.index("## Results"):README.index("## On one GPU")]
-    made = set(re.findall(r"<!-- table: \S+ -->\n\n(\|.*)", text))
-    others = set(re.findall(r"\n\n(\| .*)", text)) - made
-    assert len(others) == 3, others  # two of difficulty, one of times
-
-
-@pytest.mark.parametrize("dataset, judge, high", [("restaurants", "loss", False), ("reviews", "accuracy", True)])
-def test_the_tables_of_difficulty_are_their_csv(dataset, judge, high):
-    """Each row is the rate with the best validation, and its numbers are the csv's."""
-    rows = results(f"difficulty-{dataset}.csv")
-    names = {"base": None, "LoRA, r 4": ("lora", 4), "LoRA, r 64": ("lora", 64), "full fine-tuning": ("full", ""),
-             "head only": ("head", "")}
-    for name, rate, loss, *more in table(f"How hard `{dataset}` is"):
-        if names[name] is None:
-            assert f"{rows[0]['base loss']:.3f}" == loss and f"{rows[0]['base slots']:.1%}" == more[0].replace(" ", "")
-            continue
-        same = [r for r in rows if (r["method"], r["rank"]) == names[name]]
-        best = (max if high else min)(same, key=lambda r: r[f"validation {judge}"])
-        tried = sorted({r["lr"] for r in same})
-        assert float(rate.strip("*")) == best["lr"] and ("*" in rate) == (best["lr"] in (tried[0], tried[-1])), name
-        assert loss == f"{best['final loss']:.3f}"
-        columns = ("slots", "names") if dataset == "restaurants" else ("accuracy",)
-        shares = [best[f"final {column}"] for column in columns]
-        assert more == ["100 %" if share == 1 else f"{share:.1%}".replace("%", " %") for share in shares]
-
-
-def test_what_the_text_says_of_merging():
-    """Shares kept, nats lost, how much more the paper's merges cost, how often dropping the shortcut was better."""
-    shares, nats, costs, dropped = {}, [], [], {"input": [], "weight": []}
-    for dataset in ("restaurants", "stdlib", "e2e", "reviews"):
-        for r in results(f"merges-{dataset}.csv"):
-            base, unmerged, ours, none = (r[f"{stage} loss"]
-                                          for stage in ("base", "unmerged", "merged", "merged by none"))
-            papers = {how: loss for how in dropped if (loss := r.get(f"merged by {how} loss", "")) != ""}
-            assert ours < min(*papers.values(), none)
-            shares.setdefault(dataset, []).append((base - ours) / (base - unmerged))
-            nats += [ours - unmerged] * (dataset != "reviews")
-            costs.append((min(papers.values()) - unmerged) / (ours - unmerged))
-            for how, loss in papers.items():
-                dropped[how].append(loss > none)
-    reviews = shares.pop("reviews")
-    language = [share for some in shares.values() for share in some]
-    gains = [(r["merged accuracy"] - r["base accuracy"]) / (r["unmerged accuracy"] - r["base accuracy"])
-             for r in results("merges-reviews.csv")]
-    text = " ".join(section("What merging keeps of ResLoRA").split())
-    for said in (f"costs {min(costs):.1f} to {max(costs):.0f} times", f"costs {min(nats):.3f} to {max(nats):.3f} there",
-                 f"in {sum(dropped['input'])} of {len(costs)} rows, its `weight` merge in {sum(dropped['weight'])} of "
-                 f"{len(dropped['weight'])}.", f"keeps {100 * min(language):.1f} to {100 * max(language):.1f} % on",
-                 f"keeps {100 * min(reviews):.1f} to {100 * max(reviews):.1f} % of the gain in loss",
-                 f"{100 * min(gains):.1f} to {100 * max(gains):.1f} % of the gain in accuracy"):
-        assert said in text, said
-    assert sum(share < .95 for share in reviews) == 4 and "in four of six rows" in text
-
-
-@pytest.mark.parametrize("dataset, below, above", [
-    ("e2e", {"LoRA r 16, 3 alpha", "LoRA r 32, 2 alpha", "rsLoRA r 16"}, set()),
-    ("reviews", {"LoRA r 16, 3 alpha", "LoRA r 32, 2 alpha", "ResLoRA input", "ResLoRA block", "ResLoRA middle"},
-     {"LoHa r 8"})])
-def test_what_the_text_says_of_all_methods(dataset, below, above, monkeypatch):
-    """The rows that it calls below LoRA, or above, are so by more than twice the error; rates at an end are named."""
-    monkeypatch.syspath_prepend(ROOT / "runs")
-    rows = {}
-    for r in results(f"methods-{dataset}.csv"):
-        if r["best"]:
-            rows.setdefault(r["row"], []).append(r["merged loss"])
-    lora, apart = rows.pop("LoRA r 16"), {-1: set(), 1: set()}
-    for row, losses in rows.items():
-        more = [loss - other for loss, other in zip(losses, lora, strict=True)]
-        if abs(statistics.mean(more)) > 2 * statistics.stdev(more) / 3**0.5:
-            apart[1 if statistics.mean(more) > 0 else -1].add(row)
-    assert len(lora) == 3 and apart[-1] == below | {"full fine-tuning"}
-    tables = importlib.import_module("tables")
-    ends = {row for row, same in tables.best(f"methods-{dataset}").items() if "*" in same[0]["tried"]}
-    assert ends == ({"LoRA r 16", "LoKr", "full fine-tuning"} if dataset == "e2e" else
-                    {"LoHa r 8", "rsLoRA r 16", "AdaLoRA 16 to 11"})
-    assert apart[1] == {"Delta-LoRA", "AdaLoRA 16 to 11", "DyLoRA", "LoKr"} | above
-
-
-def test_what_the_text_says_of_delta_lora_from_the_first_step():
-    """Against LoRA with 3 alpha: how close at the lower rates, how far at the highest."""
-    losses = {}
-    for r in results("deltalora.csv"):
-        losses.setdefault(r["row"], {})[r["lr"], r["seed"]] = r["merged loss"]
-    delta, lora = losses["Delta-LoRA, lambda 2, K 0"], losses["LoRA, 3 alpha"]
-    apart = {key: abs(delta[key] - lora[key]) for key in delta if key in lora}
-    text = " ".join(section("Delta-LoRA").split())
-    assert max(apart[key] for key in apart if key[0] < 4.8e-2) <= .014 and "within 0.014 of each other" in text
-    assert f"(seed 0: {delta[4.8e-2, 0]:.3f} against {lora[4.8e-2, 0]:.3f})" in text
-
-
-def test_what_the_text_says_of_gradients():
-    """By layer, at most so many times LoRA's; by rank, six times less with alpha / r, within a third with the root."""
-    rows = results("reslora-gradients.csv")
-    lora = {(r["target"], r["layer"], r["seed"]): r["gradient norm"] for r in rows if r["row"] == "LoRA"}
-    most = max(r["gradient norm"] / lora[r["target"], r["layer"], r["seed"]] for r in rows)
-    assert f"at most {most:.1f} times" in " ".join(section("ResLoRA: does it train better").split())
-    norms = {name: [r["late gradient norm"] for r in results("rslora-adamw-fixed.csv") if r["row"] == name]
-             for name in ("LoRA", "rsLoRA")}
-    assert round(norms["LoRA"][0] / norms["LoRA"][-1]) == 6 and max(norms["rsLoRA"]) < 4 / 3 * min(norms["rsLoRA"])
-
-
-def test_what_the_text_says_of_two_machines():
-    """The same four runs on both: equal at the lower rate, within .005 at the higher."""
-    files = ("difficulty-restaurants.csv", "final loss"), ("rslora-adamw.csv", "merged loss")
-    there, here = ({(r["rank"], r["lr"]): r[column] for r in results(name) if r["method"] == "lora" and r["seed"] == 0}
-                   for name, column in files)
-    both = {lr: [abs(there[rank, lr] - here[rank, lr]) for rank in (4, 64)] for lr in (2.4e-2, 4.8e-2)}
-    assert both[2.4e-2] == [0, 0] and 0 < max(both[4.8e-2]) < .005
-
-
-def test_what_the_text_says_of_forgetting():
-    """Loss on the pretraining text after e2e: means of three seeds, and LoRA's at ResLoRA's rate."""
-    rows = results("methods-e2e.csv")
-    old = {row: statistics.mean(r["merged loss on world"] for r in rows if r["row"] == row and r["best"])
-           for row in {r["row"] for r in rows}}
-    new = {row: statistics.mean(r["merged loss"] for r in rows if r["row"] == row and r["best"]) for row in old}
-    lora, = (r for r in rows if r["row"] == "LoRA r 16" and r["lr"] == 2.4e-2)
-    reslora = [old[f"ResLoRA {shortcut}"] for shortcut in ("input", "block", "middle")]
-    text = " ".join(section("All methods at equal").split())
-    for said in (f"from {rows[0]['base loss on world']:.3f} to {old['full fine-tuning']:.2f} with full",
-                 f"to {old['LoRA r 16']:.2f} with LoRA. ResLoRA's {min(reslora):.2f} to {max(reslora):.2f} is",
-                 f"2.4e-2 has {lora['merged loss on world']:.2f} (seed 0; its loss on the new text is "
-                 f"{lora['merged loss']:.3f})", f"{new['AdaLoRA 16 to 11']:.3f} and {new['Delta-LoRA']:.3f}, and have "
-                 f"{old['AdaLoRA 16 to 11']:.2f} and {old['Delta-LoRA']:.2f}"):
-        assert said in text, said
-
-
-def test_what_the_first_commands_gave():
-    """Seconds, losses, accuracies and scores of the README's own commands, as results/commands.csv has them."""
-    found = {}
-    for row in results("commands.csv"):
-        found.setdefault(row["command"], {})[row["what"]] = row["value"]
-    gpt, roberta, e2e, greedy, beams = found.values()
-    text = " ".join(README.split())
-    for command in found:
-        assert command in text
-    accuracies = [f"{100 * roberta[f'{stage} accuracy']:.1f} %" for stage in ("base", "unmerged", "merged")]
-    scores = [f"{run['BLEU']:.1f}, {{}}{run['NIST']:.2f}, {{}}{run['ROUGE_L']:.3f}" for run in (greedy, beams)]
-    for said in (f"{gpt['training seconds']:.0f} s of training, {gpt['seconds']:.0f} s in all, the loss of the test",
-                 f"split from {gpt['base loss']:.2f} to {gpt['merged loss']:.2f} nats",
-                 f"{roberta['training seconds']:.0f} s of training, {roberta['seconds']:.0f} s in all: accuracy",
-                 "accuracy {} with a fresh head, {} after training, {} merged".format(*accuracies),
-                 f"take {e2e['seconds'] + greedy['seconds']:.0f} s together",
-                 "BLEU " + scores[0].format("NIST ", "ROUGE-L "), "greedily; " + scores[1].format("", "")):
-        assert said in text, said
-
-
-def test_the_theorem_holds_under_sgd_and_turns_around_under_adam():
-    """Means of five seeds: two rows are flat within a fifth, the others are not; of the table, computed here again."""
-    sizes = {}
-    for row in results("rank-theorem.csv"):
-        sizes.setdefault((row["optimizer"], row["method"]), {}).setdefault(row["rank"], []).append(row["branch"])
-    for (name, *cells), by_rank in zip(table("rsLoRA's theorem"), sizes.values(), strict=True):
-        means = [statistics.mean(values) for values in by_rank.values()]
-        assert cells == [f"{value:.2g}" for value in means] and all(len(v) == 5 for v in by_rank.values())
-        assert (max(means) < 1.2 * min(means)) == (name in ("SGD, rsLoRA", "Adam, LoRA"))
-
-
-@pytest.mark.parametrize("number, dataset", [*enumerate(re.findall(r"<!-- table: merge-at-(\S+) -->", README))])
-def test_the_tables_of_deployed_models_computed_again(number, dataset):
-    """Mean and range over five seeds at each row's best rate, and what is between it and both LoRAs seed by seed."""
-    rows = [r for r in results(f"merge-at-{dataset}.csv") if r["best"]]
-    for name, rate, seeds, unmerged, merged, *_, above, above_3 in table("Does a merged ResLoRA beat LoRA", number):
-        same = [r for r in rows if r["row"] == name]
-        assert float(rate.strip("*")) == same[0]["lr"] and int(seeds) == len(same) == 5
-        assert unmerged == f"{statistics.mean(r['unmerged loss'] for r in same):.3f}"
-        assert merged == spread(same, "merged loss")
-        for said, other in ((above, "LoRA"), (above_3, "LoRA, 3 alpha")):
-            lora = {r["seed"]: r["merged loss"] for r in rows if r["row"] == other}
-            more = [r["merged loss"] - lora[r["seed"]] for r in same]
-            error = statistics.stdev(more) / len(same)**0.5
-            assert said == ("" if name in ("LoRA", other) else f"{statistics.mean(more):+.4f} ({error:.4f})")
-
-
-def test_what_the_text_says_of_deployed_models():
-    """Errors between each structure and both LoRAs, what merging on the way changes, LoRA worst at the lowest rate."""
-    errors, ways = {}, []
-    for dataset in ("restaurants", "reviews", "e2e"):
-        rows = results(f"merge-at-{dataset}.csv")
-        low = {r["row"]: r["merged loss"] for r in rows if r["lr"] == min(r["lr"] for r in rows)}
-        assert max(low.values()) == low.pop("LoRA"), dataset
-        best = {name: [r["merged loss"] for r in rows if r["row"] == name and r["best"]] for name in ("LoRA", *low)}
-        for name in ("input, merged at the end", "block", "middle, merged at the end"):
-            for other in ("LoRA", "LoRA, 3 alpha"):
-                more = [a - b for a, b in zip(best[name], best[other], strict=True)]
-                error = statistics.stdev(more) / 5**0.5
-                errors.setdefault((dataset, other), []).append(statistics.mean(more) / error)
-        end, on_the_way = (best[f"input, merged at {when}"] for when in ("the end", ".9"))
-        ways.append(abs(statistics.mean(end) - statistics.mean(on_the_way)))
-    reviews = [-number for number in errors["reviews", "LoRA"]]
-    e2e = errors["e2e", "LoRA, 3 alpha"]
-    farthest = max(abs(number) for dataset in ("restaurants", "e2e") for number in errors[dataset, "LoRA"])
-    text = " ".join(section("Does a merged ResLoRA beat LoRA").split())
-    for said in (f"by {min(reviews):.1f} to {max(reviews):.1f} times the error. On",
-                 f"than {farthest:.1f} times its error",
-                 f"by {min(e2e):.1f} to {max(e2e):.1f} times", f"by {min(ways):.4f} to {max(ways):.4f} of"):
-        assert said in text, said
-    assert min(number for (_, other), some in errors.items() for number in some if other == "LoRA, 3 alpha") > -1
-
-
-def test_every_file_that_the_readme_names_exists():
-    """Links into the repository, and the scripts of its commands."""
-    named = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    named += re.findall(r"(?:python|sh) ((?:runs/)?\w+\.(?:py|sh))", README)
-    named += re.findall(r"@(runs/\w+\.args)", README)
+def test_every_file_that_readme_names_exists():
+    """Links into the repository, and the scripts and recipes of its commands."""
+    named = [name.partition("#")[0] for name in re.findall(r"\]\((?!http)([^)]+)\)", README)]
+    named += re.findall(r"`((?:experiments|data|checkpoints|evaluation|tests)/[\w./]*)`", README)
+    named += re.findall(r"python ((?:tests/)?\w+\.py)", README) + re.findall(r"@(\S+\.args)", README)
     assert len(named) > 20
     for name in named:
         assert (ROOT / name).exists(), name
+
+
+def test_links_into_the_results_meet_a_heading():
+    """A link RESULTS.md#anchor, and one inside RESULTS.md, names a heading of that page as GitHub spells it."""
+    page = (ROOT / "RESULTS.md").read_text()
+    headings = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+                for title in re.findall(r"^#+ (.*)$", page, re.M)}
+    anchors = re.findall(r"\]\(RESULTS\.md#([^)]+)\)", README) + re.findall(r"\]\(#([^)]+)\)", page)
+    assert len(anchors) > 5 and set(anchors) <= headings
+
+
+# The house
+
+def test_the_pages_keep_their_size():
+    """A page is read in one sitting, the top level shows what there is, and a function fits a screen."""
+    for name, most in {"README.md": 180, "lora.py": 160, "reslora.py": 270, "train.py": 260, "model.py": 300}.items():
+        assert len((ROOT / name).read_text().splitlines()) <= most, name
+    assert len(list(ROOT.glob("*.py"))) <= 9
+    for file in sources():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 60 or (file.name, node.name) == ("settings.py", "parser"), f"{file}: {node.name}"
+
+
+ORDER = [{"lora", "model"}, {"reslora", "rslora", "deltalora", "baselines"}, {"methods"}, {"checkpoints"}, {"data"},
+         {"evaluation", "settings"}, {"train"}, {"generate"}, {"experiments"}]
+
+
+def sources():
+    """All Python files but the tests."""
+    return [file for file in sorted(ROOT.glob("**/*.py")) if file.relative_to(ROOT).parts[0] not in
+            ("tests", "out", ".venv", "venv")]
+
+
+def test_imports_run_one_way():
+    """A file imports only what stands below it in ORDER, or its own package; of a method only lora.py."""
+    level = {name: i for i, names in enumerate(ORDER) for name in names}
+    for file in sources():
+        me = file.relative_to(ROOT).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = ([node.module] if isinstance(node, ast.ImportFrom) else
+                     [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
+            for name in {name.split(".")[0] for name in names} & level.keys() - {me}:
+                assert level[name] < level[me], f"{file} imports {name}"
+                assert level[me] != 1 or name == "lora", f"{file} imports {name}"
+
+
+def test_experiments_import_each_other_without_a_circle():
+    """experiments/X imports experiments/Y, at the top or inside a function, only if Y does not come back to X."""
+    files = list((ROOT / "experiments").glob("*.py"))
+    edges = {file.stem: set(re.findall(r"from experiments\.(\w+) import", file.read_text())) |
+             {name.strip() for line in re.findall(r"from experiments import (.*)", file.read_text())
+              for name in line.split(",")} for file in files}
+
+    def reached(name, seen):
+        for other in edges[name] - seen:
+            seen = reached(other, seen | {other})
+        return seen
+    assert not [name for name in edges if name in reached(name, set())]
+
+
+# The snippets, as somebody who reads nothing else would use them
+
+class Block(nn.Module):
+    """Self-attention with the usual names, on a residual stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.v_proj = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return x + F.scaled_dot_product_attention(self.q_proj(x), x, self.v_proj(x))
+
+
+class Own(nn.Module):
+    """(B, T) -> logits (B, T, 11), or with `classes` (B, classes)."""
+
+    def __init__(self, classes=0):
+        super().__init__()
+        self.embed, self.blocks = nn.Embedding(11, 16), nn.Sequential(*(Block() for _ in range(3)))
+        self.classes, self.head = classes, nn.Linear(16, classes or 11)
+
+    def forward(self, idx):
+        x = self.blocks(self.embed(idx))
+        return self.head(x.mean(1) if self.classes else x)
+
+
+def test_the_snippet_for_your_own_model_runs():
+    """As it stands: adapters go in, train, are calibrated, and the merged model is nearly the trained one."""
+    snippet, = (s for s in SNIPPETS if "calibrate" in s)
+    train_it = """
+    for _ in range(20):
+        optimizer.zero_grad()
+        F.cross_entropy(model(idx).transpose(1, 2), idx.roll(1, 1)).backward()
+        optimizer.step()
+    """
+    calibration = snippet.index("layers[0].calibrate")
+    idx = torch.randint(1, 11, (8, 12))
+    scope = {"torch": torch, "F": F, "model": Own(), "idx": idx, "calibration_texts": [idx], "pad_id": 0}
+    exec(re.sub(r"^\.\.\..*$", textwrap.dedent(train_it), snippet[:calibration], flags=re.M), scope)
+    before = scope["model"](idx)
+    exec(snippet[calibration:], scope)
+    assert not any(isinstance(m, lora.LoRALinear) for m in scope["model"].modules())
+    assert 0 < (scope["model"](idx) - before).norm() / before.norm() < 0.2
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_classifier_of_your_own_is_calibrated_with_its_margins(grad, frozen):
+    """README's expression for M works whether gradients are on or off where calibrate is called, and on a model that is
+    frozen altogether; and A* is another one than without M."""
+    model, idx = Own(classes=3), torch.randint(1, 11, (8, 12))
+    layers = lora.apply(model, ResLoRALinear, ["q_proj", "v_proj"], r=2, alpha=4)
+    for layer in layers:
+        nn.init.normal_(layer.lora_B, std=0.3)
+    model.eval().requires_grad_(not frozen)
+    margin = re.search(r"`(\(logits\.amax.*?\.sum\(\))`", README)[1]
+
+    def batches():
+        logits = model(idx)
+        yield idx != 0, eval(margin, {"logits": logits})
+
+    def plain():
+        model(idx)
+        yield idx != 0, None
+    with torch.set_grad_enabled(grad):
+        layers[0].calibrate(layers, batches)
+        weighted = layers[1].A_star.clone()
+        layers[0].calibrate(layers, plain)
+    assert (weighted - layers[1].A_star).norm() > 1e-4
+    lora.merge(model)
+
+
+def test_layers_without_neighbours_are_said():
+    """An nn.Sequential's "0", "2", "4" are three chains of one layer: apply warns. Wrapped as README says, they are one
+    chain and nothing is warned."""
+    flat = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    with pytest.warns(UserWarning, match="single layer without neighbours"):
+        layers = lora.apply(flat, ResLoRALinear, ["0", "2", "4"], r=2, alpha=4)
+    assert not any(layer.earlier for layer in layers)
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.fc(x).tanh()
+    layers = lora.apply(nn.Sequential(*(Wrapped() for _ in range(3))), ResLoRALinear, ["fc"], r=2, alpha=4)
+    assert [len(layer.earlier) for layer in layers] == [0, 1, 1]
+
+
+def test_the_snippet_that_loads_a_run_elsewhere_gives_our_logits(tmp_path, base):
+    """PEFT on the base and the merged folder in transformers, loaded as README does, agree with generate's model."""
+    import generate
+    train.main(command(base, tmp_path / "run", "--method", "reslora", "--save-merged"))
+    snippet, = (s for s in SNIPPETS if "PeftModel" in s)
+    for theirs, ours in (("data/tiny-gpt", base), ("out/restaurants-reslora-r64-s0", tmp_path / "run"),
+                         ("out/RUN/merged", tmp_path / "run/merged")):
+        snippet = snippet.replace(theirs, str(ours))
+    scope = {}
+    exec(snippet, scope)
+    assert scope["peft"] is peft if "peft" in scope else scope["transformers"] is transformers
+    idx = torch.randint(0, 300, (2, 9))
+    with torch.no_grad():
+        ours = generate.load_run(tmp_path / "run")[0](idx)[0]
+        for theirs in (scope["model"], scope["merged"]):
+            torch.testing.assert_close(theirs.eval()(idx).logits, ours, rtol=1e-4, atol=1e-4)
+
+
+# A new method is one file and one line; a new dataset is one file and its name
+
+class Shifted(lora.LoRALinear):
+    """A throw-away method with vectors among its factors and a delta that is not zero at first: LoRA plus a trained
+    diagonal, with LoRA+'s larger rate for B."""
+
+    lr_scale = {"lora_B": 16.0}
+
+    def init_factors(self, d_out, d_in, **like):
+        super().init_factors(d_out, d_in, **like)
+        self.shift = nn.Parameter(torch.full((min(d_out, d_in),), 0.01, **like))
+
+    def as_lora(self):
+        n = len(self.shift)
+        eye = torch.eye(n, device=self.shift.device, dtype=self.shift.dtype)
+        right = torch.cat([eye, eye.new_zeros(n, self.weight.shape[1] - n)], 1)
+        left = torch.cat([torch.diag(self.shift), eye.new_zeros(len(self.weight) - n, n)])
+        return torch.cat([self.lora_A, right]), torch.cat([self.lora_B, left], 1)
+
+    def delta(self):
+        A, B = self.as_lora()
+        return self.scaling * (B @ A)
+
+    def forward(self, x):
+        return F.linear(x, self.weight, self.bias) + F.linear(self.drop(x), self.delta())
+
+
+def test_a_new_method_is_a_class_and_a_line(tmp_path, base, monkeypatch):
+    """--method works with training, merging, export, and PEFT's logits from that moment."""
+    monkeypatch.setitem(METHODS, "shifted", Method(Shifted))
+    metrics = train.main(command(base, tmp_path, "--method", "shifted", "--save-merged"))["metrics"]
+    assert metrics["merged"]["loss"] == pytest.approx(metrics["unmerged"]["loss"], abs=1e-5)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    idx = torch.randint(0, 300, (2, 9))
+    torch.testing.assert_close(theirs(idx).logits, merged(idx).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_factor_may_have_a_rate_of_its_own():
+    """lr_scale: after one SGD step B has moved 16 times as far as its gradient times the rate; the others once."""
+    model = nn.ModuleDict({"q": nn.Linear(4, 4)})
+    layer, = lora.apply(model, Shifted, ["q"], r=2, alpha=2)
+    args = train.parse(["--optimizer", "sgd", "--weight-decay", "0", "--lr", "0.1", "--device", "cpu"])
+    optimizer = train.make_optimizer(model, args)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters() if p.requires_grad}
+    layer(torch.randn(3, 4)).square().sum().backward()
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * group["lr_scale"]
+    optimizer.step()
+    for name, p in layer.named_parameters():
+        if p.requires_grad:
+            scale = 16 if name == "lora_B" else 1
+            torch.testing.assert_close(p - before[name], -0.1 * scale * p.grad)
+
+
+def test_a_method_without_as_lora_is_refused_before_it_trains():
+    """A class that changes delta but says nothing of its export would export nonsense."""
+    class Half(lora.LoRALinear):
+        def delta(self):
+            return super().delta() / 2
+    with pytest.raises(ValueError, match="Half overrides delta, so it must override as_lora too"):
+        lora.apply(nn.ModuleDict({"q": nn.Linear(4, 4)}), Half, ["q"], r=2, alpha=2)
+
+
+def test_a_new_dataset_is_a_file_and_its_name(tmp_path, small_roberta, monkeypatch):
+    """Three classes, generated: no other entry is needed, and the rows of the report are its metrics."""
+    module = types.ModuleType("data.colours")
+    words = {"red": "warm bright fire", "green": "grass leaf moss", "blue": "sea sky deep"}
+    rows = [((f"it is {word} .",), label) for label, name in enumerate(words) for word in words[name].split()]
+    module.LABELS, module.METRICS = tuple(words), ("accuracy",)
+    module.load = lambda: {"train": rows * 4, "validation": rows, "test": rows}
+    monkeypatch.setitem(sys.modules, "data.colours", module)
+    monkeypatch.setattr(data, "colours", module, raising=False)
+    monkeypatch.setattr(data, "GENERATED", (*data.GENERATED, "colours"))
+    monkeypatch.setattr(data, "DATASETS", (*data.DATASETS, "colours"))
+    monkeypatch.setattr(data, "load", lambda name, data_dir=None: module.load())
+    result = train.main(["--model", str(small_roberta), "--dataset", "colours", "--out", str(tmp_path), "--rank", "4",
+                         "--epochs", "2"])
+    assert result["metrics"]["merged"].keys() == {"loss", "accuracy"} and result["settings"]["batch_size"] == 32

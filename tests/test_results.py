@@ -1,0 +1,285 @@
+"""Every number in RESULTS.md is the one that was measured: it stands in experiments/results."""
+import csv
+import json
+import re
+import statistics
+
+import pytest
+from conftest import ROOT
+
+from experiments import bench, tables
+from experiments.compare import spread
+
+RESULTS = (ROOT / "RESULTS.md").read_text()
+
+
+def test_the_table_of_times_is_what_was_measured():
+    """Each cell, and the numbers below the table, are in results/."""
+    found = json.loads((ROOT / "experiments/results/bench-amd-epyc-2-threads.json").read_text())
+    rows = {name: {row["row"]: row for row in preset["steps"]} for name, preset in found.items()}
+    text = section("Time and memory")
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    table = [cells for cells in table if len(cells) == 11]
+    columns = {"ms": "{:,.1f}", "of lora": "{:.2f}", "of peer": "{:.2f}", "peak GB": "{:.2f}", "of floor": "{:.2f}"}
+    assert len(table) == 1 + len(bench.ROWS) + 1
+    for name, *cells in table[1:]:
+        of = [rows[preset].get(name, {}).get(column) for preset in ("tiny", "gpt2-small") for column in columns]
+        assert cells == ["" if value is None else form.format(value)
+                         for value, form in zip(of, [*columns.values()] * 2, strict=True)], name
+    text = " ".join(text.split())
+    for preset, form in (("tiny", "{:.1f}"), ("gpt2-small", "{:.2f}")):
+        ours, theirs = (form.format(value) for value in found[preset]["e2e"].values())
+        assert f"{ours} examples" in text or f"{ours} against" in text
+        assert f"against {theirs} for {preset}" in text
+    peer = bench.PEER
+    assert f"takes {rows['tiny compiled']['lora']['of peer']:.2f} of the peer's" in text
+    base = rows["roberta-base"]
+    assert f"{base['lora']['of peer']:.2f} of the peer's time, {base['lora']['of floor']:.2f} of it" in text
+    assert f"near the floor too ({base[peer]['of floor']:.2f})" in text
+    first = found["tiny"]["first step"]
+    assert f"{first['ours']:.1f} s against {first[peer]:.1f} s for tiny" in text
+    for preset in found.values():
+        assert preset["command"].startswith(("python bench.py", "python -m experiments.bench"))
+
+
+def results(name):
+    """The rows of a csv, numbers as numbers."""
+    def number(text):
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    with open(ROOT / "experiments/results" / name, newline="") as f:
+        return [{column: number(text) for column, text in row.items()} for row in csv.DictReader(f)]
+
+
+def section(title):
+    """The text under the heading that begins with `title`."""
+    level, text = re.search(rf"^(##+) {re.escape(title)}[^\n]*\n(.*)", RESULTS, re.M | re.S).groups()
+    return re.split(rf"^#{{2,{len(level)}}} ", text, maxsplit=1, flags=re.M)[0]
+
+
+def table(title, number=0):
+    """Cells of the rows of a section's first table, or of a later one, without its header."""
+    tables = [block.splitlines() for block in section(title).split("\n\n") if block.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables[number][2:]]
+
+
+@pytest.mark.parametrize("name", re.findall(r"<!-- table: (\S+) -->", RESULTS))
+def test_the_tables_of_results_are_their_csv(name):
+    """Behind each mark stands what experiments/tables.py makes of the csv files, and nothing else."""
+    made = tables.TABLES[name]()
+    found = RESULTS.partition(f"<!-- table: {name} -->\n\n")[2].splitlines()
+    assert len(made) > 3 and found[:len(made)] == made and not found[len(made)]
+
+
+def test_no_number_without_a_mark():
+    """Tables of results that experiments/tables.py does not make are those that other tests here compare."""
+    text = RESULTS[:RESULTS.index("## On one GPU")]
+    made = set(re.findall(r"<!-- table: \S+ -->\n\n(\|.*)", text))
+    others = set(re.findall(r"\n\n(\| .*)", text)) - made
+    assert len(others) == 3, others  # two of difficulty, one of times
+
+
+@pytest.mark.parametrize("dataset, judge, high", [("restaurants", "loss", False), ("reviews", "accuracy", True)])
+def test_the_tables_of_difficulty_are_their_csv(dataset, judge, high):
+    """Each row is the rate with the best validation, and its numbers are the csv's."""
+    rows = results(f"difficulty-{dataset}.csv")
+    names = {"base": None, "LoRA, r 4": ("lora", 4), "LoRA, r 64": ("lora", 64), "full fine-tuning": ("full", ""),
+             "head only": ("head", "")}
+    for name, rate, loss, *more in table(f"`{dataset}`"):
+        if names[name] is None:
+            assert f"{rows[0]['base loss']:.3f}" == loss and f"{rows[0]['base slots']:.1%}" == more[0].replace(" ", "")
+            continue
+        same = [r for r in rows if (r["method"], r["rank"]) == names[name]]
+        best = (max if high else min)(same, key=lambda r: r[f"validation {judge}"])
+        tried = sorted({r["lr"] for r in same})
+        assert float(rate.strip("*")) == best["lr"] and ("*" in rate) == (best["lr"] in (tried[0], tried[-1])), name
+        assert loss == f"{best['final loss']:.3f}"
+        columns = ("slots", "names") if dataset == "restaurants" else ("accuracy",)
+        shares = [best[f"final {column}"] for column in columns]
+        assert more == ["100 %" if share == 1 else f"{share:.1%}".replace("%", " %") for share in shares]
+
+
+def test_what_the_text_says_of_merging():
+    """Shares kept, nats lost, how much more the paper's merges cost, how often dropping the shortcut was better."""
+    shares, nats, costs, dropped = {}, [], [], {"input": [], "weight": []}
+    for dataset in ("restaurants", "stdlib", "e2e", "reviews"):
+        for r in results(f"merges-{dataset}.csv"):
+            base, unmerged, ours, none = (r[f"{stage} loss"]
+                                          for stage in ("base", "unmerged", "merged", "merged by none"))
+            papers = {how: loss for how in dropped if (loss := r.get(f"merged by {how} loss", "")) != ""}
+            assert ours < min(*papers.values(), none)
+            shares.setdefault(dataset, []).append((base - ours) / (base - unmerged))
+            nats += [ours - unmerged] * (dataset != "reviews")
+            costs.append((min(papers.values()) - unmerged) / (ours - unmerged))
+            for how, loss in papers.items():
+                dropped[how].append(loss > none)
+    reviews = shares.pop("reviews")
+    language = [share for some in shares.values() for share in some]
+    gains = [(r["merged accuracy"] - r["base accuracy"]) / (r["unmerged accuracy"] - r["base accuracy"])
+             for r in results("merges-reviews.csv")]
+    text = " ".join(section("What does merging keep of ResLoRA").split())
+    for said in (f"costs {min(costs):.1f} to {max(costs):.0f} times", f"costs {min(nats):.3f} to {max(nats):.3f} there",
+                 f"in {sum(dropped['input'])} of {len(costs)} rows, the `weight` merge in {sum(dropped['weight'])} of "
+                 f"{len(dropped['weight'])}.",
+                 f"keeps {100 * min(language):.1f} to {100 * max(language):.1f} % of the gain over the base on",
+                 f"keeps {100 * min(reviews):.1f} to {100 * max(reviews):.1f} % of the gain in loss",
+                 f"{100 * min(gains):.1f} to {100 * max(gains):.1f} % of the gain in accuracy"):
+        assert said in text, said
+    assert sum(share < .95 for share in reviews) == 4 and "in four of six rows" in text
+
+
+@pytest.mark.parametrize("dataset, below, above", [
+    ("e2e", {"LoRA r 16, 3 alpha", "LoRA r 32, 2 alpha", "rsLoRA r 16"}, set()),
+    ("reviews", {"LoRA r 16, 3 alpha", "LoRA r 32, 2 alpha", "ResLoRA input", "ResLoRA block", "ResLoRA middle"},
+     {"LoHa r 8"})])
+def test_what_the_text_says_of_all_methods(dataset, below, above):
+    """The rows that it calls below LoRA, or above, are so by more than twice the error; rates at an end are named."""
+    rows = {}
+    for r in results(f"methods-{dataset}.csv"):
+        if r["best"]:
+            rows.setdefault(r["row"], []).append(r["merged loss"])
+    lora, apart = rows.pop("LoRA r 16"), {-1: set(), 1: set()}
+    for row, losses in rows.items():
+        more = [loss - other for loss, other in zip(losses, lora, strict=True)]
+        if abs(statistics.mean(more)) > 2 * statistics.stdev(more) / 3**0.5:
+            apart[1 if statistics.mean(more) > 0 else -1].add(row)
+    assert len(lora) == 3 and apart[-1] == below | {"full fine-tuning"}
+    ends = {row for row, same in tables.best(f"methods-{dataset}").items() if "*" in same[0]["tried"]}
+    assert ends == ({"LoRA r 16", "LoKr", "full fine-tuning"} if dataset == "e2e" else
+                    {"LoHa r 8", "rsLoRA r 16", "AdaLoRA 16 to 11"})
+    assert apart[1] == {"Delta-LoRA", "AdaLoRA 16 to 11", "DyLoRA", "LoKr"} | above
+
+
+def test_what_the_text_says_of_delta_lora_from_the_first_step():
+    """Against LoRA with 3 alpha: how close at the lower rates, how far at the highest."""
+    losses = {}
+    for r in results("deltalora.csv"):
+        losses.setdefault(r["row"], {})[r["lr"], r["seed"]] = r["merged loss"]
+    delta, lora = losses["Delta-LoRA, lambda 2, K 0"], losses["LoRA, 3 alpha"]
+    apart = {key: abs(delta[key] - lora[key]) for key in delta if key in lora}
+    text = " ".join(section("Does W learn more").split())
+    assert max(apart[key] for key in apart if key[0] < 4.8e-2) <= .014 and "within 0.014 of each other" in text
+    assert f"(seed 0: {delta[4.8e-2, 0]:.3f} against {lora[4.8e-2, 0]:.3f})" in text
+
+
+def test_what_the_text_says_of_gradients():
+    """By layer, at most so many times LoRA's; by rank, six times less with alpha / r, within a third with the root."""
+    rows = results("reslora-gradients.csv")
+    lora = {(r["target"], r["layer"], r["seed"]): r["gradient norm"] for r in rows if r["row"] == "LoRA"}
+    most = max(r["gradient norm"] / lora[r["target"], r["layer"], r["seed"]] for r in rows)
+    assert f"at most {most:.1f} times" in " ".join(section("Does ResLoRA train better").split())
+    norms = {name: [r["late gradient norm"] for r in results("rslora-adamw-fixed.csv") if r["row"] == name]
+             for name in ("LoRA", "rsLoRA")}
+    assert round(norms["LoRA"][0] / norms["LoRA"][-1]) == 6 and max(norms["rsLoRA"]) < 4 / 3 * min(norms["rsLoRA"])
+
+
+def test_what_the_text_says_of_two_machines():
+    """The same four runs on both: equal at the lower rate, within .005 at the higher."""
+    files = ("difficulty-restaurants.csv", "final loss"), ("rslora-adamw.csv", "merged loss")
+    there, here = ({(r["rank"], r["lr"]): r[column] for r in results(name) if r["method"] == "lora" and r["seed"] == 0}
+                   for name, column in files)
+    both = {lr: [abs(there[rank, lr] - here[rank, lr]) for rank in (4, 64)] for lr in (2.4e-2, 4.8e-2)}
+    assert both[2.4e-2] == [0, 0] and 0 < max(both[4.8e-2]) < .005
+
+
+def test_what_the_text_says_of_forgetting():
+    """Loss on the pretraining text after e2e: means of three seeds, and LoRA's at ResLoRA's rate."""
+    rows = results("methods-e2e.csv")
+    old = {row: statistics.mean(r["merged loss on world"] for r in rows if r["row"] == row and r["best"])
+           for row in {r["row"] for r in rows}}
+    new = {row: statistics.mean(r["merged loss"] for r in rows if r["row"] == row and r["best"]) for row in old}
+    lora, = (r for r in rows if r["row"] == "LoRA r 16" and r["lr"] == 2.4e-2)
+    reslora = [old[f"ResLoRA {shortcut}"] for shortcut in ("input", "block", "middle")]
+    text = " ".join(section("All methods at equal").split())
+    for said in (f"from {rows[0]['base loss on world']:.3f} to {old['full fine-tuning']:.2f} with full",
+                 f"and to {old['LoRA r 16']:.2f} with LoRA. ResLoRA's {min(reslora):.2f} to {max(reslora):.2f} is",
+                 f"same 2.4e-2 has {lora['merged loss on world']:.2f} (seed 0; its loss on the new text is "
+                 f"{lora['merged loss']:.3f})", f"{new['AdaLoRA 16 to 11']:.3f} and {new['Delta-LoRA']:.3f}, and have "
+                 f"{old['AdaLoRA 16 to 11']:.2f} and {old['Delta-LoRA']:.2f}"):
+        assert said in text, said
+
+
+def test_what_the_first_commands_gave():
+    """Seconds, losses, accuracies and scores of the RESULTS's own commands, as results/commands.csv has them."""
+    found = {}
+    for row in results("commands.csv"):
+        found.setdefault(row["command"], {})[row["what"]] = row["value"]
+    gpt, roberta, e2e, greedy, beams = found.values()
+    text = " ".join(section("The first commands").split())
+    for command in found:
+        assert command in text
+    accuracies = [f"{100 * roberta[f'{stage} accuracy']:.1f} %" for stage in ("base", "unmerged", "merged")]
+    scores = [f"{run['BLEU']:.1f}, {{}}{run['NIST']:.2f}, {{}}{run['ROUGE_L']:.3f}" for run in (greedy, beams)]
+    for said in (f"{gpt['training seconds']:.0f} s of training, {gpt['seconds']:.0f} s in all, the loss of the test",
+                 f"split from {gpt['base loss']:.2f} to {gpt['merged loss']:.2f} nats",
+                 f"{roberta['training seconds']:.0f} s of training, {roberta['seconds']:.0f} s in all: accuracy",
+                 "accuracy {} with a fresh head, {} after training, {} merged".format(*accuracies),
+                 f"take {e2e['seconds'] + greedy['seconds']:.0f} s together",
+                 "BLEU " + scores[0].format("NIST ", "ROUGE-L "), "greedily; " + scores[1].format("", "")):
+        assert said in text, said
+
+
+def test_the_theorem_holds_under_sgd_and_turns_around_under_adam():
+    """Means of five seeds: two rows are flat within a fifth, the others are not; of the table, computed here again."""
+    sizes = {}
+    for row in results("rank-theorem.csv"):
+        sizes.setdefault((row["optimizer"], row["method"]), {}).setdefault(row["rank"], []).append(row["branch"])
+    for (name, *cells), by_rank in zip(table("Is rsLoRA's theorem true"), sizes.values(), strict=True):
+        means = [statistics.mean(values) for values in by_rank.values()]
+        assert cells == [f"{value:.2g}" for value in means] and all(len(v) == 5 for v in by_rank.values())
+        assert (max(means) < 1.2 * min(means)) == (name in ("SGD, rsLoRA", "Adam, LoRA"))
+
+
+@pytest.mark.parametrize("number, dataset", [*enumerate(re.findall(r"<!-- table: merge-at-(\S+) -->", RESULTS))])
+def test_the_tables_of_deployed_models_computed_again(number, dataset):
+    """Mean and range over five seeds at each row's best rate, and what is between it and both LoRAs seed by seed."""
+    rows = [r for r in results(f"merge-at-{dataset}.csv") if r["best"]]
+    for name, rate, seeds, unmerged, merged, *_, above, above_3 in table("Does a merged ResLoRA beat LoRA", number):
+        same = [r for r in rows if r["row"] == name]
+        assert float(rate.strip("*")) == same[0]["lr"] and int(seeds) == len(same) == 5
+        assert unmerged == f"{statistics.mean(r['unmerged loss'] for r in same):.3f}"
+        assert merged == spread(same, "merged loss")
+        for said, other in ((above, "LoRA"), (above_3, "LoRA, 3 alpha")):
+            lora = {r["seed"]: r["merged loss"] for r in rows if r["row"] == other}
+            more = [r["merged loss"] - lora[r["seed"]] for r in same]
+            error = statistics.stdev(more) / len(same)**0.5
+            assert said == ("" if name in ("LoRA", other) else f"{statistics.mean(more):+.4f} ({error:.4f})")
+
+
+def test_what_the_text_says_of_deployed_models():
+    """Errors between each structure and both LoRAs, what merging on the way changes, LoRA worst at the lowest rate."""
+    errors, ways = {}, []
+    for dataset in ("restaurants", "reviews", "e2e"):
+        rows = results(f"merge-at-{dataset}.csv")
+        low = {r["row"]: r["merged loss"] for r in rows if r["lr"] == min(r["lr"] for r in rows)}
+        assert max(low.values()) == low.pop("LoRA"), dataset
+        best = {name: [r["merged loss"] for r in rows if r["row"] == name and r["best"]] for name in ("LoRA", *low)}
+        for name in ("input, merged at the end", "block", "middle, merged at the end"):
+            for other in ("LoRA", "LoRA, 3 alpha"):
+                more = [a - b for a, b in zip(best[name], best[other], strict=True)]
+                error = statistics.stdev(more) / 5**0.5
+                errors.setdefault((dataset, other), []).append(statistics.mean(more) / error)
+        end, on_the_way = (best[f"input, merged at {when}"] for when in ("the end", ".9"))
+        ways.append(abs(statistics.mean(end) - statistics.mean(on_the_way)))
+    reviews = [-number for number in errors["reviews", "LoRA"]]
+    e2e = errors["e2e", "LoRA, 3 alpha"]
+    farthest = max(abs(number) for dataset in ("restaurants", "e2e") for number in errors[dataset, "LoRA"])
+    text = " ".join(section("Does a merged ResLoRA beat LoRA").split())
+    for said in (f"by {min(reviews):.1f} to {max(reviews):.1f} times the error. On",
+                 f"than {farthest:.1f} times its error",
+                 f"by {min(e2e):.1f} to {max(e2e):.1f} times", f"by {min(ways):.4f} to {max(ways):.4f} of"):
+        assert said in text, said
+    assert min(number for (_, other), some in errors.items() for number in some if other == "LoRA, 3 alpha") > -1
+
+
+def test_every_file_that_the_results_name_exists():
+    """Links into the repository, and the scripts of its commands."""
+    named = re.findall(r"\]\((?!http)([^)#]+)\)", RESULTS)
+    named += re.findall(r"sh (experiments/\w+\.sh)", RESULTS)
+    named += [f"experiments/{name}.py" for name in re.findall(r"python -m experiments\.(\w+)", RESULTS)]
+    named += re.findall(r"@(experiments/recipes/\w+\.args)", RESULTS)
+    assert len(named) > 60
+    for name in named:
+        assert (ROOT / name).exists(), name
