@@ -188,10 +188,10 @@ def merge(run, metrics):
         layers = [m for m in trial.modules() if isinstance(m, adapter)]
         adapter.prepare_merge(layers, way, functools.partial(run.calibration_batches, trial))
         name = f"merged by {way}" if isinstance(way, str) else f"merged at rank {way}"
-        metrics[name] = run.report(lora.merge(trial), name)
+        metrics[name] = run.report(lora.merge(trial), f"the model {name}")
     adapter.prepare_merge(run.layers, kept, functools.partial(run.calibration_batches, model))
     adapters.save_adapter(args.out, model, run.source, args.dropout)
-    metrics["merged"] = run.report(lora.merge(model), "merged")
+    metrics["merged"] = run.report(lora.merge(model), "the merged model")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def one_run(args):
     if settings.RANK:
         return fit(run)
     files.check_writable(args.out)
-    metrics = {"base": run.report(run.model, "base")}  # at B = 0 this is the base; a fresh head guesses
+    metrics = {"base": run.report(run.model, "the base")}  # at B = 0 this is the base; a fresh head guesses
     if not math.isfinite(metrics["base"]["loss"]):
         raise ValueError(f"the loss of {run.source} is {metrics['base']['loss']} before any step: its weights are "
                          "damaged, or --alpha is far too large")
@@ -227,8 +227,7 @@ def one_run(args):
     except KeyboardInterrupt:
         more = ", --resume goes on from there" if run.log.saved else ""
         raise KeyboardInterrupt(run.log.where() + more) from None
-    stage = "unmerged" if run.layers else "trained"
-    metrics[stage] = run.report(run.model, stage)
+    metrics["unmerged" if run.layers else "trained"] = run.report(run.model, "the trained model")
     ranks = run.ranks()
     if run.layers:
         merge(run, metrics)

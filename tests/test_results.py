@@ -217,8 +217,14 @@ def test_what_the_first_commands_gave():
                  f"{roberta['training seconds']:.0f} s of training, {roberta['seconds']:.0f} s in all: accuracy",
                  "accuracy {} with a fresh head, {} after training, {} merged".format(*accuracies),
                  f"take {e2e['seconds'] + greedy['seconds']:.0f} s together",
-                 "BLEU " + scores[0].format("NIST ", "ROUGE-L "), "greedily; " + scores[1].format("", "")):
+                 "BLEU " + scores[0].format("NIST ", "ROUGE-L "), "greedily; " + scores[1].format("", ""),
+                 f"{100 * gpt['merged slots']:.0f} % of all slots"):
         assert said in text, said
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for said in (f"the first takes {gpt['seconds']:.0f} s and brings the loss from {gpt['base loss']:.2f} to "
+                 f"{gpt['merged loss']:.2f} nats a token", f"The second takes {roberta['seconds']:.0f} s and classifies "
+                 f"{accuracies[2]} of the test texts right after merging, {accuracies[0]} before training"):
+        assert said in readme, said
 
 
 def test_the_theorem_holds_under_sgd_and_turns_around_under_adam():

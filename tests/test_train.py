@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REAL, ROOT, needs_real, tokens, variants
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from test_checkpoint import peft_logits, relative
 
 import data
@@ -569,6 +569,24 @@ def test_merged_on_the_way_is_merged_exactly(tmp_path, base, small_roberta, data
         late = ["--method", "reslora", "--shortcut", "middle"]
         end = train.main(command(source, tmp_path / "b", *flags, *late))["metrics"]
         assert abs(end["merged"]["loss"] - end["unmerged"]["loss"]) > 1e-4
+
+
+def test_a_delta_lora_run_from_before_its_flag_is_read(tmp_path, base):
+    """A run folder without W_has_moved, as older versions wrote it: resuming gives the metrics it had, unmerged or
+    merged, from before W moved and from after."""
+    for steps, start in (("6", "5"), ("6", "2")):
+        out = tmp_path / start
+        flags = command(base, out, "--method", "deltalora", "--delta-start", start, "--steps", steps)
+        before = train.main(flags)["metrics"]
+        with safe_open(out / "resume.safetensors", "pt") as f:
+            metadata = f.metadata()
+        tensors = {k: v for k, v in load_file(out / "resume.safetensors").items() if "W_has_moved" not in k}
+        save_file(tensors, out / "resume.safetensors", metadata)
+        adapter = load_file(out / "adapter_model.safetensors")
+        assert train.main([*flags, "--resume"])["metrics"] == before
+        again = load_file(out / "adapter_model.safetensors")
+        assert adapter.keys() == again.keys() and all(torch.equal(adapter[k], again[k]) for k in adapter)
+        generate.load_run(out, unmerged=True)
 
 
 def test_merging_on_the_way_is_no_flag_of_train(tmp_path, base, capsys):
