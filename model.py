@@ -85,7 +85,8 @@ def vocabulary_loss(x, W, b, targets, label_smoothing=0.0):
     if not len(x):
         return x.sum() * math.nan
     if not (label_smoothing or x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type)):
-        options = LinearCrossEntropyOptions(batch_chunk_size=max(1, CHUNK // len(W)), chunking_method=None)
+        options = LinearCrossEntropyOptions(allow_retain_graph=True, batch_chunk_size=max(1, CHUNK // len(W)),
+                                            chunking_method=None)
         return F.linear_cross_entropy(x, W, targets, linear_bias=b, options=options)
     z = F.linear(x, W, b)  # (N, V)
     z = z.to(torch.promote_types(z.dtype, torch.float32))

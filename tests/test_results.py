@@ -221,9 +221,10 @@ def test_what_the_first_commands_gave():
                  f"{100 * gpt['merged slots']:.0f} % of all slots"):
         assert said in text, said
     readme = " ".join((ROOT / "README.md").read_text().split())
-    for said in (f"the first takes {gpt['seconds']:.0f} s and brings the loss from {gpt['base loss']:.2f} to "
-                 f"{gpt['merged loss']:.2f} nats a token", f"The second takes {roberta['seconds']:.0f} s and classifies "
-                 f"{accuracies[2]} of the test texts right after merging, {accuracies[0]} before training"):
+    losses = f"from {gpt['base loss']:.2f} to {gpt['merged loss']:.2f} nats a token"
+    for said in (f"the first takes {gpt['seconds']:.0f} s and brings the loss {losses}",
+                 f"The second takes {roberta['seconds']:.0f} s and classifies {accuracies[2]} of the test texts right "
+                 f"after merging, {accuracies[0]} before training"):
         assert said in readme, said
 
 
