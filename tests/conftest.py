@@ -4,14 +4,14 @@ import os
 import sys
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # for tensors this small threads cost more than they bring; read by torch
+
 import pytest
 import torch
 import torch.nn as nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-torch.set_num_threads(1)  # for tensors this small threads cost more than they bring
 
 import lora  # noqa: E402
 from checkpoints import hub, tokenizers  # noqa: E402

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from methods import METHODS
 from reslora import SHORTCUTS
 
+pytestmark = pytest.mark.xdist_group("processes")  # one worker makes the runs, for all of these tests
 RUNS = ["lora", "rslora", *(f"reslora --shortcut {shortcut}" for shortcut in SHORTCUTS),
         "deltalora --delta-start 2", "adalora --budget-warmup 1 --budget-final 3", "dylora", "dylora --frozen", "loha",
         "lokr", "full"]
