@@ -32,7 +32,7 @@ def parse(argv):
     parser.add_argument("run", type=Path, help="a run folder of train.py")
     parser.add_argument("texts", nargs="*", help="records, or beginnings where the run learned plain text")
     add = parser.add_argument_group("instead of texts").add_argument
-    add("--dataset", help="write for every record of a split (the run's own)")
+    add("--dataset", help="write for every record of a split (that of the run)")
     add("--split", choices=("train", "validation", "test"), help="(test)")
     add("--data-dir", help="read the dataset from this folder")
     add("--first", type=int, help="only so many records")
@@ -102,6 +102,9 @@ def load_run(folder, unmerged=False, cut=None):
         raise ValueError(f"{folder / 'result.json'}: a run of {settings['method']} needs {lacking[0]}")
     if data.about(settings["dataset"], "LABELS"):
         raise ValueError(f"{folder} classifies {settings['dataset']}: it writes no texts")
+    if unmerged and settings.get("merge_at"):
+        raise ValueError(f"{folder} was merged while it trained (merge_at {settings['merge_at']}) by an older version: "
+                         "only the merged adapter is left, drop --unmerged")
     if cut is not None and "cut" not in method.flags:
         raise ValueError(f"--cut {cut} is for a DyLoRA run, {folder} is one of {settings['method']}")
     source = locate(settings["model"])
@@ -157,26 +160,26 @@ def write_many(model, tokenizer, records, args, dataset):
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = {}
     for start in tqdm(range(0, len(order), args.batch_size), disable=None, unit="batch"):
-        some = order[start:start + args.batch_size]
-        batch, stop = [prompts[i] for i in some], tokenizer.eot_token
+        rows = order[start:start + args.batch_size]
+        batch, stop = [prompts[i] for i in rows], tokenizer.eot_token
         if args.beams > 1:
-            found = decoding.beam_search(model, batch, args.max_new, stop, args.beams, args.length_penalty)
+            written = decoding.beam_search(model, batch, args.max_new, stop, args.beams, args.length_penalty)
         else:
-            found = decoding.generate(model, batch, args.max_new, stop, temperature=args.temperature,
+            written = decoding.generate(model, batch, args.max_new, stop, temperature=args.temperature,
                                       top_k=args.top_k, seed=args.seed + start)
-        texts.update({i: tokenizer.decode(ids).strip() for i, ids in zip(some, found, strict=True)})
+        texts.update({i: tokenizer.decode(ids).strip() for i, ids in zip(rows, written, strict=True)})
     return [texts[i] for i in range(len(records))]
 
 
 def judge(dataset, records, texts, references):
     """{metric: value}: the dataset's own, and where a record has references those of machine translation."""
     scorer = data.about(dataset, "score", None)
-    pairs = [(record, some[0]) for record, some in zip(records, references, strict=True)]
-    found = scorer(pairs, texts) if scorer else {}
+    pairs = [(record, group[0]) for record, group in zip(records, references, strict=True)]
+    scores = scorer(pairs, texts) if scorer else {}
     if not data.about(dataset, "METRICS"):
-        found.update(BLEU=metrics.bleu(texts, references), NIST=metrics.nist(texts, references),
+        scores.update(BLEU=metrics.bleu(texts, references), NIST=metrics.nist(texts, references),
                      ROUGE_L=metrics.rouge_l(texts, references))
-    return found
+    return scores
 
 
 def generate(args):
@@ -201,17 +204,17 @@ def generate(args):
         of.setdefault(record, []).append(text)
     records = list(of)[:args.first]
     texts, references = write_many(model, tokenizer, records, args, dataset), [of[record] for record in records]
-    rows = [json.dumps(dict(record=record, text=text, references=some)) + "\n"
-            for record, text, some in zip(records, texts, references, strict=True)]
+    rows = [json.dumps(dict(record=record, text=text, references=group)) + "\n"
+            for record, text, group in zip(records, texts, references, strict=True)]
     write(args.out, lambda part: part.write_text("".join(rows)))
     for record, text in list(zip(records, texts, strict=True))[:3]:
         print(f"{record}\n  -> {text}")
-    found = judge(dataset, records, texts, references)
+    scores = judge(dataset, records, texts, references)
     sizes = f"{len(records)} records, {sum(map(len, references))} references"
     print(f"\n{dataset} ({args.split}): {sizes}; texts in {args.out}")
-    print("".join(f"{name:>10}" for name in found))
-    print("".join(f"{value:10.4f}" for value in found.values()))
-    return found
+    print("".join(f"{name:>10}" for name in scores))
+    print("".join(f"{value:10.4f}" for value in scores.values()))
+    return scores
 
 
 def main(argv=None):

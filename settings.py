@@ -49,19 +49,22 @@ def parser(description):
     add("--method", default="lora", help=", ".join(METHODS))
     add("--rank", type=int, help="r, 1 up to the smaller side of the linears (8)")
     add("--alpha", type=float, help="numerator of the scale (16)")
-    add("--rs", action="store_true", help="alpha times sqrt(r), rsLoRA's scale, for whatever method")
-    add("--dropout", type=float, help="on the input of A (0)")
+    add("--rs", action="store_true", help="rsLoRA's scale, alpha / sqrt(r), with any method")
+    add("--dropout", type=float, help="probability, on the input of A (0)")
     add("--targets", help="which linears, of q,k,v,o,up,down (q,v, the papers' choice)")
     add("--init-from", help="method lora: go on from an adapter folder, ours or PEFT's, with its ranks and targets")
+    known = set()
     for name, method in METHODS.items():
-        add = parser.add_argument_group(name).add_argument if method.flags else None
-        for name, spec in method.flags.items():  # SUPPRESS: a flag that was not given leaves no trace
-            add("--" + name.replace("_", "-"), **{**spec, "default": argparse.SUPPRESS})
+        flags = {flag: spec for flag, spec in method.flags.items() if flag not in known}  # two methods may share one
+        known |= flags.keys()
+        add = parser.add_argument_group(name).add_argument if flags else None
+        for flag, spec in flags.items():  # SUPPRESS: a flag that was not given leaves no trace
+            add("--" + flag.replace("_", "-"), **{**spec, "default": argparse.SUPPRESS})
     add = parser.add_argument_group("model and data").add_argument
     add("--model", help=f"{', '.join(MODELS)}, a checkpoint folder or a hub id (the tiny one that fits the dataset)")
     add("--dataset", help=", ".join(data.DATASETS) + " (restaurants; with a RoBERTa by name, reviews)")
     add("--data-dir", help="read the dataset from this folder (text: or file) instead of the hub")
-    add("--context", type=int, help="longest sequence in tokens (the model's, at most 256)")
+    add("--context", type=int, help="longest sequence in tokens (that of the model, at most 256)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=int, help="optimizer steps (by dataset)")
     add("--epochs", type=float, help="instead of --steps")
@@ -73,8 +76,8 @@ def parser(description):
     add("--warmup", type=float, default=0.06, help="steps, or below 1 the share of the run (.06)")
     add("--weight-decay", type=float, default=0.01, help="on matrices, decoupled (.01)")
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping (1)")
-    add("--label-smoothing", type=float, default=0.0)
-    add("--seed", type=int, default=0, help="of adapters, data order and dropout")
+    add("--label-smoothing", type=float, default=0.0, help="(0)")
+    add("--seed", type=int, default=0, help="of the adapters' start, the order of the data and dropout (0)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="cpu, cuda, mps (cuda, else cpu)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the arithmetic (bfloat16 on cuda)")
@@ -202,7 +205,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if "--merge-at" in message:
-            message = ("--merge-at brought nothing and is an experiment now: python -m experiments.merge_at --help")
+            message = "--merge-at brought nothing and is an experiment now: python -m experiments.merge_at --help"
         raise ValueError(message)
 
     def parse_args(self, argv=None):

@@ -213,11 +213,11 @@ def peft_scaling(config, module, rank, where):
     module's name, as a regular expression, goes before either."""
     def of(name, default):
         try:
-            found = [value for key, value in (config.get(f"{name}_pattern") or {}).items()
+            values = [value for key, value in (config.get(f"{name}_pattern") or {}).items()
                      if re.fullmatch(rf"(.*\.)?({key})", module)]
         except (re.error, AttributeError) as e:
             raise ValueError(f"{where}: {name}_pattern {config[f'{name}_pattern']!r} is none: {e}") from None
-        return found[0] if found else config.get({"rank": "r", "alpha": "lora_alpha"}[name], default)
+        return values[0] if values else config.get({"rank": "r", "alpha": "lora_alpha"}[name], default)
     r, alpha = of("rank", 8), of("alpha", 8)
     if r != rank or type(alpha) not in (int, float) or not 0 < abs(alpha) < 1e30:
         raise ValueError(f"{where}: {module} has rank {rank}, its config says r {r!r} and lora_alpha {alpha!r}")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 
 def fetch(repo, patterns, repo_type="model", revision=None, cache_dir=None):
-    """Local folder with those files of a repository that match `patterns`. OSError or ValueError when they are neither
-    to be had nor in the cache. A hub that cannot be reached costs 5 seconds at the most, not the client's retries."""
+    """Local folder with the files of a repository that match `patterns`. OSError or ValueError when they can neither be
+    downloaded nor found in the cache. A hub that cannot be reached costs at most 5 seconds, not the client's
+    retries."""
     from huggingface_hub import constants, snapshot_download  # slow to import, and a local folder needs neither
     offline = constants.HF_HUB_OFFLINE or not reachable(f"{constants.ENDPOINT}/api/{repo_type}s/{repo}")
     try:
@@ -21,7 +22,7 @@ def fetch(repo, patterns, repo_type="model", revision=None, cache_dir=None):
 
 
 def reachable(url, seconds=5):
-    """Whether a server answers at all. In a thread, because looking up a name knows no time limit."""
+    """Whether a server answers at all. In a thread, because a name lookup has no timeout of its own."""
     answers = []
 
     def ask():

@@ -12,12 +12,12 @@ def read_rows(folder, split):
     if not folder.is_dir():
         raise ValueError(f"data folder {folder} {'is a file' if folder.exists() else 'does not exist'}")
     readers = {".jsonl": jsonl_rows, ".csv": csv_rows, ".parquet": parquet_rows}
-    found = [folder / (split + ending) for ending in readers if (folder / (split + ending)).is_file()]
-    if not found:
+    files = [folder / (split + ending) for ending in readers if (folder / (split + ending)).is_file()]
+    if not files:
         raise ValueError(f"{folder} has no {split}.jsonl, {split}.csv or {split}.parquet")
-    rows = list(readers[found[0].suffix](found[0]))
+    rows = list(readers[files[0].suffix](files[0]))
     if not rows:
-        raise ValueError(f"{found[0]} is empty")
+        raise ValueError(f"{files[0]} is empty")
     return rows
 
 
@@ -28,11 +28,11 @@ def hub_rows(repo, patterns, revision=None):
     except (OSError, ValueError) as e:
         raise ValueError(f"dataset {repo} is not to be had from the hub ({type(e).__name__}): give --data-dir a folder "
                          f"with {', '.join(f'{split}.jsonl' for split in patterns)}") from None
-    found = {split: sorted(folder.glob(pattern)) for split, pattern in patterns.items()}
-    for split, parts in found.items():
+    files = {split: sorted(folder.glob(pattern)) for split, pattern in patterns.items()}
+    for split, parts in files.items():
         if not parts:
             raise ValueError(f"dataset {repo} of the hub has no {patterns[split]}, where its {split} split should be")
-    return {split: [row for part in parts for row in parquet_rows(part)] for split, parts in found.items()}
+    return {split: [row for part in parts for row in parquet_rows(part)] for split, parts in files.items()}
 
 
 def check_row(row, columns, where, empty=False):

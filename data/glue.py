@@ -31,12 +31,12 @@ class Task:
     def load(self, data_dir=None):
         """{split: [((text,) or (a, b), label)]}; ValueError, with file and line, for a bad column or label."""
         names = "train", *self.TESTS.values()
-        found = (files.hub_rows(HUB, {name: f"{self.key}/{name}-*.parquet" for name in names}) if data_dir is None else
-                 {name: files.read_rows(data_dir, name) for name in names})
-        rows = {split: [self.row(row, where) for where, row in found[split]] for split in found}
+        tables = (files.hub_rows(HUB, {name: f"{self.key}/{name}-*.parquet" for name in names}) if data_dir is None else
+                  {name: files.read_rows(data_dir, name) for name in names})
+        rows = {split: [self.row(row, where) for where, row in tables[split]] for split in tables}
         train = rows["train"]
         if len(train) < 2:
-            raise ValueError(f"{found['train'][0][0]}: a single row cannot be split into train and validation")
+            raise ValueError(f"{tables['train'][0][0]}: a single row cannot be split into train and validation")
         held = set(random.Random(0).sample(range(len(train)), min(max(1, len(train) // 10), 1000)))
         return {"train": [row for i, row in enumerate(train) if i not in held],
                 "validation": [train[i] for i in sorted(held)],

@@ -19,12 +19,13 @@ MAX_NEW = 256  # tokens of a solution
 def load(data_dir=None):
     """{split: [(question, solution)]}"""
     names = "train", "test"
-    found = (files.hub_rows("openai/gsm8k", {name: f"main/{name}-*.parquet" for name in names}) if data_dir is None else
-             {name: files.read_rows(data_dir, name) for name in names})
+    patterns = {name: f"main/{name}-*.parquet" for name in names}
+    tables = (files.hub_rows("openai/gsm8k", patterns) if data_dir is None else
+              {name: files.read_rows(data_dir, name) for name in names})
     rows = {}
     for split in names:
         rows[split] = []
-        for where, row in found[split]:
+        for where, row in tables[split]:
             files.check_row(row, COLUMNS, where)
             if not re.fullmatch(r"(?s).*####\s*\$?-?[\d,]{,30}\.?\d+\s*", row["answer"]):
                 raise ValueError(f"{where}: answer must end with #### and a number, not {row['answer'][-30:]!r}")
@@ -36,8 +37,8 @@ def load(data_dir=None):
 
 def final_number(text):
     """The number after the last ####, or None; "$1,200" and "1200.0" are equal."""
-    found = re.findall(r"####\s*\$?(-?[\d,]*\.?\d+)", text)
-    return float(found[-1].replace(",", "")) if found else None
+    numbers = re.findall(r"####\s*\$?(-?[\d,]*\.?\d+)", text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 def score(pairs, texts):

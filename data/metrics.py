@@ -10,41 +10,41 @@ import math
 import numpy as np
 
 
-def accuracy(found, truth):
+def accuracy(predicted, truth):
     """Share of equal labels."""
-    return float(np.mean(found == truth))
+    return float(np.mean(predicted == truth))
 
 
-def f1(found, truth):
+def f1(predicted, truth):
     """Of class 1: 2 TP / (2 TP + FP + FN), the harmonic mean of precision and recall."""
-    hits = np.sum((found == 1) & (truth == 1))
-    asked = np.sum(found == 1) + np.sum(truth == 1)
-    return float(2 * hits / asked) if asked else 0.0
+    hits = np.sum((predicted == 1) & (truth == 1))
+    positives = np.sum(predicted == 1) + np.sum(truth == 1)
+    return float(2 * hits / positives) if positives else 0.0
 
 
-def matthews(found, truth):
+def matthews(predicted, truth):
     """Matthews' correlation of two classes: Pearson's of the labels, 0 and 1."""
-    return pearson(found, truth)
+    return pearson(predicted, truth)
 
 
-def pearson(found, truth):
+def pearson(predicted, truth):
     """cov(x, y) / (std(x) std(y))"""
-    x, y = (v - v.mean() for v in (found.astype(float), truth.astype(float)))
+    x, y = (v - v.mean() for v in (predicted.astype(float), truth.astype(float)))
     scale = math.sqrt((x @ x) * (y @ y))
     return float(x @ y) / scale if scale else 0.0
 
 
-def spearman(found, truth):
+def spearman(predicted, truth):
     """Pearson's correlation of the ranks; equal values share the mean of their ranks."""
     def ranks(v):
         _, which, counts = np.unique(v, return_inverse=True, return_counts=True)
         return (np.cumsum(counts) - (counts - 1) / 2)[which]
-    return pearson(ranks(found), ranks(truth))
+    return pearson(ranks(predicted), ranks(truth))
 
 
-def exact_match(found, truth):
+def exact_match(predicted, truth):
     """Share of equal items of two lists: in gsm8k the final numbers of solutions, None where there is none."""
-    return sum(a == b for a, b in zip(found, truth, strict=True)) / len(truth)
+    return sum(a == b for a, b in zip(predicted, truth, strict=True)) / len(truth)
 
 
 def perplexity(loss):
@@ -59,7 +59,7 @@ def bleu(texts, references):
     """BLEU-4 of the corpus by sacrebleu (Post 2018, arXiv:1804.08771), 0 to 100, tokenised by 13a, case kept."""
     import sacrebleu
     most = max(map(len, references))
-    streams = [[some[i] if i < len(some) else None for some in references] for i in range(most)]
+    streams = [[group[i] if i < len(group) else None for group in references] for i in range(most)]
     return sacrebleu.corpus_bleu(texts, streams, force=True).score  # force: our texts are tokenised, do not warn
 
 
@@ -71,15 +71,15 @@ def nist(texts, references):
     texts = [split(text).split() for text in texts]
     if not any(len(text) >= 5 for text in texts):
         return 0.0  # nltk divides by the number of 5-grams
-    return float(corpus_nist([[split(r).split() for r in some] for some in references], texts, 5))
+    return float(corpus_nist([[split(r).split() for r in group] for group in references], texts, 5))
 
 
 def rouge_l(texts, references):
     """Mean F1 of the longest common subsequence with the best reference (Lin 2004) by rouge-score, 0 to 1, no stems."""
     from rouge_score.rouge_scorer import RougeScorer
     scorer = RougeScorer(["rougeL"])
-    found = [scorer.score_multi(some, text)["rougeL"].fmeasure for text, some in zip(texts, references, strict=True)]
-    return sum(found) / len(found)
+    scores = [scorer.score_multi(group, text)["rougeL"].fmeasure for text, group in zip(texts, references, strict=True)]
+    return sum(scores) / len(scores)
 
 
 METRICS = {f.__name__: f for f in (accuracy, f1, matthews, pearson, spearman)}  # of labels

@@ -1,4 +1,4 @@
-"""From texts to batches, one class per thing that a model can be asked: `Write`, `Label`, `Mask`.
+"""From texts to batches, one class for each kind of task: `Write` the next token, `Label` a text, fill in a `Mask`.
 
     task.encode(pairs) -> examples, how many of their texts had to be cut
     task.collate(examples, seed) -> idx (B, T), targets (B, T) or of Label (B,), real (B, T): False at padding
@@ -11,11 +11,11 @@ import torch
 
 
 class Write:
-    """A GPT predicts the next token: of the target after a prompt, of everything in a plain text (prompt ""). Of an
-    example's ids, ids[:-1] go in and ids[1:] are asked for.
+    """A GPT predicts the next token: of the target after a prompt, or of everything in a plain text (prompt ""). Of an
+    example's ids, ids[:-1] are the input and ids[1:] are predicted.
 
-    A record becomes <|endoftext|> prompt || target <|endoftext|>, its target cut at the context. Plain text is cut into
-    consecutive pieces, each overlapping the last by one token so that every token but the first is predicted once.
+    A record becomes <|endoftext|> prompt || target <|endoftext|>, and its target is cut at the context. Plain text is
+    cut into consecutive pieces. Each overlaps the last by one token, so every token but the first is predicted once.
     """
 
     def __init__(self, tokenizer, context):
@@ -40,7 +40,7 @@ class Write:
         return examples, cut
 
     def collate(self, examples, seed=""):
-        """targets (B, T), -100 where nothing is asked; padding is token 0, at the end, where no real token looks."""
+        """targets (B, T), -100 where nothing is predicted. Padding is token 0, at the end, unseen by real tokens."""
         idx = padded([ids[:-1] for ids, _ in examples], 0)
         targets = torch.full_like(idx, -100)
         for i, (ids, start) in enumerate(examples):
@@ -50,7 +50,7 @@ class Write:
 
 
 class Label:
-    """A RoBERTa says what a text, or a pair of texts, is: a class, or for `labels` 1 a number."""
+    """A RoBERTa classifies a text or a pair of texts; for `labels` 1 it predicts a number."""
 
     def __init__(self, tokenizer, context, labels):
         self.tokenizer, self.context, self.labels = tokenizer, context, labels
@@ -81,10 +81,10 @@ class Label:
 
 
 class Mask:
-    """A RoBERTa fills in masked tokens of plain texts (Devlin et al. 2018, arXiv:1810.04805), other ones every time.
+    """A RoBERTa fills in masked tokens of plain texts (Devlin et al. 2018, arXiv:1810.04805), chosen anew every time.
 
-    30 % of the tokens are asked for, twice BERT's share, for more signal a step (our choice, not tuned); of these 80 %
-    stand there as <mask>, 10 % as another token, 10 % as themselves.
+    30 % of the tokens are predicted, twice BERT's share, for more signal a step (our choice, not tuned). Of these 80 %
+    are shown as <mask>, 10 % as another token and 10 % as themselves.
     """
     ASKED = 0.3
 
@@ -99,16 +99,16 @@ class Mask:
         return examples, 0
 
     def collate(self, examples, seed=""):
-        """targets (B, T), -100 where nothing is asked. The same seed masks the same tokens."""
+        """targets (B, T), -100 where nothing is predicted. The same seed masks the same tokens."""
         tok, rng = self.tokenizer, torch.Generator().manual_seed(crc32(seed.encode()))
         idx = padded([ids for ids, _ in examples], tok.pad)
         real = idx != tok.pad
-        chance, how = torch.rand(2, *idx.shape, generator=rng)
-        asked = (chance < self.ASKED) & real & (idx != tok.bos) & (idx != tok.eos)
-        asked[:, 1] |= ~asked.any(1)  # at least one a row
+        chance, kind = torch.rand(2, *idx.shape, generator=rng)
+        chosen = (chance < self.ASKED) & real & (idx != tok.bos) & (idx != tok.eos)
+        chosen[:, 1] |= ~chosen.any(1)  # at least one a row
         other = torch.randint(len(tok.SPECIAL), tok.mask, idx.shape, generator=rng)
-        shown = torch.where(how < 0.8, tok.mask, torch.where(how < 0.9, other, idx))
-        return torch.where(asked, shown, idx), torch.where(asked, idx, -100), real
+        shown = torch.where(kind < 0.8, tok.mask, torch.where(kind < 0.9, other, idx))
+        return torch.where(chosen, shown, idx), torch.where(chosen, idx, -100), real
 
 
 def padded(rows, pad):

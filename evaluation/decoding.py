@@ -1,9 +1,9 @@
-"""How a GPT goes on writing: one token at a time, greedily, by chance, or with several beams.
+"""Text generation with a GPT: one token at a time, greedily, by sampling, or with beam search.
 
-Keys and values of what was read stay in a cache, so that each new token costs one forward of one position. Prompts of
-different lengths are decoded together, padded on the right: what the padding wrote into the cache is overwritten,
-position by position, by the tokens generated there, before anyone may look at it. So adapters, ResLoRA's shortcuts
-among them, see whole forwards of the same positions in every layer.
+Keys and values of earlier tokens stay in a cache, so each new token costs one forward of one position. Prompts of
+different lengths are decoded together, padded on the right. What the padding wrote into the cache is overwritten by the
+tokens generated at these positions before any token attends to them. Every layer sees the same positions in a forward,
+which ResLoRA's shortcuts need.
 
 Shapes: B prompts, K beams, T tokens of the longest prompt, V vocabulary, S length of the cache.
 """
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 
 class Cached:
-    """A GPT that has read B prompts, lists of token ids, and is asked for what comes next.
+    """A GPT that has read B prompts, lists of token ids, and predicts the next token of each.
 
     ValueError for a prompt that is empty or leaves no room for an answer. `room` (B): how many tokens each row may
     still get, at most max_new.
@@ -42,7 +42,7 @@ class Cached:
         return self.model.head(self.x)
 
     def read(self, token):
-        """Take in the next tokens (B,). A row that is done writes into its last place, where it no longer reads."""
+        """Read the next tokens (B,). A row that has ended overwrites its last position, which it no longer uses."""
         place = self.seen if self.equal and self.seen < self.S else self.pos
         self.seen = min(self.seen + 1, self.S)
         self.x = self.model.hidden(token[:, None], self.cache[:, :, :, :self.seen], place)[:, 0]
@@ -54,7 +54,7 @@ class Cached:
                                         ((self.cache, 2), (self.pos, 0), (self.x, 0)))
 
     def overwrite(self, rows, sources):
-        """What the rows have read becomes what the sources have: lists of numbers of rows of the same prompt."""
+        """Copy the cache of the rows `sources` to the rows `rows`, both lists of row numbers of the same prompt."""
         self.cache[:, :, rows, :self.seen] = self.cache[:, :, sources, :self.seen]
 
 
@@ -89,9 +89,9 @@ def stream(model, prompts, max_new, stop, temperature=0.0, top_k=0, seed=0):
         cached.read(token)
 
 
-def generate(model, prompts, max_new, stop, **how):
-    """[token ids] of each prompt's continuation; `how` as in `stream`."""
-    steps = list(stream(model, prompts, max_new, stop, **how))
+def generate(model, prompts, max_new, stop, **options):
+    """[token ids] of each prompt's continuation; `options` as in `stream`."""
+    steps = list(stream(model, prompts, max_new, stop, **options))
     return [[i for i in row if i is not None] for row in zip(*steps, strict=True)]
 
 
@@ -129,7 +129,7 @@ def beam_search(model, prompts, max_new, stop, beams, length_penalty=1.0):
                 if length == cached.room[b]:
                     over += [(p, y) for p, _, y, _ in alive]
                 ended[b] += [(p / length ** length_penalty, y) for p, y in over]
-                ended[b] = sorted(ended[b], key=lambda found: -found[0])[:K]
+                ended[b] = sorted(ended[b], key=lambda ending: -ending[0])[:K]
                 full = len(ended[b]) == K and ended[b][-1][0] >= alive[0][0] / length ** length_penalty
                 if full or length == cached.room[b]:
                     open_rows.discard(b)
@@ -151,4 +151,4 @@ def beam_search(model, prompts, max_new, stop, beams, length_penalty=1.0):
         if rows:
             cached.overwrite(rows, sources)
         cached.read(torch.tensor([[i for _, i in row] for row in chosen], device=device).flatten())
-    return [found[0][1] for found in ended]
+    return [endings[0][1] for endings in ended]
