@@ -173,6 +173,24 @@ def test_dropout_falls_on_the_input_of_A_only():
     assert isinstance(LoRALinear(nn.Linear(4, 4), 2, 2).drop, nn.Identity)
 
 
+@pytest.mark.parametrize("m", [1, 2])
+def test_the_block_shortcut_drops_the_input_of_A(m):
+    """In training with p 0.5: h_n is the docstring's formula by hand, with the mask of the same seed."""
+    layers = [ResLoRALinear(nn.Linear(30, 30), 3, 6, dropout=0.5, shortcut="block", pre_num=m) for _ in range(3)]
+    ResLoRALinear.connect({"q": layers})
+    for layer in layers:
+        nn.init.normal_(layer.lora_B)
+    x = torch.randn(4, 30)
+    torch.manual_seed(5)
+    h = layers[2](x)
+    torch.manual_seed(5)
+    dropped = torch.nn.functional.dropout(x, 0.5)
+    hand = x @ layers[2].weight.T + layers[2].bias
+    for k in range(m + 1):
+        hand = hand + layers[2].scaling * dropped @ layers[2 - k].lora_A.T @ layers[2 - k].lora_B.T
+    torch.testing.assert_close(h, hand)
+
+
 def test_input_shortcut_hands_over_the_raw_input():
     """x_{n-1} is stored before dropout: at p = 0.5 a surviving entry of the sum is 2 (x_n + x_{n-1})."""
     torch.manual_seed(0)

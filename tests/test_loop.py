@@ -1,0 +1,308 @@
+"""What surrounds the mathematics in a run: schedules, batches, epochs, optimizer groups, evaluation, calibration."""
+import contextlib
+import json
+import math
+from argparse import Namespace
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import adapt, tiny_gpt, tiny_roberta
+from test_train import command, few_records  # noqa: F401
+
+import data
+import lora
+import train
+from checkpoints import tokenizers
+from checkpoints.files import write_csv
+from data.tasks import Label, Mask, Write
+from evaluation import evaluate, plots
+from experiments import compare
+from reslora import ResLoRALinear
+
+CPU, PLAIN = torch.device("cpu"), contextlib.nullcontext()
+
+
+def examples_of_unlike_length(n=23, most=14):
+    """[(ids, start)] as Write makes them, from two tokens to `most`, with targets from the second token on or later."""
+    rng = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, most + 1, (n,), generator=rng).tolist()
+    return [(torch.randint(1, 61, (length,), generator=rng).tolist(), 1 + i % (length - 1))
+            for i, length in enumerate(lengths)]
+
+
+# Schedules and steps
+
+@pytest.mark.parametrize("warmup, steps", [(0, 7), (1, 7), (3, 7), (0.06, 50), (0.5, 10), (7, 7)])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_every_schedule_is_its_formula_at_every_step(schedule, warmup, steps):
+    """w = warm-up steps, a share of the run below 1. Up to w: step / (w + 1). After it t = (step - w) / (steps - w + 1)
+    and 1 - t, (1 + cos pi t) / 2, or 1."""
+    args = Namespace(lr=0.5, warmup=warmup, schedule=schedule)
+    w = warmup if warmup >= 1 else warmup * steps
+    for step in range(1, steps + 1):
+        t = (step - w) / (steps - w + 1)
+        formula = {"linear": 1 - t, "cosine": 0.5 + 0.5 * math.cos(math.pi * t), "constant": 1}[schedule]
+        expected = 0.5 * (step / (w + 1) if step <= w else formula)
+        assert train.lr_at(step, steps, args) == pytest.approx(expected, rel=1e-12)
+        assert train.lr_at(step, steps, args) > 0
+
+
+def test_a_warmup_of_one_is_one_step():
+    """--warmup 1 is a number of steps, not all of the run."""
+    rates = [train.lr_at(step, 10, Namespace(lr=1.0, warmup=1.0, schedule="constant")) for step in (1, 2, 3)]
+    assert rates == [0.5, 1, 1]
+
+
+@pytest.mark.parametrize("n, batch, epochs, steps", [(64, 24, 2, 6), (5, 8, 1, 1), (64, 32, 1.5, 3), (64, 64, 0.1, 1)])
+def test_epochs_are_at_least_that_many_passes(tmp_path, base, monkeypatch, n, batch, epochs, steps):
+    """The last batch of an epoch is a step too, however few examples it has."""
+    split = {"train": n, "validation": 4, "test": 4}
+    rows = data.load("restaurants")["train"]
+    monkeypatch.setattr(data, "load", lambda *_: {name: rows[:k] for name, k in split.items()})
+    args = train.parse(["--model", str(base), "--batch-size", str(batch), "--epochs", str(epochs), "--rank", "2",
+                        "--out", str(tmp_path)])
+    assert train.Run(args).args.steps == steps
+
+
+def test_matrices_decay_and_vectors_do_not():
+    """Under a zero gradient a step multiplies matrices by 1 - lr * decay, and leaves biases and LayerNorms."""
+    model = tiny_gpt().requires_grad_(True)
+    args = train.parse(["--method", "full", "--weight-decay", "0.5", "--lr", "0.1", "--device", "cpu"])
+    optimizer = train.make_optimizer(model, args)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (1 - 0.1 * 0.5 if p.dim() >= 2 else 1))
+
+
+# Batches
+
+def test_two_epochs_hold_every_example_once_each_in_different_orders():
+    """Whatever the size of the batches, whose composition changes too; the same seed gives the same epoch."""
+    examples = examples_of_unlike_length(200)
+    for size in (1, 7, 200, 500):
+        first, second = (data.epoch_batches(examples, size, f"0/{epoch}") for epoch in (0, 1))
+        for batches in (first, second):
+            assert Counter(i for batch in batches for i in batch) == Counter(range(200))
+            assert all(len(batch) <= size for batch in batches)
+        assert first == data.epoch_batches(examples, size, "0/0")
+        if size < 200:
+            assert first != second and {frozenset(b) for b in first} != {frozenset(b) for b in second} or size == 1
+
+
+def test_batches_are_of_like_length_and_do_not_come_sorted():
+    """Little is padding: far less than with random batches. But short and long batches take turns."""
+    examples = [([0] * length, 1) for length in range(2, 402)]
+    batches = data.epoch_batches(examples, 8, "0/0")
+    longest = [max(len(examples[i][0]) for i in batch) for batch in batches]
+    padding = sum(most * len(batch) for most, batch in zip(longest, batches, strict=True)) / sum(range(2, 402))
+    assert padding < 1.1
+    ups = sum(a < b for a, b in zip(longest, longest[1:], strict=False))
+    assert 0.25 < ups / (len(longest) - 1) < 0.75
+
+
+def test_the_batches_of_a_run_go_through_the_data_and_are_found_again_after_a_skip():
+    """Two epochs are every target twice; skipping n steps gives what the (n + 1)-th step has; shares sum to `world`."""
+    examples = examples_of_unlike_length(23)
+    task, size = Write(Namespace(eot_token=0), 16), 5
+    steps = [step for step, _ in zip(data.step_batches(examples, task, size, seed=3), range(10), strict=False)]
+    targets = sum(int((t != -100).sum()) for step in steps for _, t, _ in step)
+    assert targets == 2 * sum(len(ids) - start for ids, start in examples)
+    for skip in (1, 4, 5, 7):
+        again = next(data.step_batches(examples, task, size, seed=3, skip=skip))
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(again, steps[skip], strict=True))
+    for world in (1, 2):
+        for accumulate in (1, 3):
+            parts = [next(data.step_batches(examples, task, size, accumulate, rank=rank, world=world))
+                     for rank in range(world)]
+            assert sum(share for part in parts for _, _, share in part) == pytest.approx(world)
+            assert all(len(part) == accumulate for part in parts)
+
+
+def test_a_masked_word_is_shown_as_mask_as_itself_or_as_an_ordinary_token(small_roberta):
+    """Never as <s>, <pad>, </s> or <unk>, and any ordinary token may stand for it, the first and the last included."""
+    tok = tokenizers.for_model(small_roberta, Namespace(model_type="roberta", vocab_size=325))
+    task, shown = Mask(tok, 64), Counter()
+    examples = [([0, *[100] * 60, 2], None)] * 40
+    for seed in range(60):
+        idx, targets, _ = task.collate(examples, str(seed))
+        shown.update(idx[(targets != -100)].tolist())
+    assert not {0, 1, 2, 3} & shown.keys()
+    assert shown[tok.mask] > shown[100] > 0 and set(range(4, tok.mask)) <= shown.keys()
+
+
+# Evaluation
+
+@pytest.mark.parametrize("batch", [1, 4, 32])
+def test_the_loss_of_a_split_is_the_sum_of_cross_entropies_over_the_number_of_targets(monkeypatch, batch):
+    """Computed here one text at a time, from logits: whatever the batch, however unlike the lengths, dropout or not."""
+    monkeypatch.setattr(evaluate, "EVAL_BATCH", batch)
+    model, examples = tiny_gpt(), examples_of_unlike_length()
+    adapt(model, "lora", {}, dropout=0.5)
+    model.train()
+    task = Write(Namespace(eot_token=0), 16)
+    found, logits = evaluate.evaluate(model, examples, task, CPU, PLAIN)
+    assert model.training and logits is None
+    model.eval()
+    total = sum(F.cross_entropy(model(torch.tensor([ids[:-1]]))[0][0, start - 1:], torch.tensor(ids[start:]),
+                                reduction="sum").item() for ids, start in examples)
+    assert found == pytest.approx(total / sum(len(ids) - start for ids, start in examples), rel=1e-9)
+
+
+def test_a_report_is_of_the_test_split_and_a_point_of_the_curve_of_the_validation_split(monkeypatch, small_roberta):
+    """A curve's point looks at the first so many texts, the report at all; accuracy is the share that is right."""
+    model = tiny_roberta()
+    rows = [([0, *torch.randint(3, 61, (3 + i % 4,)).tolist(), 2], i % 3) for i in range(30)]
+    task = Label(Namespace(pad=1), 16, 3)
+    dataset = Namespace(examples={"train": [], "validation": rows[:10], "test": rows[10:]}, task=task,
+                        pairs={"train": [], "validation": [None] * 10, "test": [None] * 20}, labels=("a", "b", "c"),
+                        metrics=("accuracy",), module=Namespace())
+    monkeypatch.setattr(evaluate, "EVAL_LABELLED", 4)
+
+    def by_hand(rows):
+        model.eval()
+        right = [model(torch.tensor([ids]))[0].argmax().item() == label for ids, label in rows]
+        return sum(right) / len(right)
+    assert evaluate.report(model, dataset, CPU, PLAIN)["accuracy"] == pytest.approx(by_hand(rows[10:]))
+    assert evaluate.validate(model, dataset, CPU, PLAIN)["accuracy"] == pytest.approx(by_hand(rows[:4]))
+
+
+def test_texts_come_back_in_the_order_of_their_records(monkeypatch):
+    """Records are decoded sorted by length and in batches; each gets the text that it has alone."""
+    model = tiny_gpt()
+    tokenizer = Namespace(encode_ordinary=lambda text: [1 + ord(c) % 59 for c in text.removesuffix(" ||")],
+                          eot_token=60, decode=lambda ids: " ".join(map(str, ids)))
+    pairs = [("abcdefg"[: 1 + (3 * i) % 7], "") for i in range(9)]
+    monkeypatch.setattr(evaluate, "DECODED", 2)
+    prompts, texts = evaluate.decode(model, pairs, tokenizer, max_new=4)
+    assert len(set(texts)) > 2 and len(set(map(len, prompts))) > 2
+    for i, pair in enumerate(pairs):
+        alone = evaluate.decode(model, [pair], tokenizer, max_new=4)
+        assert (prompts[i], texts[i]) == (alone[0][0], alone[1][0])
+
+
+def test_a_point_of_the_curve_is_the_mean_over_the_steps_since_the_last_one():
+    """Rows of 10, 8, 2, 10 and 6 steps: the means over 18 and 18 steps, computed from the losses of single steps."""
+    losses = [1 / (1 + step) for step in range(36)]
+    rows, before = [], 0
+    for step, validated in ((10, False), (18, True), (20, False), (30, False), (36, True)):
+        rows.append({"step": step, "train_loss": sum(losses[before:step]) / (step - before),
+                     "val_loss": 1.0 if validated else None})
+        before = step
+    assert plots.even_means(rows) == [(18, pytest.approx(sum(losses[:18]) / 18)),
+                                      (36, pytest.approx(sum(losses[18:]) / 18))]
+
+
+# Calibration, as train.py runs it
+
+def calibrated(model, layers, examples, task, batch_size=4):
+    def batches():
+        return evaluate.calibration_batches(model, examples, task, batch_size, 0, CPU, PLAIN)
+    ResLoRALinear.calibrate(layers, batches)
+    return [layer.A_star.clone() for layer in layers if layer.earlier]
+
+
+def language_model(dropout=0.0):
+    model = tiny_gpt()
+    return model, adapt(model, "reslora", {}, dropout=dropout), Write(Namespace(eot_token=0), 16)
+
+
+def test_calibration_masks_exactly_what_is_padding_and_leaves_the_model_training():
+    """The mask is True at the ids of the examples, in the order of the batches; the model is in eval mode inside, and
+    trains again afterwards. A classifier yields the sum of the margins, a language model None."""
+    model, _, task = language_model(dropout=0.5)
+    examples = examples_of_unlike_length()
+    model.train()
+    stream = evaluate.calibration_batches(model, examples, task, 4, 0, CPU, PLAIN)
+    for indices, (mask, M) in zip(data.epoch_batches(examples, 4, "0/0"), stream, strict=True):
+        assert not model.training and M is None
+        assert mask.sum(1).tolist() == [len(examples[i][0]) - 1 for i in indices]
+        assert (mask.int().diff(dim=1) <= 0).all()  # real tokens first
+    assert model.training
+    reader, label = tiny_roberta(), Label(Namespace(pad=1), 16, 3)
+    rows = [([0, *torch.randint(3, 61, (3 + i % 4,)).tolist(), 2], i % 3) for i in range(8)]
+    for indices, (mask, M) in zip(data.epoch_batches(rows, 4, "0/0"),
+                                  evaluate.calibration_batches(reader, rows, label, 4, 0, CPU, PLAIN), strict=True):
+        logits = [reader(torch.tensor([rows[i][0]]))[0][0] for i in indices]
+        assert M.item() == pytest.approx(sum((z.max() - z.mean()).item() for z in logits))
+        assert mask.sum(1).tolist() == [len(rows[i][0]) for i in indices] and M.requires_grad
+    assert reader.training
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_calibration_takes_so_many_batches_and_no_more(monkeypatch, labels):
+    """A dozen for a language model, more for a classifier, whose texts are short."""
+    assert evaluate.CALIBRATION < evaluate.CALIBRATION_LABELLED
+    monkeypatch.setattr(evaluate, "CALIBRATION", 2)
+    monkeypatch.setattr(evaluate, "CALIBRATION_LABELLED", 3)
+    rows = [([0, 5, 6, 2], 1)] * 20
+    model, task = (tiny_roberta(), Label(Namespace(pad=1), 16, 3)) if labels else (tiny_gpt(), language_model()[2])
+    assert len(list(evaluate.calibration_batches(model, rows, task, 4, 0, CPU, PLAIN))) == (3 if labels else 2)
+
+
+def test_padding_a_batch_further_changes_no_A_star():
+    """Positions that the mask excludes do not count, whatever stands there."""
+    model, layers, task = language_model()
+    examples = examples_of_unlike_length()
+    A_star = calibrated(model, layers, examples, task)
+
+    class Wider(Write):
+        def collate(self, rows, seed=""):
+            idx, targets, real = super().collate(rows, seed)
+            return F.pad(idx, (0, 2), value=7), F.pad(targets, (0, 2), value=-100), F.pad(real, (0, 2))
+    for a, b in zip(A_star, calibrated(model, layers, examples, Wider(task.tokenizer, 16)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_calibrating_twice_under_dropout_gives_the_same_A_star():
+    """Nothing is dropped while the statistics are gathered, though the run trains with dropout."""
+    model, layers, task = language_model(dropout=0.5)
+    model.train()
+    first, second = (calibrated(model, layers, examples_of_unlike_length(), task) for _ in range(2))
+    assert first and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# Selection
+
+def test_compare_judges_a_rate_by_the_step_that_was_kept(tmp_path):
+    """Not by the last row, nor by the best row of another column."""
+    (tmp_path / "result.json").write_text(json.dumps({"selected": {"step": 4, "by": "validation accuracy"}}))
+    write_csv(tmp_path / "log.csv", [dict(step=2, val_loss=0.9, val_accuracy=0.5), dict(step=3, val_loss=None),
+                                     dict(step=4, val_loss=0.8, val_accuracy=0.9),
+                                     dict(step=6, val_loss=0.1, val_accuracy=0.2)])
+    assert compare.validation(tmp_path) == (0.9, 0.8, True)
+    (tmp_path / "result.json").write_text(json.dumps({"selected": {"step": 6, "by": "validation loss"}}))
+    assert compare.validation(tmp_path) == (0.1, 0.1, False)
+
+
+# Two truths of the pages
+
+def test_a_target_is_a_whole_name():
+    """q does not adapt to_q, seq or q2; attn.q means the q inside attn."""
+    model = nn.ModuleDict({"attn": nn.ModuleDict({name: nn.Linear(4, 4) for name in ("q", "to_q", "seq", "q2")}),
+                           "cross": nn.ModuleDict({"q": nn.Linear(4, 4)})})
+    lora.apply(model, lora.LoRALinear, ["attn.q"], r=2, alpha=2)
+    assert [name for name, m in model.named_modules() if isinstance(m, lora.LoRALinear)] == ["attn.q"]
+    lora.merge(model)
+    assert len(lora.apply(model, lora.LoRALinear, ["q"], r=2, alpha=2)) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merging_on_a_half_precision_base_rounds_once(dtype):
+    """The merged weight is the fp32 sum, rounded: not the sum of W and a delta that was rounded before."""
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 64).to(dtype)
+    model = nn.ModuleDict({"q": linear})
+    layer, = lora.apply(model, lora.LoRALinear, ["q"], r=4, alpha=4)
+    nn.init.normal_(layer.lora_B, std=0.3)
+    exact = layer.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    twice = layer.weight + layer.delta().to(dtype)
+    lora.merge(model)
+    assert model["q"].weight.dtype == dtype and (twice != exact.to(dtype)).any()
+    assert (model["q"].weight == exact.float().to(dtype)).double().mean() > 0.999  # a tie of fp32 and fp64 apart
