@@ -12,6 +12,7 @@ EVAL_EXAMPLES = 128  # validation texts for a point of the curve; the report use
 EVAL_LABELLED = 1000  # the same where texts are classified: an accuracy needs more of them
 EVAL_BATCH = 32  # fixed, whatever --batch-size is: which words are masked depends on the batch
 SCORED = 64  # texts decoded for a report; all of the test split where the dataset is judged by decoded texts
+VALIDATED = 64  # texts decoded for a point of the curve, where decoded texts select the checkpoint
 DECODED = 32  # texts decoded at a time: the cache holds 2 L C numbers per token
 CALIBRATION = 16  # training batches that merging is calibrated on
 CALIBRATION_LABELLED = 128  # the same for a classifier: its texts are short, and few of their tokens count
@@ -81,7 +82,7 @@ def measure(model, dataset, split, device, amp, first=None, scored=None):
 def validate(model, dataset, device, amp):
     """{metric: value} for a point of the curve."""
     first = EVAL_LABELLED if dataset.labels else EVAL_EXAMPLES
-    return measure(model, dataset, "validation", device, amp, first, None if dataset.metrics else 0)
+    return measure(model, dataset, "validation", device, amp, first, VALIDATED if dataset.metrics else 0)
 
 
 def report(model, dataset, device, amp, stage=None):

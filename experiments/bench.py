@@ -66,6 +66,7 @@ ROWS = {
 }
 PEER = "transformers + peft"
 E2E_STEPS = 12
+STARTS = 3  # of fresh processes
 FIRST_STEP = {  # a fresh process: imports, model from a folder, adapters, one step
     "ours": "import torch; from checkpoints.pretrained import from_pretrained; import lora, methods, train\n"
             "model = from_pretrained(folder); lora.apply(model, lora.LoRALinear, ['q', 'v'], r=16, alpha=16)\n"
@@ -416,7 +417,7 @@ def first_steps(args, folder):
                     "optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])\n"
                     "loss(idx).backward(); optimizer.step()")
             found[name] = []
-            for _ in range(3):
+            for _ in range(STARTS):
                 start = time.perf_counter()
                 subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT)
                 found[name].append(time.perf_counter() - start)

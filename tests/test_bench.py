@@ -16,6 +16,7 @@ TINY = {"tiny": (GPTConfig(vocab_size=80, n_positions=16, n_embd=16, n_layer=2, 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
+    monkeypatch.setattr(bench, "STARTS", 1)
     for name, preset in TINY.items():
         monkeypatch.setitem(bench.PRESETS, name, preset)
 

@@ -24,7 +24,7 @@ import train
 from checkpoints import adapters, state, tokenizers
 from checkpoints.pretrained import from_pretrained, save_pretrained
 from data import reviews
-from evaluation import evaluate
+from evaluation import evaluate, plots
 from experiments import merge_at
 from methods import METHODS
 from model import RoBERTa, RobertaConfig
@@ -35,18 +35,23 @@ FAST = ["--rank", "4", "--steps", "6", "--batch-size", "8", "--eval-every", "2",
 generated = functools.cache(data.load)
 
 
-def cut_down(monkeypatch):
-    """The splits cut down, and those of generators made once."""
+def cut_down(monkeypatch, whole=False):
+    """The splits cut down, and those of generators made once; unless `whole`, no text is decoded, no picture drawn."""
     def load(name, data_dir=None, real=data.load):
-        found = generated(name) if name in data.GENERATED and not data_dir else real(name, data_dir)
-        return {split: pairs[:64 if split == "train" else 12] for split, pairs in found.items()}
+        splits = generated(name) if name in data.GENERATED and not data_dir else real(name, data_dir)
+        return {split: pairs[:64 if split == "train" else 12] for split, pairs in splits.items()}
     monkeypatch.setattr(data, "load", load)
+    if not whole:
+        monkeypatch.setattr(evaluate, "SCORED", 0)
+        monkeypatch.setattr(plots, "draw_curve", lambda *_: None)
+        monkeypatch.setattr(plots, "draw_ranks", lambda *_: None)
+        monkeypatch.setattr(train, "print_examples", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)
-def few_records(monkeypatch):
-    """A run in a second."""
-    cut_down(monkeypatch)
+def few_records(request, monkeypatch):
+    """A run in a second; a test that is marked `whole` also decodes and draws."""
+    cut_down(monkeypatch, request.node.get_closest_marker("whole"))
 
 
 def command(base, out, *flags):
@@ -57,6 +62,7 @@ def weights(out):
     return {k: v for k, v in load_file(out / "resume.safetensors").items() if k.startswith("model.")}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"head"}))
 def test_every_method_trains_merges_and_leaves_a_whole_run_folder(tmp_path, base, method, capsys):
     """Loss falls; result.json, log.csv and the adapter agree with each other; nothing half-written lies about."""
@@ -89,6 +95,7 @@ def test_every_method_trains_merges_and_leaves_a_whole_run_folder(tmp_path, base
         assert metrics["merged"]["loss"] == pytest.approx(metrics["unmerged"]["loss"], abs=1e-4)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_classifies(tmp_path, small_roberta, method, capsys):
     """reviews with a RoBERTa: the log has the metric, the adapter folder and merged/ give the reported predictions."""
@@ -296,6 +303,7 @@ def test_a_reslora_run_can_be_merged_otherwise_afterwards(tmp_path, base):
     assert again["merged"] == several["merged by input"] != several["merged"]
 
 
+@pytest.mark.whole
 def test_adalora_ends_with_its_budget_and_says_where_the_ranks_are(tmp_path, base, monkeypatch):
     """log.csv has the ranks of every layer, result.json the last ones, ranks.png shows them; the checkpoint that is
     kept is from the last phase, even where an earlier one had a lower validation loss."""
@@ -599,8 +607,12 @@ def test_merging_on_the_way_is_no_flag_of_train(tmp_path, base, capsys):
 
 def test_kill_9_in_the_middle_and_resume(tmp_path, base):
     """A real process, killed while training: its folder is readable and the resumed run ends like a whole one."""
+    texts = [text for _, text in data.load("restaurants")["train"]]
+    (tmp_path / "text.txt").write_text("\n".join(texts))
+
     def start(out, *flags):
-        flags = [*command(base, out), "--steps", "60", "--eval-every", "5", *flags]
+        flags = [*command(base, out), "--dataset", "text", "--data-dir", str(tmp_path / "text.txt"), "--context", "32",
+                 "--steps", "60", "--eval-every", "5", *flags]
         return subprocess.Popen([sys.executable, ROOT / "train.py", *flags], cwd=tmp_path, stdout=subprocess.DEVNULL,
                                 stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     process = start(tmp_path / "b")
@@ -615,6 +627,7 @@ def test_kill_9_in_the_middle_and_resume(tmp_path, base):
     assert metrics[0] == metrics[1]
 
 
+@pytest.mark.whole
 def test_a_new_run_replaces_an_old_one_whole(tmp_path, base):
     """Another method into the same folder: nothing of the first is left behind."""
     train.main(command(base, tmp_path, "--method", "lora", "--save-merged"))
