@@ -20,8 +20,8 @@ def test_only_the_adapters_get_gradient_and_at_the_start_only_the_factor_that_is
     is with whatever factors a method has. The head of a classifier gets gradient too."""
     for random in (False, True):
         model = tiny()
-        layers = adapt(model, method, hparams, random=random)
-        model(*batch(model))[1].backward()
+        layers, some = adapt(model, method, hparams, random=random), batch(model)
+        model(*some)[1].backward()
         adapters = {id(p) for p in factors(layers) + head_of(model)}
         for p in model.parameters():
             assert p.requires_grad == (id(p) in adapters)
@@ -29,7 +29,19 @@ def test_only_the_adapters_get_gradient_and_at_the_start_only_the_factor_that_is
         zero = sum(not p.any() for p in factors(layers))
         assert zero == (0 if random else len(layers))
         for p in factors(layers):
-            assert p.grad.any() == (random or not p.any())
+            if p.grad.any() != (random or not p.any()):  # a factor that no 0 multiplies, DoRA's magnitude for one
+                assert slope(model, some, p) == pytest.approx(p.grad.sum().item(), rel=1e-4) and p.grad.any()
+
+
+@torch.no_grad()
+def slope(model, some, p, eps=1e-5):
+    """What the loss gains, per unit, when all numbers of a factor grow together: by finite differences."""
+    losses = []
+    for sign in (1, -1):
+        p.add_(sign * eps)
+        losses.append(model(*some)[1].item())
+        p.sub_(sign * eps)
+    return (losses[0] - losses[1]) / (2 * eps)
 
 
 @both

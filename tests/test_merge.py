@@ -68,7 +68,7 @@ def test_a_value_that_is_not_finite_is_refused_and_the_base_untouched(method, hp
     before = {k: v.clone() for k, v in model.state_dict().items()}
     poisoned = factors(layers)[-1]
     with torch.no_grad():
-        poisoned[0, 0] = bad
+        poisoned.view(-1)[0] = bad
     with pytest.raises(ValueError, match="NaN or inf"):
         lora.merge(model)
     now = model.state_dict(keep_vars=True)

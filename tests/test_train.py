@@ -671,7 +671,7 @@ def refused(capsys, argv):
     (["--method", "reslora", "--shortcut", "output"], "invalid choice: 'output'"),
     (["--method", "reslora", "--merge", "best"], "merge 'best' is not one of regression, input, weight, none"),
     (["--method", "reslora", "--merge", "weight", "--pre-num", "2"], "pre_num 1 only, not 2"),
-    (["--dataset", "squad"], "unknown dataset 'squad': choose from restaurants, reviews, "),
+    (["--dataset", "squad"], "unknown dataset 'squad': choose from restaurants, "),
     (["--dataset", "e2e", "--data-dir", "nowhere"], "data folder nowhere does not exist"),
     (["--dataset", "text"], "needs --data-dir"), (["--data-dir", "."], "restaurants is generated"),
     (["--model", "./nowhere"], "model folder ./nowhere does not exist"),
