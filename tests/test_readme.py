@@ -38,6 +38,13 @@ def test_the_table_of_methods():
     assert "590,592" in README and sum(p.numel() for p in nn.Linear(768, 768).parameters()) == 590592
 
 
+def test_the_forward_that_readme_quotes_is_loras():
+    """Line by line, without the comments."""
+    snippet, = (s for s in SNIPPETS if "def forward" in s)
+    code = [line.partition("  #")[0].strip() for line in (ROOT / "lora.py").read_text().splitlines()]
+    assert [line for line in snippet.splitlines() if line.partition("  #")[0].strip() not in code] == []
+
+
 def test_every_file_that_readme_names_exists():
     """Links into the repository, and the scripts and recipes of its commands."""
     named = [name.partition("#")[0] for name in re.findall(r"\]\((?!http)([^)]+)\)", README)]
