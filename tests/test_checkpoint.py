@@ -147,6 +147,20 @@ def test_an_untrained_adapter_loads_too(tmp_path):
     assert all(torch.equal(linear.lora_A, A) for linear in (fresh.h[2].attn.q, fresh.h[2].attn.k, fresh.h[2].attn.v))
 
 
+def test_q_and_v_come_back_out_of_c_attn_with_their_own_rank(tmp_path):
+    """One c_attn of rank 2 r holds both; loading gives each the r rows of A that its part of B uses, and k nothing."""
+    model = tiny_gpt(torch.float32)
+    adapt(model, "lora", {}, targets=["q", "v"], r=3)
+    adapters.save_adapter(tmp_path, model, "some/base")
+    assert len(load_file(tmp_path / "adapter_model.safetensors")[
+        "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"]) == 6
+    layers = adapters.load_adapter(fresh := tiny_gpt(torch.float32), tmp_path)
+    assert len(layers) == 8 and {layer.r for layer in layers} == {3}
+    assert torch.equal(fresh.h[1].attn.v.lora_A, model.h[1].attn.v.lora_A)
+    assert torch.equal(fresh.h[1].attn.v.lora_B, model.h[1].attn.v.lora_B)
+    assert type(fresh.h[1].attn.k) is nn.Linear
+
+
 def test_a_bad_adapter_folder_is_refused(tmp_path):
     """Missing, unexpected, mis-shaped, another kind, a config that lies about ranks: the model stays as it was."""
     model = tiny_roberta(torch.float32)
