@@ -559,3 +559,15 @@ def test_the_shipped_roberta_reads_denials():
         logits = model(torch.tensor([ids]))[0][0, ids.index(tok.mask)]
         right.append(logits[verdicts].argmax().item() == verdict)
     assert sum(right) > 180
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_hub_that_does_not_answer_is_not_asked_again(answers, monkeypatch, tmp_path):
+    """The client is told to use its cache alone, so that its retries cost nothing; a hub that answers is asked."""
+    calls = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **given: calls.append(given) or str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "reachable", lambda url: answers)
+    assert hub.fetch("some/repo", ["a.json"], "dataset", "main", tmp_path) == tmp_path
+    assert calls == [dict(repo_type="dataset", revision="main", allow_patterns=["a.json"], cache_dir=tmp_path,
+                          local_files_only=not answers)]
