@@ -258,3 +258,50 @@ def test_chains_need_one_shape():
     with pytest.raises(ValueError, match=r"\(6, 4\).*\(4, 4\)"):
         lora.apply(model, ResLoRALinear, ["q"], r=2, alpha=2)
     assert all(isinstance(m["q"], nn.Linear) for m in model)
+
+
+# Delta-LoRA
+
+def delta_layer(start, dropout=0.0):
+    torch.manual_seed(0)
+    layer = DeltaLoRALinear(nn.Linear(6, 5).double(), 2, 3, delta_lambda=2.0, delta_start=start)
+    layer.weight.requires_grad_(False)
+    x, y = torch.randn(9, 6, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
+    return layer, x, y
+
+
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_W_moves_as_algorithm_1_says(start):
+    """After step t > K: W_t = W_{t-1} + lambda s (B_t A_t - B_{t-1} A_{t-1}); up to K it rests. t counts from 1."""
+    layer, x, y = delta_layer(start)
+    optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], 1e-2)
+    for t in range(1, 7):
+        W, BA = layer.weight.clone(), layer.lora_B @ layer.lora_A
+        (layer(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        layer.after_step([layer], t)
+        moved = 2.0 * 1.5 * (layer.lora_B @ layer.lora_A - BA) if t > start else 0 * W
+        assert equal(layer.weight - W, moved, 1e-14)
+        assert (t > start) == bool(moved.abs().max() > 0)
+
+
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_delta_lora_telescopes(start):
+    """W_T = W_0 + lambda s (B_T A_T - B_S A_S); the total update is a LoRA of rank 2 r, of rank r for K = 0."""
+    layer, x, y = delta_layer(start)
+    W_0, optimizer = layer.weight.clone(), torch.optim.AdamW([layer.lora_A, layer.lora_B], 1e-2)
+    for t in range(1, 9):
+        (layer(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        layer.after_step([layer], t)
+        if t == start:
+            S = layer.lora_B.detach() @ layer.lora_A.detach()
+    S = S if start else 0
+    assert equal(layer.weight, W_0 + 2.0 * 1.5 * (layer.lora_B @ layer.lora_A - S), 1e-13)
+    A, B = layer.as_lora()
+    total = layer.weight + layer.delta() - W_0
+    assert equal(total, layer.scaling * B @ A, 1e-13)
+    rank = torch.linalg.matrix_rank(total, atol=1e-10).item()
+    assert rank == len(A) == (4 if start else 2)
