@@ -14,6 +14,7 @@ from test_train import command, few_records  # noqa: F401
 
 import data
 import lora
+import settings
 import train
 from checkpoints import tokenizers
 from checkpoints.files import write_csv
@@ -65,6 +66,19 @@ def test_epochs_are_at_least_that_many_passes(tmp_path, base, monkeypatch, n, ba
     args = train.parse(["--model", str(base), "--batch-size", str(batch), "--epochs", str(epochs), "--rank", "2",
                         "--out", str(tmp_path)])
     assert train.Run(args).args.steps == steps
+
+
+@pytest.mark.parametrize("dataset", ["restaurants", "reviews", "stdlib", "e2e", "gsm8k", "text", "glue/sst2"])
+def test_a_run_is_as_long_as_its_dataset_says(dataset):
+    """Either steps or epochs, with the batch and the rate of the table in settings.py; a flag goes before it."""
+    defaults = settings.DEFAULTS[dataset.split("/")[0]]
+    for method in ("lora", "full", "adalora"):
+        args = train.parse(["--dataset", dataset, "--method", method])
+        assert (args.steps, args.epochs) == (defaults.get("steps"), defaults.get("epochs"))
+        assert (args.steps is None) != (args.epochs is None) and args.batch_size == defaults["batch_size"]
+        assert args.lr == defaults.get(f"{method}_lr", defaults["lr"])
+    args = train.parse(["--dataset", dataset, "--epochs", "2", "--batch-size", "3", "--lr", "0.5"])
+    assert (args.steps, args.epochs, args.batch_size, args.lr) == (None, 2, 3, 0.5)
 
 
 def test_matrices_decay_and_vectors_do_not():
