@@ -11,22 +11,22 @@ the beginning of the chain: m' = min(m, n), or m' = n for m = -1.
 
 The first layer of a chain is plain LoRA. Nothing is detached: the added gradient path is the point. Let g_n = dL/dh_n
 and m = 1. Then x_{n-1} gains the gradient s A_n^T B_n^T g_n (input; the paper's eq. 16) or s A_{n-1}^T B_n^T g_n
-(middle). With block, A_{n-1} and B_{n-1} also receive a gradient from g_n. All this is zero at B = 0 and grows with B.
+(middle). With block, A_{n-1} and B_{n-1} receive a gradient from g_n too. At B = 0 only that of B_{n-1} is not zero.
 
 Merging turns a layer into one matrix again. `block` reads only x_n and merges exactly. `input` and `middle` read other
 layers' inputs, so one matrix can only approximate them. The part of the branch that comes from the shortcut,
 
     z_n = A_n sum_{k=1..m'} x_{n-k}   (input)        z_n = sum_{k=1..m'} A_{n-k} x_{n-k}   (middle)        z_n is (r,)
 
-is replaced by a function of x_n. The paper scales A by a ratio of norms, which can fit the size of z_n but not its
-direction. Ours is least squares: neighbouring x_n are strongly correlated (the residual stream), so z_n is nearly a
+is replaced by a function of x_n. The paper lets x_n stand for x_{n-k} and corrects its size by ratios of norms, but not
+its direction. Ours is least squares: neighbouring x_n are strongly correlated (the residual stream), so z_n is nearly a
 linear function P_n x_n, which is fitted over the tokens of a few calibration batches. The rank stays r.
 
     minimise over P   E |z_n - P x_n|^2     =>     P_n = E[z x^T] E[x x^T]^-1
     A*_n = A_n + P_n        W*_n = W_n + s B_n A*_n        merge = "regression"
 
-A classifier predicts once per text, and few of its tokens matter. To first order, replacing z by P x at a token changes
-the prediction M by at most s |B^T g| |z - P x|, g = dM/dh_n. So where calibration is given M, it weights the tokens:
+A classifier predicts once per text, and few of its tokens matter. Let M be its prediction as one number, g_n = dM/dh_n
+at a token. To first order, an error z_n - P x_n there changes M by at most s |B_n^T g_n| |z_n - P x_n|. So given M:
 
     minimise over P   E w |z_n - P x_n|^2,    w = |B_n^T g_n|^2     =>     P_n = E[w z x^T] E[w x x^T]^-1
 """
@@ -47,7 +47,7 @@ class ResLoRALinear(lora.LoRALinear):
     """LoRALinear with a shortcut from the `pre_num` earlier layers of its chain (-1: all of them).
 
     merge: how `calibrate` approximates `input` and `middle`, a name of MERGES or a list of them, default first. Layers
-    must be called in chain order, each once per forward: activation checkpointing and nn.DataParallel do not."""
+    must be called in chain order, once per forward; activation checkpointing and nn.DataParallel break this order."""
 
     def forward(self, x):
         """(..., d_in) -> (..., d_out)"""
@@ -102,8 +102,8 @@ class ResLoRALinear(lora.LoRALinear):
 
     def exchange(self, own):
         """Return the activations of the m' earlier layers, the nearest first, and hand on `own` in front of them.
-        Two neighbours share one plain list, which is full only between their two calls. So no activation outlives a
-        forward, and nothing is global or in the state dict. A copy of the model has lists of its own."""
+        A layer's outbox is the inbox of the next one: a plain list, which is full only between their two calls. So no
+        activation outlives a forward, nothing is in the state dict, and a copy of the model has lists of its own."""
         if self.earlier and not self.inbox:
             raise RuntimeError("ResLoRA layers must be called in chain order, each once: this one came too early")
         received = self.inbox.pop() if self.earlier else []
@@ -142,11 +142,11 @@ class ResLoRALinear(lora.LoRALinear):
     @staticmethod
     @torch.no_grad()
     def calibrate(layers, batches, merge=None):
-        """Find A* of every layer; again after any change of the weights. merge: a name of MERGES, default the first.
+        """Find A* of every layer. Call it again after any change of the weights. merge: a name of MERGES.
 
-        `batches()` is a generator. It sends one batch after another through the model, in eval mode, and yields
-        (mask, M) after each. mask (B, T) is True at real tokens. M, whose gradient weights them, is None for a language
-        model, for a classifier the sum of margins (top logit minus mean), for a regression that of the predictions."""
+        `batches()` is a generator. It sends one batch after another through the model, which you have put into eval
+        mode, and yields (mask, M) after each. mask has the shape of the inputs without d_in and is True at real tokens.
+        M is None for a language model, else the sum over the texts of top logit minus mean logit, or of predictions."""
         layers = [layer for layer in layers if not layer.exact_merge]
         if not layers:
             return
