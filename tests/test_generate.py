@@ -9,6 +9,7 @@ from test_train import command, few_records  # noqa: F401
 
 import data
 import generate
+import lora
 import train
 from checkpoints.pretrained import from_pretrained, save_pretrained
 from evaluation import evaluate
@@ -44,6 +45,7 @@ def test_every_run_writes_merged_and_unmerged(run, capsys, method):
     folder = run("--method", method, "--save-merged", "--lr", "0.1")
     idx = tokens(V=320)[0]
     merged, settings, source = generate.load_run(folder)
+    assert not any(isinstance(m, lora.LoRALinear) for m in merged.modules())
     torch.testing.assert_close(merged(idx)[0], from_pretrained(folder / "merged")(idx)[0], rtol=1e-4, atol=1e-5)
     assert (merged(idx)[0] - from_pretrained(source)(idx)[0]).abs().max() > 1e-3
     unmerged, _, _ = generate.load_run(folder, unmerged=True)

@@ -291,6 +291,20 @@ def test_a_factor_may_have_a_rate_of_its_own():
             torch.testing.assert_close(p - before[name], -0.1 * scale * p.grad)
 
 
+def test_a_run_keeps_the_ratio_of_the_rates_at_every_step(tmp_path, base, monkeypatch):
+    """In the loop too, under warm-up and decay: B's group has 16 times the rate of the others, step for step."""
+    monkeypatch.setitem(METHODS, "shifted", Method(Shifted))
+    rates, real = [], torch.optim.SGD.step
+
+    def step(optimizer, *args):
+        rates.append({group["lr_scale"]: group["lr"] for group in optimizer.param_groups})
+        return real(optimizer, *args)
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    train.main(command(base, tmp_path, "--method", "shifted", "--optimizer", "sgd", "--lr", "1e-3"))
+    assert len(rates) == 6 and len({rate[1.0] for rate in rates}) > 3
+    assert all(rate[16.0] == pytest.approx(16 * rate[1.0]) for rate in rates)
+
+
 def test_a_method_without_as_lora_is_refused_before_it_trains():
     """A class that changes delta but says nothing of its export would export nonsense."""
     class Half(lora.LoRALinear):

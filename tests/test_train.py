@@ -22,7 +22,7 @@ import data
 import generate
 import train
 from checkpoints import adapters, state, tokenizers
-from checkpoints.pretrained import from_pretrained, save_pretrained
+from checkpoints.pretrained import MODELS, from_pretrained, save_pretrained
 from data import reviews
 from evaluation import evaluate, plots
 from experiments import merge_at
@@ -504,12 +504,20 @@ def test_flags_from_a_file(tmp_path, base):
     assert (args.rank, args.alpha, args.lr, str(args.out)) == (3, 5, 1, "a b/run#1")
 
 
-@pytest.mark.parametrize("recipe", sorted(p.name for p in (ROOT / "runs").glob("*.args")))
+RECIPES = sorted(p.name for p in (ROOT / "experiments/recipes").glob("*.args"))
+
+
+def test_there_are_recipes():
+    """The list that the next test runs over is not empty."""
+    assert len(RECIPES) >= 4
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_the_recipes_are_valid_and_can_be_changed_behind(recipe, monkeypatch):
-    """runs/*.args parse, name a model and a dataset; a flag after the file wins."""
+    """experiments/recipes/*.args parse, name a model and a dataset; a flag after the file wins."""
     monkeypatch.chdir(ROOT)
     args = train.parse([f"@experiments/recipes/{recipe}", "--epochs", "2"])
-    assert args.model in train.MODELS and args.epochs == 2 and args.rank in (4, 8) and args.targets == "q,v"
+    assert args.model in MODELS and args.epochs == 2 and args.rank in (4, 8) and args.targets == "q,v"
     assert args.method == ("deltalora" if "deltalora" in recipe else "reslora" if "reslora" in recipe else "lora")
 
 
