@@ -142,7 +142,7 @@ class ResLoRALinear(lora.LoRALinear):
     @staticmethod
     @torch.no_grad()
     def calibrate(layers, batches, merge=None):
-        """Find A* of every layer. Call it again after any change of the weights. merge: a name of MERGES.
+        """Find A* of every layer; call it again when weights have changed. merge: a name of MERGES, default the first.
 
         `batches()` is a generator. It sends one batch after another through the model, which you have put into eval
         mode, and yields (mask, M) after each. mask has the shape of the inputs without d_in and is True at real tokens.
