@@ -13,8 +13,9 @@ from tqdm import tqdm
 import data
 import lora
 from checkpoints import adapters, state, tokenizers
-from checkpoints.files import fingerprint, read_json, write
+from checkpoints.files import read_json, write
 from checkpoints.pretrained import from_pretrained, locate
+from checkpoints.weights import fingerprint_weights
 from data import metrics
 from evaluation import decoding
 from methods import METHODS
@@ -38,6 +39,7 @@ def parse(argv):
     add("--first", type=int, help="only so many records")
     add("--out", type=Path, help="predictions, one JSON object a line (predictions-<split>.jsonl in the run folder)")
     add = parser.add_argument_group("adapter").add_argument
+    add("--model", help="the base, if it has moved since")
     add("--unmerged", action="store_true", help="keep the adapter's layers: slower, to compare")
     add("--cut", type=int, help="a DyLoRA run: use this rank (that of the run)")
     add = parser.add_argument_group("decoding").add_argument
@@ -79,11 +81,12 @@ def parse(argv):
     return args
 
 
-def load_run(folder, unmerged=False, cut=None):
+def load_run(folder, unmerged=False, cut=None, base=None):
     """(model in eval mode, settings, folder of the base) of a run folder.
 
     Merged: the base with the exported adapter folded in, or what full fine-tuning made of it. Unmerged, or with a cut:
-    the method's own layers with the weights that the run kept. ValueError for a folder without a finished run.
+    the method's own layers with the weights that the run kept. base: where the base is, if it has moved. ValueError for
+    a folder without a finished run.
     """
     settings = read_json(folder / "result.json").get("settings")
     if not isinstance(settings, dict):
@@ -107,8 +110,11 @@ def load_run(folder, unmerged=False, cut=None):
                          "only the merged adapter is left, drop --unmerged")
     if cut is not None and "cut" not in method.flags:
         raise ValueError(f"--cut {cut} is for a DyLoRA run, {folder} is one of {settings['method']}")
-    source = locate(settings["model"])
-    if fingerprint(source / "model.safetensors") != settings["base_weights"]:
+    try:
+        source = locate(base or settings["model"])
+    except ValueError as e:
+        raise ValueError(f"{e}; if the base has moved, --model gives its new place") from None
+    if fingerprint_weights(source) != settings["base_weights"]:
         raise ValueError(f"{source} has other weights than those that {folder} was trained on")
     model = from_pretrained(source)
     if method.adapter and not unmerged and cut is None:
@@ -184,7 +190,7 @@ def judge(dataset, records, texts, references):
 
 def generate(args):
     """From flags to texts; returns the metrics of a split, else None."""
-    model, settings, source = load_run(args.run, args.unmerged, args.cut)
+    model, settings, source = load_run(args.run, args.unmerged, args.cut, args.model)
     dataset = args.dataset or settings["dataset"]
     if dataset not in data.DATASETS or data.about(dataset, "LABELS"):
         raise ValueError(f"--dataset {dataset} is not one of texts to write: choose "
@@ -206,7 +212,7 @@ def generate(args):
     texts, references = write_many(model, tokenizer, records, args, dataset), [of[record] for record in records]
     rows = [json.dumps(dict(record=record, text=text, references=group)) + "\n"
             for record, text, group in zip(records, texts, references, strict=True)]
-    write(args.out, lambda part: part.write_text("".join(rows)))
+    write(args.out, lambda part: part.write_text("".join(rows), encoding="utf-8"))
     for record, text in list(zip(records, texts, strict=True))[:3]:
         print(f"{record}\n  -> {text}")
     scores = judge(dataset, records, texts, references)

@@ -20,6 +20,7 @@ class Method(NamedTuple):
     flags: dict = {}  # {name: arguments for argparse} of its own flags; a default may be a function of the steps
     for_merging: tuple = ()  # the flags that only merging reads, which a resumed run may change
     trains_base: bool = False  # True where all parameters train
+    planned: bool = False  # True where a plan depends on the number of steps: a run cannot be made longer
 
 
 class NoAdapter(LoRALinear):
@@ -55,7 +56,7 @@ METHODS = {
                              help="t_f, steps at the end in which the ranks stay as they are (four tenths)"),
         "budget_every": dict(type=int, default=lambda steps: max(1, steps // 100),
                              help="steps between two allocations of ranks (a hundredth of the run)"),
-    }),
+    }, planned=True),
     "dylora": Method(DyLoRALinear, {
         "frozen": dict(action="store_true", default=False, help="train only the last of the drawn ranks"),
         "cut": dict(type=ranks, help="the rank to merge and export at; after commas, more ranks to measure beside it "

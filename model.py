@@ -244,7 +244,7 @@ class Classifier(nn.Module):
 class RoBERTa(nn.Module):
     """num_labels 0: a masked language model; 1: regression; more: a classifier. The other head is None."""
 
-    causal, fresh_head = False, False  # fresh_head: set by `from_pretrained` where the checkpoint has no such head
+    causal, fresh_head, labels = False, False, None  # set by `from_pretrained`: is the head new, names of the classes
 
     def __init__(self, config, num_labels=0):
         super().__init__()

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import sys
+from argparse import Namespace
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch.distributed as dist
 import torch.nn as nn
 
 import data
+from checkpoints import state
+from checkpoints.files import read_text
 from checkpoints.pretrained import MODELS
 from lora import LoRALinear
 from methods import METHODS
@@ -46,7 +49,7 @@ def parser(description):
     """The flags of train.py. A flag that depends on dataset or method has no default here: `fill_in` gives it one."""
     parser = Parser("train.py", description)
     add = parser.add_argument_group("method").add_argument
-    add("--method", default="lora", help=", ".join(METHODS))
+    add("--method", help=", ".join(METHODS) + " (lora)")
     add("--rank", type=int, help="r, 1 up to the smaller side of the linears (8)")
     add("--alpha", type=float, help="numerator of the scale (16)")
     add("--rs", action="store_true", help="rsLoRA's scale, alpha / sqrt(r), with any method")
@@ -85,14 +88,43 @@ def parser(description):
     add = parser.add_argument_group("run folder").add_argument
     add("--out", type=Path, help="out/<dataset>-<method>-r<rank>-s<seed>")
     add("--eval-every", type=int, help="steps between validations, each a checkpoint (a tenth of the run)")
-    add("--resume", action="store_true", help="go on from the run folder's last checkpoint")
+    add("--resume", action="store_true", help="go on from --out's last checkpoint, with the flags of that run")
     add("--save-merged", action="store_true", help="write merged/, a checkpoint that transformers loads")
     return parser
 
 
 def parse(argv=None, description=None):
-    """Parses the flags, fills in defaults, refuses contradictions with ValueError."""
-    args = parser(description).parse_args(argv)
+    """Parses the flags, fills in defaults, refuses contradictions with ValueError. With --resume every flag that is not
+    given has the value that it had in the run."""
+    flags, argv = parser(description), sys.argv[1:] if argv is None else list(argv)
+    args = flags.parse_args(argv)
+    if args.resume:
+        args = flags.parse_args([*stored_flags(args, vars(flags.parse_args([]))), *argv])
+    return complete(args)
+
+
+def stored_flags(args, known):
+    """The flags of the run that `args` resumes, from its folder; known: the names of all flags but the methods' own."""
+    out = args.out or complete(Namespace(**vars(args))).out
+    stored = state.read_state(out / "resume.safetensors")[3]
+    for name in ("method", "dataset"):
+        if getattr(args, name) not in (None, stored.get(name)):
+            raise ValueError(f"cannot resume {out} with {name} {getattr(args, name)}: it began with {stored.get(name)}")
+    if stored.get("method") in METHODS:
+        known = known.keys() | METHODS[stored["method"]].flags.keys()
+    given = {"steps"} if args.epochs else {}  # --epochs says it anew
+    argv = [f"--out={out}"]
+    for name, value in stored.items():
+        flag = "--" + name.replace("_", "-")
+        if name in known and name not in given and value is not None and value is not False:
+            value = ",".join(map(str, value)) if isinstance(value, list) else value
+            argv.append(flag if value is True else f"{flag}={value}")
+    return argv
+
+
+def complete(args):
+    """The flags with their defaults; ValueError for contradictions."""
+    args.method = args.method or "lora"
     if args.method not in METHODS:
         raise ValueError(f"unknown method {args.method!r}: choose from {', '.join(METHODS)}")
     if args.dataset is None:
@@ -148,7 +180,9 @@ def fill_in(args):
     if args.steps is None and args.epochs is None:
         args.steps, args.epochs = defaults.get("steps"), defaults.get("epochs")
     rank = "" if args.rank is None else f"-r{args.rank}"
-    args.out = args.out or Path(f"out/{args.dataset.replace('/', '-')}-{args.method}{rank}-s{args.seed}")
+    own = [getattr(args, name, None) for name in METHODS[args.method].flags]  # --shortcut block has a folder of its own
+    own = "".join(f"-{','.join(map(str, value)) if isinstance(value, list) else value}" for value in own if value)
+    args.out = args.out or Path(f"out/{args.dataset.replace('/', '-')}-{args.method}{own}{rank}-s{args.seed}")
 
 
 def check_ranges(args):
@@ -197,11 +231,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, name, description, files=True):
         super().__init__(name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False, fromfile_prefix_chars="@" if files else None,
-                         epilog="@FILE reads flags from a file, one a line." if files else None)
-
-    def convert_arg_line_to_args(self, line):
-        return shlex.split(re.sub(r"(^|\s)#.*", "", line))
+                         allow_abbrev=False, epilog="@FILE reads flags from a file, one a line." if files else None)
+        self.files = files
 
     def error(self, message):
         if "--merge-at" in message:
@@ -209,10 +240,23 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
     def parse_args(self, argv=None):
-        try:
-            return self.parse_intermixed_args(argv)  # flags may stand before, between and behind the rest
-        except RecursionError:
-            raise ValueError("a file of flags includes itself") from None
+        argv = sys.argv[1:] if argv is None else argv
+        # flags may stand before, between and behind the rest
+        return self.parse_intermixed_args(self.from_files(argv) if self.files else argv)
+
+    def from_files(self, argv, depth=0):
+        """The flags with those of the files in the place of @FILE."""
+        if depth > 20:
+            raise ValueError("a file of flags includes itself")
+        flags = []
+        for flag in map(str, argv):
+            if flag.startswith("@"):
+                lines = read_text(Path(flag[1:])).split("\n")
+                inside = [part for line in lines for part in shlex.split(re.sub(r"(^|\s)#.*", "", line))]
+                flags += self.from_files(inside, depth + 1)
+            else:
+                flags.append(flag)
+        return flags
 
 
 def pick_device(name, dtype):

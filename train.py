@@ -20,7 +20,7 @@ from tqdm import tqdm
 import lora
 import settings
 from checkpoints import adapters, files, state
-from checkpoints.pretrained import from_pretrained, locate
+from checkpoints.pretrained import MODELS, from_pretrained, locate
 from data import Dataset, about, step_batches
 from evaluation import plots
 from evaluation.evaluate import calibration_batches, report, to_device, validate
@@ -141,7 +141,7 @@ class Run:
         self.args, self.source = args, locate(args.model)
         settings.check_folders(args, self.source)
         # The model, with a head of as many labels as the data has, and the data, encoded for this model
-        self.model = from_pretrained(self.source, len(about(args.dataset, "LABELS")))
+        self.model = from_pretrained(self.source, len(labels := about(args.dataset, "LABELS")), labels)
         args.context = args.context or min(self.model.context, 256)
         settings.check_model(args, self.model, self.source)
         self.data = Dataset(args.dataset, args.data_dir, self.source, self.model, args.context)
@@ -159,9 +159,7 @@ class Run:
         self.names = [name_of[layer] for layer in self.layers]
         self.parameters = {"trainable": sum(p.numel() for p in self.params),
                            "total": sum(p.numel() for p in self.model.parameters())}
-        free = METHODS[args.method].for_merging  # may change when the run is resumed
-        self.settings = state.identity({k: v for k, v in {**vars(args), **self.own}.items() if k not in free},
-                                       self.source, self.data.pairs, settings.WORLD)
+        self.settings = state.identity({**vars(args), **self.own}, self.source, self.data.pairs, settings.WORLD)
         self.log = state.Log(args.out, self.settings, self.data.metric)
 
     def ranks(self):
@@ -190,7 +188,7 @@ def merge(run, metrics):
         name = f"merged by {way}" if isinstance(way, str) else f"merged at rank {way}"
         metrics[name] = run.report(lora.merge(trial), f"the model {name}")
     adapter.prepare_merge(run.layers, kept, functools.partial(run.calibration_batches, model))
-    adapters.save_adapter(args.out, model, run.source, args.dropout)
+    adapters.save_adapter(args.out, model, MODELS.get(args.model, args.model), args.dropout)
     metrics["merged"] = run.report(lora.merge(model), "the merged model")
 
 
@@ -212,8 +210,10 @@ def one_run(args):
     settings.join(args.device)
     run = Run(args)
     announce(run, settings.WORLD)
-    # what cannot be resumed, or does not suit the method, is refused before anything is computed
-    done = state.read_state(args.out / "resume.safetensors", run.settings)[1] if args.resume else 0
+    # what cannot be resumed or replaced, or does not suit the method, is refused before anything is computed
+    done = state.check_resume(args.out, run.settings, METHODS[args.method]) if args.resume else 0
+    if not args.resume and not settings.RANK:
+        state.check_replaceable(args.out, run.settings)
     run.log.first = run.adapter.begin(run.layers, args.steps, done)
     if settings.RANK:
         return fit(run)
@@ -232,9 +232,9 @@ def one_run(args):
     if run.layers:
         merge(run, metrics)
     if args.save_merged:
-        state.save_merged(args.out / "merged", run.model, run.source)
+        state.save_merged(args.out / "merged", run.model, run.source, run.data.tokenizer)
 
-    result = {"settings": {**run.settings, **run.own, "device": str(args.device)}, "metrics": metrics,
+    result = {"settings": {**run.settings, "device": str(args.device)}, "metrics": metrics,
               "parameters": run.parameters, "splits": run.data.splits,
               "selected": {"step": state.best_step(rows, run.log.first), "by": f"validation {run.data.metric}"},
               "versions": {"python": platform.python_version(), "torch": torch.__version__},

@@ -25,15 +25,24 @@ from safetensors.torch import save_file
 
 from checkpoints.files import check_keys, fingerprint, read_json, read_safetensors, write, write_json
 from checkpoints.pretrained import family
+from checkpoints.weights import short
 from lora import LoRALinear
 from methods import adapt
 
 PREFIX = "base_model.model."  # PEFT's, before every key
 # The first value is also what an absent key means. With others the adapter is no plain LoRA: PEFT's pissa, olora, corda
 # and the like change W itself, again at every loading.
-PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "use_dora": (False, None), "alora_invocation_tokens": (None,),
-         "layer_replication": (None,), "arrow_config": (None,),
+PLAIN = {"peft_type": ("LORA",), "bias": ("none",),
          "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
+# Keys that say where an adapter is and how it was trained. Any other key that is set makes it another method: DoRA's
+# use_dora, KaSA's kasa_config, a bias on B, trained embeddings, …
+READ = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
+        "layers_to_transform", "layers_pattern", "modules_to_save", "fan_in_fan_out", "lora_dropout", "task_type",
+        "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "megatron_config",
+        "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+        "runtime_config", "ensure_weight_tying", "velora_config", "monteclora_config"}
+# What these two need while they train, and an evaluation does not
+TRAINING_ONLY = {"velora_config": ".lora_velora_embed", "monteclora_config": ".lora_monteclora_sampler."}
 
 
 def fingerprint_adapter(folder):
@@ -141,36 +150,55 @@ def adapt_as(model, settings):
 
 
 def read_adapter(folder):
-    """(config, {name: tensor} without PEFT's prefix) of an adapter folder; ValueError for what is no plain LoRA."""
+    """(config, {name: tensor}, {name: the name in the file}) of an adapter folder, names without PEFT's prefix;
+    ValueError for what is no plain LoRA."""
+    if not (folder / "adapter_config.json").exists() and (folder / "config.json").exists():
+        raise ValueError(f"{folder} is a model and no adapter: give it as --model")
     config, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     for key, good in PLAIN.items():
         if config.get(key, good[0]) not in good:
             raise ValueError(f"{folder}: {key} {config[key]!r} is not supported, only {' or '.join(map(repr, good))}")
-    tensors = read_safetensors(path)
-    if not all(key.startswith(PREFIX) for key in tensors):
-        raise ValueError(f"{path}: {min(tensors)} does not begin with {PREFIX}")
-    tensors = {key.removeprefix(PREFIX): t.float() for key, t in tensors.items()}
-    for key, t in tensors.items():
+    for key, value in config.items():
+        if value and key not in PLAIN.keys() | READ:
+            raise ValueError(f"{folder}: {key} {str(value)[:60]} is not supported, an adapter with it is no plain LoRA")
+    if not path.exists() and (folder / "adapter_model.bin").exists():
+        raise ValueError(f"{folder} has its weights in adapter_model.bin, and only safetensors are read here: PEFT's "
+                         "PeftModel.from_pretrained(base, folder).save_pretrained(folder) writes them")
+    tensors, origin = {}, {}
+    for key, t in read_safetensors(path).items():
+        name = short(key)
+        if not name.startswith(PREFIX):
+            raise ValueError(f"{path}: {key} does not begin with {PREFIX}")
+        if any(config.get(flag) and part in name for flag, part in TRAINING_ONLY.items()):
+            continue
         if not t.isfinite().all():
             raise ValueError(f"{path}: {key} holds NaN or inf")
-        if "lora_" in key and (t.dim() != 2 or not t.numel()):
+        if "lora_" in name and (t.dim() != 2 or not t.numel()):
             raise ValueError(f"{path}: {key} has shape {tuple(t.shape)}, which is no matrix")
-    return config, tensors
+        # torch.compile wraps the model inside of PEFT's; a raw state dict has the adapter's name in it
+        name = re.sub(r"\.(modules_to_save\.)?default\.", ".", short(name.removeprefix(PREFIX)))
+        tensors[name], origin[name] = t.float(), key
+    return config, tensors, origin
 
 
 def load_adapter(model, folder, dropout=0.0):
     """Put an adapter folder, ours or PEFT's, into a model that has none: plain LoRA layers, and a head if there is one.
 
     Returns the layers. A c_attn of GPT-2 becomes an adapter on each of q, k and v, with the rows of A that its third of
-    B uses. A linear that the file does not mention gets none; its dropout is not taken over. Raises ValueError, and
-    leaves the model as it was, for half an adapter, unexpected or mis-shaped tensors, and what is no plain LoRA.
+    B uses. A linear that the file does not mention gets none; its dropout is not taken over. Where the file has no head
+    for a classifier, the model's stays and a line says so. Raises ValueError, and leaves the model as it was, for half
+    an adapter, unexpected or mis-shaped tensors, and what is no plain LoRA.
     """
-    folder = Path(folder)
+    folder, prefix = Path(folder), family(model).prefix
     path = folder / "adapter_model.safetensors"
-    config, tensors = read_adapter(folder)
-    head = {key.removeprefix("classifier."): tensors.pop(key) for key in list(tensors) if key.startswith("classifier.")}
-    if head or model.classifier:
-        check_keys(head, model.classifier.state_dict() if model.classifier else {}, f"{path}, head,")
+    config, tensors, origin = read_adapter(folder)
+    if not any(name.startswith(prefix) for name in tensors):  # made on a bare model
+        tensors, origin = ({name if name.startswith("classifier.") else prefix + name: value
+                            for name, value in names.items()} for names in (tensors, origin))
+    head, others = take_head(tensors, prefix)
+    if head:
+        check_keys(head, model.classifier.state_dict() if model.classifier else {}, f"{path}, head,",
+                   lambda name: origin.get(f"classifier.{name}", f"{PREFIX}classifier.{name}"))
 
     linears = {name: m for name, m in model.named_modules() if type(m) is torch.nn.Linear and name.startswith("h.")}
     places, wanted = {}, {}
@@ -182,7 +210,7 @@ def load_adapter(model, folder, dropout=0.0):
             wanted[f"{module}.lora_A.weight"] = torch.empty(rank, linear.in_features, device="meta")
             d_out = linear.out_features * (1 if third is None else 3)
             wanted[f"{module}.lora_B.weight"] = torch.empty(d_out, rank, device="meta")
-    check_keys(tensors, wanted, path)
+    check_keys(tensors, wanted, path, lambda name: origin.get(name, PREFIX + name))
     if not places:
         raise ValueError(f"{path} holds no adapter for this model")
     layers = {}
@@ -204,8 +232,23 @@ def load_adapter(model, folder, dropout=0.0):
         model.set_submodule(name, layer)
     if head:
         model.classifier.load_state_dict(head)
+    elif model.classifier or others:
+        stays = "a fresh one is trained from scratch" if model.fresh_head else "the model's own stays"
+        left_out = f" (left out: {', '.join(others)})" * bool(others)
+        print(f"head     {folder} has no head for this task: {stays}{left_out}")
+    if model.classifier:
         model.classifier.requires_grad_(True)
     return list(layers.values())
+
+
+def take_head(tensors, prefix):
+    """Take the head out of the tensors of an adapter: (our classifier's, names of heads of other tasks). What lies
+    beside the prefix and is no factor is a head, but for lm_head, which is tied to the embedding."""
+    beside = [name for name in tensors if "lora_" not in name and not name.startswith((prefix, "lm_head."))]
+    kept = [name for name in beside if name.startswith("classifier.") and name.count(".") > 1]
+    others = sorted({name.split(".")[0] for name in beside if name not in kept})
+    taken = {name: tensors.pop(name) for name in beside}
+    return {name.removeprefix("classifier."): taken[name] for name in kept}, others
 
 
 def peft_scaling(config, module, rank, where):

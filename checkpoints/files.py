@@ -25,7 +25,7 @@ def write(path, write_to):
 
 
 def write_json(path, content):
-    write(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n"))
+    write(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 
 def write_csv(path, rows):
@@ -34,7 +34,7 @@ def write_csv(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def write_to(part):
-        with open(part, "w", newline="") as f:
+        with open(part, "w", newline="", encoding="utf-8") as f:
             table = csv.DictWriter(f, columns, restval="", lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
@@ -43,17 +43,34 @@ def write_csv(path, rows):
 
 def read_csv(path):
     """[{column: text}]"""
-    with open(path, newline="") as f:
+    with open(path, newline="", encoding="utf-8") as f:
         return list(csv.DictReader(f))
+
+
+def read_text(path):
+    """The text of a file, whatever the locale: UTF-8, without a byte order mark, every line ending in a line feed.
+    ValueError, with the line, for what is not UTF-8, and for what does not exist."""
+    try:
+        data = path.read_bytes()
+        return one_kind_of_line_end(data.decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except UnicodeDecodeError as e:
+        utf16 = " (it begins as UTF-16 does)" * data.startswith((b"\xff\xfe", b"\xfe\xff"))
+        raise ValueError(f"{path}, line {data[:e.start].count(10) + 1}: not UTF-8{utf16}") from None
+
+
+def one_kind_of_line_end(text):
+    """Windows' and old Macs' line ends become line feeds, as when Python opens a file."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path):
     """The JSON object in a file; ValueError if it holds none."""
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (ValueError, RecursionError, OSError) as e:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object")
@@ -74,16 +91,17 @@ def read_safetensors(path):
     return tensors
 
 
-def check_keys(tensors, wanted, where):
-    """Refuse a state dict with missing, unexpected or mis-shaped entries, naming the first of them."""
+def check_keys(tensors, wanted, where, named=str):
+    """Refuse a state dict with missing, unexpected or mis-shaped entries, naming the first of them. named: our name ->
+    the one in the file."""
     for what, keys in (("lacks", wanted.keys() - tensors.keys()),
                        ("holds unexpected", tensors.keys() - wanted.keys())):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise ValueError(f"{where} {what} {min(keys)}{more}")
+            raise ValueError(f"{where} {what} {named(min(keys))}{more}")
     for key, t in wanted.items():
         if tensors[key].shape != t.shape:
-            raise ValueError(f"{where}: {key} has shape {tuple(tensors[key].shape)}, not {tuple(t.shape)}")
+            raise ValueError(f"{where}: {named(key)} has shape {tuple(tensors[key].shape)}, not {tuple(t.shape)}")
 
 
 def fingerprint(content):

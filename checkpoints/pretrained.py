@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from checkpoints import hub
-from checkpoints.files import check_keys, read_json, read_safetensors, write, write_json
+from checkpoints import hub, tokenizers, weights
+from checkpoints.files import check_keys, read_json, write, write_json
 from model import GPT, Classifier, GPTConfig, LMHead, RoBERTa, RobertaConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,64 +30,105 @@ def locate(source):
     if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise ValueError(f"model folder {source} does not exist")
     try:
-        return hub.fetch(source, ["config.json", "model.safetensors", "vocab.json", "merges.txt", "*.tiktoken"])
+        return hub.fetch(source, ["config.json", *weights.PATTERNS, *tokenizers.FILES])
     except (OSError, ValueError) as e:
         raise ValueError(f"model {source!r} is neither a folder nor to be had from the hub ({type(e).__name__}): "
                          "give --model a folder with config.json and model.safetensors") from None
 
 
-def from_pretrained(source, num_labels=None):
+def from_pretrained(source, num_labels=None, labels=()):
     """Folder or hub id -> GPT or RoBERTa, by the model_type in config.json, in fp32 on the CPU.
 
     num_labels, RoBERTa only: 0 for the masked-LM head, 1 for regression, more for a classifier; None takes the head
-    that the checkpoint has. Where the checkpoint lacks the head, a fresh one is made and a line says so. ValueError for
+    that the checkpoint has. Where the checkpoint lacks the head, a fresh one is made and a line says so. labels: names
+    of the classes 0, 1, …; a head that config.json gives the same names in another order is reordered. ValueError for
     a checkpoint that is incomplete or of another kind.
     """
     folder = locate(source)
-    config, path = read_config(folder), folder / "model.safetensors"
-    state = {key: t.float() for key, t in read_safetensors(path).items()}
-    kind = FAMILIES[config.model_type]
+    config, state, files = read_config(folder), weights.read_weights(folder), weights.weight_files(folder)
+    kind, where = FAMILIES[config.model_type], files[0] if len(files) == 1 else folder
+    if kind.model.causal and num_labels:
+        raise ValueError(f"{source} is a GPT-2, which has no classification head here: choose a RoBERTa")
+    if num_labels is None and not kind.model.causal:
+        sizes = [len(t) for key, t in state.items() if weights.short(key) == "classifier.out_proj.weight" and t.dim()]
+        num_labels = sizes[0] if sizes else 0
     with torch.device("meta"):  # no memory, no initial values: the file brings both
-        if kind.model.causal:
-            if num_labels:
-                raise ValueError(f"{source} is a GPT-2, which has no classification head here: choose a RoBERTa")
-            model = kind.model(config)
-        else:
-            head = state.get("classifier.out_proj.weight", torch.empty(0))
-            model = kind.model(config, head.shape[0] if num_labels is None and head.dim() else num_labels or 0)
-        state = kind.from_hub(state, path)
-    if not kind.model.causal:
-        state = fit_head(state, model, source, path)
-    check_keys(state, model.state_dict(), path)
-    model.load_state_dict({key: t.contiguous() for key, t in state.items()}, assign=True)
+        model = kind.model(config) if kind.model.causal else kind.model(config, num_labels)
+        expected = kind.to_hub(model.state_dict())
+    head = "classifier." if num_labels else "lm_head."
+    state, origin, others = weights.standard(state, expected, head, kind.prefix, kind.tied, kind.ignored, where)
+    bare = not any(name.startswith(kind.prefix) for name in map(weights.short, origin.values()))
+
+    def named(name):
+        return origin.get(name, name.removeprefix(kind.prefix) if bare else name)
+    if model.causal:
+        if others:
+            print(f"head     {source}: left out is {', '.join(sorted(others))}, the head of another task")
+    else:
+        model.labels = tuple(labels) or None
+        state = fit_head(state, model, head, expected, others, source, where, named)
+        if model.labels and not model.fresh_head:
+            reorder_labels(state, model.labels, folder, source)
+    check_keys(state, expected, where, named)
+    model.load_state_dict({key: t.contiguous() for key, t in kind.from_hub(state).items()}, assign=True)
     return model
 
 
-def fit_head(state, model, source, path):
+def fit_head(state, model, head, expected, others, source, where, named):
     """The state with the head that the model asks for: the checkpoint's, or a fresh one."""
-    name, other = ("classifier", "lm_head") if model.classifier else ("lm_head", "classifier")
-    state = {key: t for key, t in state.items() if not key.startswith(other + ".")}
     output = state.get("classifier.out_proj.weight")
-    if output is not None and output.shape[:1] != (model.num_labels,):  # pretrained on another task
+    if output is not None and output.shape[:1] != (model.num_labels,):  # pretrained with other labels
         state = {key: t for key, t in state.items() if not key.startswith("classifier.")}
-    if not any(key.startswith(name + ".") for key in state):
-        model.fresh_head = True
-        body = {key: t for key, t in model.state_dict().items() if not key.startswith(name + ".")}
-        check_keys(state, body, path)  # before a head is made, of a size that only a damaged config has
-        fresh = Classifier(model.config, model.num_labels) if model.classifier else LMHead(model.config)
-        state.update({f"{name}.{key}": t for key, t in fresh.state_dict().items()})
-        what = f"{model.num_labels} label{'s' * (model.num_labels > 1)}" if model.classifier else "masked tokens"
-        print(f"head     {source} has no head for {what}: a fresh one is trained from scratch")
-    return state
+        others = {*others, "classifier"}
+    found = f" (left out: {', '.join(sorted(others))})" * bool(others)
+    if any(key.startswith(head) for key in state):
+        if others - {"lm_head", "classifier"}:
+            print(f"head     {source}{found}")
+        return state
+    model.fresh_head = True
+    body = {key: t for key, t in expected.items() if not key.startswith(head)}
+    check_keys(state, body, where, named)  # before a head is made, of a size that only a damaged config has
+    fresh = Classifier(model.config, model.num_labels) if model.classifier else LMHead(model.config)
+    what = f"{model.num_labels} label{'s' * (model.num_labels > 1)}" if model.classifier else "masked tokens"
+    print(f"head     {source} has no head for {what}: a fresh one is trained from scratch{found}")
+    return {**state, **{f"{head}{key}": t for key, t in fresh.state_dict().items()}}
 
 
-def save_pretrained(model, folder, dtype=None):
-    """Write config.json and model.safetensors as `transformers` reads and writes them, in `dtype` if one is given."""
+def reorder_labels(state, labels, folder, source):
+    """Put the rows of a classifier's output in the order of `labels`, if config.json has the same names in another
+    order. Names such as LABEL_0 mean nothing: then the order is taken as it is, and so it is, with a line, where the
+    names differ."""
+    path, weight = folder / "config.json", state["classifier.out_proj.weight"]
+    names = read_json(path).get("id2label") or {str(i): f"LABEL_{i}" for i in range(len(labels))}
+    if not isinstance(names, dict) or names.keys() != {str(i) for i in range(len(labels))}:
+        raise ValueError(f"{path}: id2label {names!r} does not name the {len(weight)} labels of the head")
+    theirs = [plain(names[str(i)]) for i in range(len(labels))]
+    ours = [plain(name) for name in labels]
+    if theirs == ours or len(labels) == 1 or all(re.fullmatch(r"(label )?\d+", name) for name in theirs):
+        return
+    if sorted(theirs) != sorted(ours):
+        print(f"labels   {source} calls them {', '.join(theirs)}, the data {', '.join(ours)}: taken in this order")
+        return
+    order = [theirs.index(name) for name in ours]
+    for key in ("classifier.out_proj.weight", "classifier.out_proj.bias"):
+        if len(state.get(key, ())) == len(order):  # else it is refused later
+            state[key] = state[key][order]
+    print(f"labels   {source} has the order {', '.join(theirs)}: its head is matched by name")
+
+
+def plain(name):
+    """A label's name without what differs by habit: "NOT_ENTAILMENT" -> "not entailment"."""
+    return re.sub(r"[\s_-]+", " ", str(name).strip().lower())
+
+
+def save_pretrained(model, folder, dtype=None, more=()):
+    """Write config.json and model.safetensors as `transformers` reads and writes them, in `dtype` if one is given.
+    more: {key: value} that config.json is to have beside what describes the model."""
     kind, folder = family(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: t.detach().to("cpu", dtype).contiguous() for key, t in kind.to_hub(model.state_dict()).items()}
     write(folder / "model.safetensors", lambda part: save_file(state, part, {"format": "pt"}))
-    write_json(folder / "config.json", {**asdict(model.config), "model_type": model.config.model_type,
+    write_json(folder / "config.json", {**dict(more), **asdict(model.config), "model_type": model.config.model_type,
                                         "tie_word_embeddings": True, **kind.describe(model)})
 
 
@@ -148,21 +189,14 @@ def to_gpt2(state):
     return out
 
 
-def from_gpt2(state, where="checkpoint"):
-    """The reverse, with or without the `transformer.` prefix."""
+def from_gpt2(state):
+    """The reverse."""
     out = {}
     for key, t in state.items():
         key = key.removeprefix("transformer.")
-        if key.endswith((".attn.bias", ".attn.masked_bias")):
-            continue  # old checkpoints carry their causal mask along
-        if key == "lm_head.weight":
-            tied = state.get("transformer.wte.weight", state.get("wte.weight"))
-            if tied is None or not torch.equal(t, tied):
-                raise ValueError(f"{where}: lm_head.weight differs from wte.weight, only tied heads are supported")
-            continue
         if key.startswith("h.") and key.endswith(".weight") and t.dim() == 2:
             t = t.t()
-        if ".c_attn." in key and t.dim() and len(t) % 3 == 0:  # else it ends as an unexpected key
+        if ".c_attn." in key:
             out.update({key.replace("c_attn", n): part for n, part in zip("qkv", t.chunk(3), strict=True)})
             continue
         for ours, theirs in GPT2_NAMES.items():
@@ -210,24 +244,13 @@ def roberta_name(key):
     return f"roberta.{f'encoder.layer.{block}.' if block else ''}{ROBERTA_NAMES[leaf]}.{kind}"
 
 
-def from_roberta(state, where="checkpoint"):
-    """The reverse, with or without the `roberta.` prefix, and without what neither head reads."""
+def from_roberta(state):
+    """The reverse."""
     out, ours = {}, {theirs: name for name, theirs in ROBERTA_NAMES.items()}
-    tied = {"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
-            "lm_head.decoder.bias": "lm_head.bias"}
     for key, t in state.items():
-        if key in tied:
-            if tied[key] not in state or not torch.equal(t, state[tied[key]]):
-                raise ValueError(f"{where}: {key} differs from {tied[key]}, only tied heads are supported")
-            continue
-        key = key.removeprefix("roberta.")
-        if key.startswith("pooler.") or key == "embeddings.position_ids":
-            continue  # BERT's pooler serves a loss that RoBERTa has not
-        module, _, kind = key.rpartition(".")
-        block, leaf = re.fullmatch(r"(?s)(?:encoder\.layer\.(\d+)\.)?(.*)", module).groups()
-        if leaf in ours:
-            key = f"{f'h.{block}.' if block else ''}{ours[leaf]}.{kind}"
-        out[key] = t  # an unknown key ends as an unexpected one
+        module, _, kind = key.removeprefix("roberta.").rpartition(".")
+        block, leaf = re.fullmatch(r"(?:encoder\.layer\.(\d+)\.)?(.*)", module).groups()
+        out[f"{f'h.{block}.' if block else ''}{ours[leaf]}.{kind}" if leaf in ours else key] = t
     return out
 
 
@@ -242,7 +265,9 @@ def describe_roberta(model):
     about = {"architectures": [f"Roberta{kind}"], "hidden_act": "gelu", "type_vocab_size": 1, "bos_token_id": 0,
              "eos_token_id": 2}
     if model.num_labels:
-        about["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.num_labels)}
+        names = model.labels or [f"LABEL_{i}" for i in range(model.num_labels)]
+        about["id2label"] = {str(i): name for i, name in enumerate(names)}
+        about["label2id"] = {name: i for i, name in enumerate(names)}
         about["problem_type"] = "regression" if model.num_labels == 1 else "single_label_classification"
     return about
 
@@ -255,23 +280,31 @@ class Family(NamedTuple):
     model: type
     expected: dict  # what we compute: other values of these keys of config.json would be another model
     to_hub: callable  # state dict -> the hub's
-    from_hub: callable  # (the hub's state dict, where) -> state dict
+    from_hub: callable  # the reverse
     module: callable  # name of a linear -> (its module in `transformers`, which third of its output, or None)
     describe: callable  # model -> {key of config.json: value} beside the sizes
     conv1d: bool  # whether the hub's linears are Conv1D, with transposed weights
+    prefix: str  # of the hub's names, but those of a head
+    tied: dict  # {hub's name: the name under which the same tensor is expected}
+    ignored: str  # regular expression of the hub's names, without the prefix, that carry nothing the model computes
 
 
 FAMILIES = {
     "gpt2": Family(GPTConfig, GPT, {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "tie_word_embeddings": (True,),
         "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
-        "reorder_and_upcast_attn": (False,),
-    }, to_gpt2, from_gpt2, gpt2_module, describe_gpt2, conv1d=True),
+        "reorder_and_upcast_attn": (False,), "quantization_config": (None,),
+    }, to_gpt2, from_gpt2, gpt2_module, describe_gpt2, conv1d=True, prefix="transformer.",
+        tied={"lm_head.weight": "transformer.wte.weight"},
+        ignored=r"h\.\d+\.attn\.(bias|masked_bias)$"),  # old checkpoints carry their causal mask along
     "roberta": Family(RobertaConfig, RoBERTa, {
         "hidden_act": ("gelu",), "position_embedding_type": ("absolute",), "type_vocab_size": (1,),
         "tie_word_embeddings": (True,), "is_decoder": (False,), "add_cross_attention": (False,), "bos_token_id": (0,),
-        "pad_token_id": (1,), "eos_token_id": (2,),
-    }, to_roberta, from_roberta, roberta_module, describe_roberta, conv1d=False),
+        "pad_token_id": (1,), "eos_token_id": (2,), "quantization_config": (None,),
+    }, to_roberta, from_roberta, roberta_module, describe_roberta, conv1d=False, prefix="roberta.",
+        tied={"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+              "lm_head.decoder.bias": "lm_head.bias"},
+        ignored=r"pooler\.|embeddings\.(position_ids|token_type_ids)$"),  # the pooler serves a loss of BERT's
 }
 
 

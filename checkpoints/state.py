@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 
 from checkpoints import tokenizers
 from checkpoints.adapters import fingerprint_adapter
-from checkpoints.files import check_keys, fingerprint, read_safetensors, write, write_csv
+from checkpoints.files import check_keys, fingerprint, read_json, read_safetensors, write, write_csv
 from checkpoints.pretrained import MODELS, save_pretrained
+from checkpoints.weights import fingerprint_weights
 
 STATE = "resume.safetensors", "log.csv"
 RESULTS = ("result.json", "curve.png", "ranks.png", "adapter_config.json", "adapter_model.safetensors",
@@ -35,12 +36,20 @@ def clear(folder, names):
         (folder / "merged").rmdir()
 
 
-def save_merged(folder, model, source):
-    """The merged model as a checkpoint folder of its own, with the tokenizer of the folder it came from."""
-    save_pretrained(model, folder)
-    for name in tokenizers.FILES:
-        if (Path(source) / name).exists():
-            write(folder / name, lambda part, name=name: shutil.copyfile(Path(source) / name, part))
+def save_merged(folder, model, source, tokenizer):
+    """The merged model as a checkpoint folder of its own, with the tokenizer of the folder it came from, and what its
+    config.json said beside what we write anew. Texts end with the token that they were trained to end with."""
+    labels = "id2label", "label2id", "num_labels", "problem_type"
+    kept = {key: value for key, value in read_json(source / "config.json").items()
+            if key not in (*labels, "dtype", "torch_dtype", "transformers_version")}
+    if model.causal:
+        kept.update(bos_token_id=tokenizer.eot_token, eos_token_id=tokenizer.eot_token)
+    save_pretrained(model, folder, more=kept)
+    files = [name for name in tokenizers.FILES if (source / name).exists()]
+    for name in files:
+        write(folder / name, lambda part, name=name: shutil.copyfile(source / name, part))
+    if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
+        tokenizer.save(folder, roberta=not model.causal)
 
 
 def changing(model):
@@ -51,10 +60,9 @@ def changing(model):
 
 
 def identity(settings, source, pairs, processes):
-    """The settings that make a run this one and no other, with fingerprints of the base and the data: what must be the
-    same when it is resumed."""
-    free = "resume", "out", "save_merged", "device", "amp", "epochs", "compile"  # may change
-    settings = {name: value for name, value in settings.items() if name not in free}
+    """The settings of a run, as they are written down, with fingerprints of the base and the data."""
+    left_out = "resume", "out", "device", "amp", "epochs"
+    settings = {name: value for name, value in settings.items() if name not in left_out}
     settings["processes"] = processes
     if settings["model"] not in MODELS and Path(settings["model"]).is_dir():
         settings["model"] = str(source.resolve())  # from wherever the run is read
@@ -62,9 +70,56 @@ def identity(settings, source, pairs, processes):
         settings["init_from"] = str(Path(settings["init_from"]).resolve())
         settings["init_weights"] = fingerprint_adapter(settings["init_from"])
     small = (source / name for name in ("config.json", *tokenizers.FILES))
-    return {**settings, "base_weights": fingerprint(source / "model.safetensors"),
+    return {**settings, "base_weights": fingerprint_weights(source),
             "base_files": fingerprint([file.read_bytes() for file in small if file.exists()]),
             "data": fingerprint(pairs)}
+
+
+# What may differ between two runs that compute the same: where the files lie, which fingerprints say better, and what
+# does not change a number.
+FREE = "model", "data_dir", "init_from", "save_merged", "compile"
+
+
+def difference(before, now, free=FREE):
+    """In words, how the settings of a run differ from those that it began with; None if they do not."""
+    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key) and key not in free]
+    changed = {"base_weights": f"the model {now.get('model')} has other weights than it began with",
+               "base_files": f"the model {now.get('model')} has another config.json or tokenizer than it began with",
+               "data": f"the data of {now.get('dataset')} have changed since it began",
+               "init_weights": f"the adapter {now.get('init_from')} is not the one that it began with"}
+    for key in ("method", "dataset", *changed, *keys):
+        if key in keys:
+            return changed.get(key) or f"{key} is {now.get(key)} now, and it began with {before.get(key)}"
+    return None
+
+
+def check_replaceable(folder, settings):
+    """A run may replace one with the same settings, and no other. ValueError if `folder` holds another one."""
+    result, resume = folder / "result.json", folder / STATE[0]
+    if result.exists():
+        before = read_json(result).get("settings")
+    else:
+        before = read_state(resume)[3] if resume.exists() else {}
+    before = before if isinstance(before, dict) else {}
+    both = before.keys() & settings.keys()
+    other = difference(*({key: value[key] for key in both} for value in (before, settings)))
+    if other:
+        raise ValueError(f"{folder} holds another run ({other}): choose another --out, or remove that folder")
+
+
+def check_resume(folder, settings, method):
+    """How many steps a run has done; ValueError if it cannot go on with these settings. method: its methods.Method."""
+    _, step, _, before = read_state(folder / STATE[0])
+    other = difference(before, settings, (*FREE, *method.for_merging, "steps"))
+    if other:
+        how = f", or go on from its adapter with --init-from {folder}" * (folder / "adapter_config.json").exists()
+        raise ValueError(f"cannot resume {folder}: {other}. Start a new run with another --out{how}")
+    if settings["steps"] < step:
+        raise ValueError(f"cannot resume {folder} for {settings['steps']} steps: it has done {step} already")
+    if method.planned and settings["steps"] != before.get("steps"):
+        raise ValueError(f"cannot resume {folder} for {settings['steps']} steps: {settings['method']} has planned its "
+                         f"ranks for {before.get('steps')}")
+    return step
 
 
 class Diverged(ValueError):
@@ -127,9 +182,11 @@ class Log:
 
     def resume(self, model, optimizer):
         """Go on from the state in the run folder."""
-        state = load_state(self.folder / STATE[0], model, optimizer, self.settings, self.first)
-        self.saved, self.rows, self.best = state
-        print(f"resume   {self.folder} after step {self.saved}")
+        self.saved, self.rows, self.best, before = load_state(self.folder / STATE[0], model, optimizer, self.first)
+        steps, schedule = self.settings["steps"], self.settings["schedule"]
+        longer = (f", for {steps} steps instead of {before['steps']}: from here on the learning rate is that of the "
+                  f"{schedule} schedule over {steps} steps") if steps != before["steps"] else ""
+        print(f"resume   {self.folder} after step {self.saved}{longer}")
 
     def finish(self, model):
         """Put the best weights back into the model, and see that log.csv is complete: a kill may have cut it short."""
@@ -163,31 +220,26 @@ def save_state(path, model, optimizer, step, settings, rows, best=None, first=1)
     write(path, lambda part: save_file(tensors, part, metadata))
 
 
-def read_state(path, settings):
-    """(tensors, step, rows) of resume.safetensors; ValueError when absent, damaged or of another configuration."""
+def read_state(path):
+    """(tensors, step, rows, settings) of resume.safetensors; ValueError when absent or damaged."""
     if not path.exists():
         raise ValueError(f"there is nothing to resume: {path} does not exist")
     try:
         with safe_open(path, "pt") as f:
-            step, before, rows = (json.loads(f.metadata()[key]) for key in ("step", "settings", "rows"))
+            step, settings, rows = (json.loads(f.metadata()[key]) for key in ("step", "settings", "rows"))
             tensors = {key: f.get_tensor(key) for key in f.keys()}
-        different = [key for key in sorted(settings.keys() | before.keys()) if settings.get(key) != before.get(key)]
         steps = [row["step"] for row in rows]
         if not (type(step) is int and steps[-1] == step and steps == sorted(set(steps)) and steps[0] > 0):
             raise ValueError(f"its step is {step}, those of its log are {steps[-3:]}")
         if not all(row.keys() == rows[0].keys() for row in rows):
             raise ValueError("the rows of its log have different columns")
-        best_step(rows), rows[-1]["seconds"] + 0  # fail here if these are not the rows of a log
+        settings.keys(), best_step(rows), rows[-1]["seconds"] + 0  # fail here if these are not the rows of a log
         for name, t in tensors.items():
             if t.is_floating_point() and not t.isfinite().all():
                 raise ValueError(f"{name} holds NaN or inf")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, IndexError) as e:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as e:
         raise ValueError(f"{path} is damaged: {e!r}") from None
-    if different:
-        key = next((key for key in ("method", "model", "dataset") if key in different), different[0])
-        raise ValueError(f"cannot resume {path.parent} with {key} {settings.get(key)}: "
-                         f"it began with {before.get(key)}")
-    return tensors, step, rows
+    return tensors, step, rows, settings
 
 
 def weights_of(tensors, kind, model, path):
@@ -216,12 +268,12 @@ def put(model, weights):
         t.copy_(weights[name])
 
 
-def load_state(path, model, optimizer, settings, first=1):
+def load_state(path, model, optimizer, first=1):
     """Put a saved state back into a model and an optimizer made with the same settings.
 
-    Returns its step, its rows, and the weights of the best step so far.
+    Returns its step, its rows, the weights of the best step so far, and the settings that it began with.
     """
-    tensors, step, rows = read_state(path, settings)
+    tensors, step, rows, settings = read_state(path)
     weights = weights_of(tensors, "model.", model, path)
     best = weights if best_step(rows, first) == step else weights_of(tensors, "best.", model, path)
     state = {}
@@ -243,4 +295,4 @@ def load_state(path, model, optimizer, settings, first=1):
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return step, rows, best
+    return step, rows, best, settings

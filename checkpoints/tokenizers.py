@@ -1,63 +1,30 @@
-"""Tokenizers. A checkpoint folder with `tokenizer.tiktoken` brings its own; a GPT-2 vocabulary is tiktoken's "gpt2",
-and so is RoBERTa's, with other numbers for the tokens.
+"""Tokenizers. A tokenizer is part of the checkpoint: the ids of a text come from the files of its folder.
 
-The embedded bases use a byte-level BPE of 2,048 tokens (Sennrich et al. 2016, arXiv:1508.07909, on bytes as in GPT-2):
-every text can be encoded, since all 256 bytes are tokens. The file is in tiktoken's format, a line per token: base64 of
-its bytes, a space, its rank. tiktoken does the encoding; the training is below.
+    for_model(folder, config) -> Tokenizer, or RobertaTokenizer, by the model_type of the config
+
+Read are, the first that is there: tokenizer.json; vocab.json with merges.txt; tokenizer.tiktoken, a line per token with
+base64 of its bytes and its rank. A vocab.json alone may number GPT-2's tokens anew, as RoBERTa's does. A GPT-2 without
+any of these files has GPT-2's own vocabulary. The `tokenizers` library does the encoding in all cases.
+
+Special tokens are put around a text by us and never found in it: the letters <|endoftext|> in a text are ordinary text.
 """
 import base64
-import json
-import os
-from collections import Counter, defaultdict
-from itertools import pairwise
+import functools
 from pathlib import Path
 
-import regex
 import tiktoken
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
 
-FILE = "tokenizer.tiktoken"
-FILES = FILE, "vocab.json", "merges.txt"  # the last two are what `transformers` reads
-# A word with its leading space, one digit at a time, a run of punctuation, white space.
+from checkpoints.files import read_json, read_text, write, write_json
+
+# All that says how a text becomes ids, here or in `transformers`
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+         "merges.txt", "tokenizer.tiktoken", "chat_template.jinja")
+UNREADABLE = "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "merges.txt"
+# How tokenizer.tiktoken cuts: a word with its leading space, one digit, a run of punctuation, white space
 PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-def train(texts, size):
-    """The `size` byte strings of a BPE vocabulary: 256 bytes, then the most frequent pair merged again and again."""
-    counts = Counter(word for text in texts for word in regex.findall(PATTERN, text))
-    words = [[bytes([b]) for b in word.encode()] for word in counts]
-    counts = list(counts.values())
-    pairs, where = Counter(), defaultdict(set)  # pair -> how often, pair -> indices of the words that may hold it
-
-    def count(i, sign):
-        for pair in pairwise(words[i]):
-            pairs[pair] += sign * counts[i]
-            where[pair].add(i)
-
-    for i in range(len(words)):
-        count(i, 1)
-    vocabulary = [bytes([b]) for b in range(256)]
-    while len(vocabulary) < size:
-        best = max(pairs, key=lambda p: (pairs[p], p))  # ties by bytes: the same text gives the same vocabulary
-        vocabulary.append(best[0] + best[1])
-        for i in where.pop(best):
-            count(i, -1)
-            old, new = words[i], []
-            while old:
-                n = 2 if tuple(old[:2]) == best else 1
-                new.append(b"".join(old[:n]))
-                old = old[n:]
-            words[i] = new
-            count(i, 1)
-        del pairs[best]
-    return vocabulary
-
-
-def save(vocabulary, folder):
-    """Write folder/tokenizer.tiktoken."""
-    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(vocabulary)]
-    part = Path(folder) / (FILE + ".part")
-    part.write_text("".join(lines))
-    os.replace(part, Path(folder) / FILE)
+ROBERTA = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
 
 
 def for_model(folder, config):
@@ -66,30 +33,178 @@ def for_model(folder, config):
 
 
 def load(folder, vocab_size):
-    """GPT-2's way, a tiktoken.Encoding for `vocab_size` embeddings: the ranks, then <|endoftext|>."""
-    if (Path(folder) / FILE).exists():
-        ranks = read_ranks(folder, vocab_size - 1, vocab_size)
-        return tiktoken.Encoding("tiny", pat_str=PATTERN, mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": len(ranks)})
-    if vocab_size != 50257:
-        raise ValueError(f"{folder} has no {FILE}, and {vocab_size} embeddings are not GPT-2's vocabulary of 50257")
-    return gpt2()
+    """GPT-2's way: one token, <|endoftext|> as a rule, begins and ends a text."""
+    tokenizer = Tokenizer(*read(Path(folder), vocab_size, roberta=False), vocab_size)
+    tokenizer.eot_token = ending(tokenizer, Path(folder), vocab_size)
+    return tokenizer
 
 
 def gpt2():
-    """tiktoken's gpt2, from its cache or the network."""
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except OSError as e:
-        raise ValueError(f"GPT-2's vocabulary cannot be downloaded ({type(e).__name__}): "
-                         "set TIKTOKEN_CACHE_DIR to a folder that holds it") from None
+    """GPT-2's own tokenizer, from tiktoken."""
+    tokenizer = Tokenizer(own_vocabulary(), "GPT-2", 50257)
+    tokenizer.eot_token = 50256
+    return tokenizer
 
 
-def read_ranks(folder, wanted, vocab_size):
-    """{bytes: rank} of folder/tokenizer.tiktoken, `wanted` of them for a model of `vocab_size` embeddings."""
-    path = Path(folder) / FILE
+class Tokenizer:
+    """Texts <-> ids. More embeddings than tokens are fine: the rows that are left over belong to no text.
+
+    eot_token, of a GPT-2: the id that begins and ends a text. ValueError for files that are damaged, or have more
+    tokens than the model has embeddings.
+    """
+    eot_token = None
+
+    def __init__(self, backend, where, vocab_size):
+        self.backend, self.where = backend, where
+        backend.encode_special_tokens = True  # in a text they are ordinary text
+        backend.no_truncation()  # a tokenizer.json may have been saved with both
+        backend.no_padding()
+        special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.ids = sorted(i for i in backend.get_vocab().values() if i not in special)  # those that a text can have
+        if len(set(self.ids)) < len(self.ids):
+            raise ValueError(f"{where} is damaged: two of its tokens have one number")
+        if not self.ids or self.ids[-1] >= vocab_size:
+            raise ValueError(f"{where} numbers its tokens up to {(self.ids or [0])[-1]}, and the model has "
+                             f"{vocab_size} embeddings: they belong to different checkpoints")
+
+    def encode_ordinary(self, text):
+        """text -> ids, without special tokens"""
+        return self.encode_ordinary_batch([text])[0]
+
+    def encode_ordinary_batch(self, texts):
+        try:
+            return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
+        except TypeError:
+            raise ValueError("a text holds half a surrogate pair, which no tokenizer can encode") from None
+
+    def decode(self, ids):
+        return self.backend.decode(ids, skip_special_tokens=False)
+
+    def save(self, folder, roberta):
+        """Write tokenizer.json and tokenizer_config.json, which `transformers` reads."""
+        specials = [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
+        names = {"bos": "<s>", "eos": "</s>", "cls": "<s>", "sep": "</s>", "unk": "<unk>", "pad": "<pad>",
+                 "mask": "<mask>"} if roberta else {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}
+        write(folder / "tokenizer.json", lambda part: self.backend.save(str(part)))
+        if (folder / "tokenizer_config.json").exists():
+            return
+        write_json(folder / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # as the file says, without rules of a model_type's own
+            "clean_up_tokenization_spaces": False,
+            **{f"{name}_token": token for name, token in names.items() if token in specials}})
+
+
+class RobertaTokenizer(Tokenizer):
+    """RoBERTa's way: <s> text </s>, or <s> a </s></s> b </s>. ids: those that a text can have, without special tokens.
+    """
+
+    def __init__(self, folder, vocab_size):
+        super().__init__(*read(Path(folder), vocab_size, roberta=True), vocab_size)
+        self.bos, self.pad, self.eos, unk = ROBERTA.values()
+        self.mask = self.backend.token_to_id("<mask>")
+        for token, i in {"<s>": self.bos, "<pad>": self.pad, "</s>": self.eos, "<mask>": self.mask}.items():
+            if i is None or i >= vocab_size or self.backend.token_to_id(token) != i:
+                raise ValueError(f"{self.where} has {token} as number {self.backend.token_to_id(token)}: a RoBERTa "
+                                 f"needs <s> 0, <pad> 1, </s> 2 and a <mask> below {vocab_size}, its embeddings")
+        self.ids = [i for i in self.ids if i not in (self.bos, self.pad, self.eos, unk, self.mask)]
+
+    def build(self, a, b=None):
+        """ids of one text or of two -> <s> a </s>, <s> a </s></s> b </s>"""
+        return [self.bos, *a, self.eos] + ([] if b is None else [self.eos, *b, self.eos])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From files to the library's objects
+
+def read(folder, vocab_size, roberta):
+    """(tokenizers.Tokenizer, the file that it is from)"""
+    path, vocab, merges, ranks = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt",
+                                                             "tokenizer.tiktoken"))
+    if path.exists():
+        return from_file(path, lambda: Backend.from_str(read_text(path))), path
+    if vocab.exists() and merges.exists():
+        ids, lines = read_json(vocab), read_text(merges).split("\n")
+        pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+        return add_tokens(from_file(vocab, lambda: byte_level(ids, pairs, roberta)), folder), vocab
+    if ranks.exists():
+        return from_ranks(read_ranks(ranks), roberta), ranks
+    if vocab.exists():  # RoBERTa's: GPT-2's tokens, with numbers of its own
+        ids, tokens = read_json(vocab), gpt2_tokens()
+        lacking = len(name_tokens(tokens).keys() - ids.keys())
+        if lacking:
+            raise ValueError(f"{folder} has a vocab.json without merges.txt, and it lacks {lacking} of GPT-2's tokens: "
+                             "how its texts are cut stands in merges.txt, or in tokenizer.json")
+        return add_tokens(from_file(vocab, lambda: byte_level(ids, merges_of(tokens), roberta)), folder), vocab
+    others = [name for name in UNREADABLE if (folder / name).exists()]
+    if others or roberta or vocab_size < 50257:
+        found = f"only {' and '.join(others)}" if others else "none"
+        raise ValueError(f"{folder} needs a tokenizer.json, or a vocab.json and a merges.txt, and has {found}: which "
+                         f"texts do its {vocab_size} embeddings stand for? In transformers, AutoTokenizer"
+                         ".from_pretrained(…).save_pretrained(folder) writes a tokenizer.json")
+    print(f"tokens   {folder} has no tokenizer: its {vocab_size} embeddings are taken for GPT-2's vocabulary")
+    return own_vocabulary(), folder
+
+
+def from_ranks(tokens, roberta):
+    """The tokenizer of a tokenizer.tiktoken: the special tokens that the model needs are not in the file. RoBERTa's
+    stand before the tokens, <mask> and GPT-2's <|endoftext|> behind them."""
+    first = list(ROBERTA) if roberta else []
+    tokens_by_id = [*first, *name_tokens(tokens), "<mask>" if roberta else "<|endoftext|>"]
+    return byte_level({token: i for i, token in enumerate(tokens_by_id)}, merges_of(tokens), roberta, PATTERN)
+
+
+def from_file(path, make):
+    """make(), where the library's complaints name the file."""
     try:
-        pairs = [line.split() for line in path.read_text().splitlines()]
+        return make()
+    except Exception as e:  # it has one class of errors for all: Exception
+        raise ValueError(f"{path} is damaged: {e}") from None
+
+
+def byte_level(ids, merges, roberta, pattern=None):
+    """A byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909, on bytes as in GPT-2). ids: {token, in letters that
+    stand for bytes: id}. merges: [(left, right)], the first ones first. pattern: how a text is cut, GPT-2's way unless
+    told."""
+    backend = Backend(models.BPE(ids, merges))
+    cut = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [*cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not pattern)])
+    backend.decoder = decoders.ByteLevel()
+    specials = (*ROBERTA, "<mask>") if roberta else ("<|endoftext|>",)
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in specials if token in ids])
+    if roberta and {"<s>", "</s>"} <= ids.keys():
+        backend.post_processor = processors.RobertaProcessing(
+            ("</s>", ids["</s>"]), ("<s>", ids["<s>"]), trim_offsets=True, add_prefix_space=False)
+    return backend
+
+
+def add_tokens(backend, folder):
+    """Tokens that somebody has added to vocab.json stand in tokenizer_config.json, or in added_tokens.json, with their
+    ids. One that is no special token is found in a text as a whole."""
+    config, names, added = (folder / name for name in ("tokenizer_config.json", "special_tokens_map.json",
+                                                       "added_tokens.json"))
+    config = read_json(config) if config.exists() else {}
+    try:
+        tokens = {int(i): AddedToken(**token) for i, token in config.get("added_tokens_decoder", {}).items()}
+        if not tokens and added.exists():
+            special = str((read_json(names) if names.exists() else {}).values())
+            tokens = {int(i): AddedToken(token, special=repr(token) in special, normalized=False)
+                      for token, i in read_json(added).items()}
+        for i, token in sorted(tokens.items(), key=lambda item: item[0]):
+            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+            if backend.token_to_id(token.content) != i:
+                raise ValueError(f"{token.content} cannot have the number {i}")
+    except (TypeError, AttributeError, ValueError) as e:
+        raise ValueError(f"{folder}: the added tokens of tokenizer_config.json or added_tokens.json: {e}") from None
+    if config.get("add_prefix_space") is True:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return backend
+
+
+def read_ranks(path):
+    """[bytes] of tokenizer.tiktoken, by rank."""
+    try:
+        pairs = [line.split() for line in read_text(path).splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError as e:
         raise ValueError(f"{path} is damaged: {e}") from None
@@ -97,56 +212,22 @@ def read_ranks(folder, wanted, vocab_size):
         raise ValueError(f"{path} is damaged: its ranks are not 0..{len(ranks) - 1}, each once")
     if any(bytes([b]) not in ranks for b in range(256)):
         raise ValueError(f"{path} is damaged: some of the 256 bytes are no token")
-    if len(ranks) != wanted:
-        raise ValueError(f"{path} has {len(ranks)} ranks, the model's {vocab_size} embeddings need {wanted}")
-    return ranks
+    return sorted(ranks, key=ranks.get)
 
 
-class RobertaTokenizer:
-    """RoBERTa's way: <s> text </s>, or <s> a </s></s> b </s>, with <s> 0, <pad> 1, </s> 2, <unk> 3 and <mask> last.
+def merges_of(tokens):
+    """[(left, right)] for tokens, bytes by rank. tiktoken joins two neighbours whenever that gives a token, the one of
+    lowest rank first: so each way to make a token of two others is a merge."""
+    rank, letters = {token: i for i, token in enumerate(tokens)}, name_tokens(tokens)
+    names = list(letters)
+    return [(names[rank[token[:i]]], names[rank[token[i:]]]) for token in tokens for i in range(1, len(token))
+            if token[:i] in rank and token[i:] in rank]
 
-    With tokenizer.tiktoken a token's id is 4 + its rank. The real RoBERTa cuts text as GPT-2 does, but numbers the
-    tokens anew: vocab.json says how, in letters that stand for bytes.
-    """
-    SPECIAL = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
 
-    def __init__(self, folder, vocab_size):
-        self.bos, self.pad, self.eos, unk = self.SPECIAL.values()
-        self.mask = vocab_size - 1
-        path = Path(folder) / "vocab.json"
-        if (Path(folder) / FILE).exists():
-            ranks = read_ranks(folder, vocab_size - 5, vocab_size)
-            self.encoding = tiktoken.Encoding("tiny", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
-            self.ids = [rank + 4 for rank in range(len(ranks))]
-            return
-        if not path.exists():
-            raise ValueError(f"{folder} has neither {FILE} nor vocab.json: which tokens do its embeddings stand for?")
-        try:
-            vocab = json.loads(path.read_text())
-            ids = sorted(vocab.values())
-        except (ValueError, RecursionError, AttributeError, TypeError) as e:
-            raise ValueError(f"{path} is damaged: {e}") from None
-        special = {**self.SPECIAL, "<mask>": self.mask}
-        if ids != list(range(vocab_size)) or any(vocab.get(token) != i for token, i in special.items()):
-            raise ValueError(f"{path} must number as many tokens as the model has embeddings, 0..{vocab_size - 1}: "
-                             + ", ".join(f"{token} {i}" for token, i in special.items()))
-        self.encoding, letters = gpt2(), byte_letters()
-        self.ids = [unk] * self.encoding.n_vocab  # rank -> id
-        for token in self.encoding.token_byte_values():
-            self.ids[self.encoding.encode_single_token(token)] = vocab.get("".join(letters[b] for b in token), unk)
-        if (lacking := self.ids.count(unk)) > 1:  # RoBERTa's own lacks <|endoftext|>
-            raise ValueError(f"{path} lacks {lacking} of GPT-2's tokens: its texts are cut into other ones")
-
-    def encode_ordinary(self, text):
-        """text -> ids, without special tokens"""
-        return [self.ids[rank] for rank in self.encoding.encode_ordinary(text)]
-
-    def encode_ordinary_batch(self, texts):
-        return [[self.ids[rank] for rank in ranks] for ranks in self.encoding.encode_ordinary_batch(texts)]
-
-    def build(self, a, b=None):
-        """ids of one text or of two -> <s> a </s>, <s> a </s></s> b </s>"""
-        return [self.bos, *a, self.eos] + ([] if b is None else [self.eos, *b, self.eos])
+def name_tokens(tokens):
+    """{the token in letters that stand for its bytes: its rank}"""
+    letters = byte_letters()
+    return {"".join(letters[b] for b in token): rank for rank, token in enumerate(tokens)}
 
 
 def byte_letters():
@@ -154,3 +235,34 @@ def byte_letters():
     seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [b for b in range(256) if b not in seen]
     return {b: chr(b) for b in seen} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+
+
+def ending(tokenizer, folder, vocab_size):
+    """The id of <|endoftext|>, else of what tokenizer_config.json or config.json call the end of a sequence."""
+    config, names = (read_json(path) if (path := folder / name).exists() else {}
+                     for name in ("config.json", "tokenizer_config.json"))
+    name, known = names.get("eos_token"), set(tokenizer.backend.get_vocab().values())
+    name = name.get("content") if isinstance(name, dict) else name
+    ids = [tokenizer.backend.token_to_id(token) for token in ("<|endoftext|>", name) if isinstance(token, str)]
+    for i in (*ids, config.get("eos_token_id")):
+        if type(i) is int and i in known and i < vocab_size:
+            return i
+    raise ValueError(f"{tokenizer.where} has no <|endoftext|>, and neither tokenizer_config.json nor config.json names "
+                     "another token that ends a text")
+
+
+@functools.cache
+def gpt2_tokens():
+    """[bytes] of GPT-2's 50,256 tokens, by rank, from tiktoken: its cache or the network."""
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except OSError as e:
+        raise ValueError(f"GPT-2's vocabulary cannot be downloaded ({type(e).__name__}): "
+                         "set TIKTOKEN_CACHE_DIR to a folder that holds it") from None
+    return [encoding.decode_single_token_bytes(rank) for rank in range(encoding.eot_token)]
+
+
+def own_vocabulary():
+    """GPT-2's own vocabulary as an object of the library."""
+    tokens = gpt2_tokens()
+    return byte_level({**name_tokens(tokens), "<|endoftext|>": len(tokens)}, merges_of(tokens), roberta=False)

@@ -1,9 +1,14 @@
-"""Rows of a dataset, with line numbers: from FOLDER/SPLIT.jsonl, .csv or .parquet, or from parquet files on the hub."""
+"""Rows of a dataset, with line numbers: from FOLDER/SPLIT.jsonl, .csv, .tsv or .parquet, or from the hub.
+
+In all of them text is UTF-8, with or without a byte order mark, and every line in it ends in a line feed.
+"""
 import csv
 import json
+import re
 from pathlib import Path
 
 from checkpoints import hub
+from checkpoints.files import one_kind_of_line_end, read_text
 
 
 def read_rows(folder, split):
@@ -11,14 +16,28 @@ def read_rows(folder, split):
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"data folder {folder} {'is a file' if folder.exists() else 'does not exist'}")
-    readers = {".jsonl": jsonl_rows, ".csv": csv_rows, ".parquet": parquet_rows}
-    files = [folder / (split + ending) for ending in readers if (folder / (split + ending)).is_file()]
+    readers = {".jsonl": jsonl_rows, ".csv": csv_rows, ".tsv": csv_rows, ".parquet": parquet_rows}
+    files = [folder / (split + ending) for ending in readers if (folder / (split + ending)).is_file()][:1]
+    files = files or parquet_parts(folder, split)
     if not files:
-        raise ValueError(f"{folder} has no {split}.jsonl, {split}.csv or {split}.parquet")
-    rows = list(readers[files[0].suffix](files[0]))
+        raise ValueError(f"{folder} has no {split}.jsonl, {split}.csv, {split}.tsv or {split}.parquet")
+    rows = [row for file in files for row in readers[file.suffix](file)]
     if not rows:
         raise ValueError(f"{files[0]} is empty")
     return rows
+
+
+def parquet_parts(folder, split):
+    """The parquet files of a split as the hub names them, in the folder or in its data/: SPLIT-00000-of-00003.parquet,
+    …, or SPLIT/0000.parquet, …"""
+    for pattern in (f"{split}-*-of-*.parquet", f"data/{split}-*-of-*.parquet", f"{split}/*.parquet"):
+        files = sorted(folder.glob(pattern))
+        of = re.search(r"-of-(\d+)", files[0].name) if files else None
+        if of and len(files) != int(of[1]):
+            raise ValueError(f"{folder} has {len(files)} of the {int(of[1])} parts of {split}: {files[0].name}, …")
+        if files:
+            return files
+    return []
 
 
 def hub_rows(repo, patterns, revision=None):
@@ -46,12 +65,14 @@ def check_row(row, columns, where, empty=False):
             row[column].encode()
         except UnicodeEncodeError:
             raise ValueError(f"{where}: {column} holds half a surrogate pair, which is no text") from None
+        row[column] = one_kind_of_line_end(row[column].removeprefix("\ufeff"))
     return row
 
 
 def jsonl_rows(file):
-    """An object a line; blank lines are skipped, a byte order mark at the start too."""
-    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+    """An object a line; blank lines are skipped, byte order marks too, also that of a second file in one."""
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        line = line.removeprefix(b"\xef\xbb\xbf")
         where = f"{file}, line {number}"
         if not line.strip():
             continue
@@ -67,20 +88,26 @@ def jsonl_rows(file):
 
 
 def csv_rows(file):
-    """The first line names the columns."""
+    """The first line names the columns. It also says what stands between them: a comma, a tab, a semicolon or a |."""
+    csv.field_size_limit(2**31 - 1)  # else a field may have 131,072 characters
+    lines = read_text(file).split("\n")
+    between = max(",\t;|", key=re.sub(r'"[^"]*"', "", lines[0]).count)
+    reader = csv.reader((line + "\n" for line in lines), strict=True, delimiter=between)
+    start = 1  # the line where a row begins: it may go over several
     try:
-        with open(file, newline="", encoding="utf-8-sig") as f:
-            reader = csv.DictReader(f, strict=True)
-            for row in reader:
-                if len(row) < len(reader.fieldnames):
-                    raise ValueError(f"{file}, line 1: two columns have the same name")
-                if None in row:
-                    raise ValueError(f"{file}, line {reader.line_num}: more fields than columns")
-                yield f"{file}, line {reader.line_num}", row
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not UTF-8") from None
+        columns = next(reader)
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"{file}, line 1: two columns have the same name")
+        start = reader.line_num + 1
+        for fields in reader:
+            where = f"{file}, line {start}"
+            if fields and len(fields) != len(columns):
+                raise ValueError(f"{where}: {len(fields)} fields, the first line has {len(columns)} columns")
+            if fields:
+                yield where, dict(zip(columns, fields, strict=True))
+            start = reader.line_num + 1
     except csv.Error as e:
-        raise ValueError(f"{file}, line {reader.line_num}: not csv ({e})") from None
+        raise ValueError(f"{file}, line {start}: not csv ({e})") from None
 
 
 def parquet_rows(file):

@@ -106,7 +106,7 @@ class Mask:
         chance, kind = torch.rand(2, *idx.shape, generator=rng)
         chosen = (chance < self.ASKED) & real & (idx != tok.bos) & (idx != tok.eos)
         chosen[:, 1] |= ~chosen.any(1)  # at least one a row
-        other = torch.randint(len(tok.SPECIAL), tok.mask, idx.shape, generator=rng)
+        other = torch.tensor(tok.ids)[torch.randint(len(tok.ids), idx.shape, generator=rng)]
         shown = torch.where(kind < 0.8, tok.mask, torch.where(kind < 0.9, other, idx))
         return torch.where(chosen, shown, idx), torch.where(chosen, idx, -100), real
 

@@ -1,20 +1,18 @@
-"""text: any plain UTF-8 text, for language modelling.
+"""text: any plain UTF-8 text, for language modelling. Special tokens such as <|endoftext|> are ordinary text in it.
 
 --data-dir FILE: its first 80 % are for training, the next 10 % for validation, the last 10 % for testing.
 --data-dir FOLDER: train.txt, validation.txt and test.txt.
 """
 from pathlib import Path
 
+from checkpoints.files import read_text
+
 PLAIN = True
 
 
 def read(path):
     """The text of a file; ValueError, with the line, for what is not UTF-8."""
-    data = path.read_bytes()
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}, line {data[:e.start].count(10) + 1}: not UTF-8") from None
+    text = read_text(path)
     if not text.strip():
         raise ValueError(f"{path} is empty")
     return text

@@ -35,6 +35,7 @@ def print_examples(model, dataset, device, amp):
 
 def print_table(title, metrics):
     """{stage: {metric: value}} as a table."""
-    print(f"\n{title:28}" + "".join(f"{name:>12}" for name in metrics["base"]))
+    widths = {name: max(12, len(name) + 2) for name in metrics["base"]}
+    print(f"\n{title:28}" + "".join(f"{name:>{width}}" for name, width in widths.items()))
     for stage, values in metrics.items():
-        print(f"{stage:28}" + "".join(f"{value:12.4f}" for value in values.values()))
+        print(f"{stage:28}" + "".join(f"{value:{widths[name]}.4f}" for name, value in values.items()))

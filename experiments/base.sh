@@ -5,14 +5,14 @@ set -e
 cd "$(dirname "$0")/.."
 python - <<'EOF'
 import torch
-from checkpoints import tokenizers
 from checkpoints.pretrained import save_pretrained
 from data import world
+from experiments import vocabulary
 from model import GPT, GPTConfig
 torch.manual_seed(0)
 folder = "out/base-init"
 save_pretrained(GPT(GPTConfig(vocab_size=2048, n_positions=256, n_embd=128, n_layer=6, n_head=4)), folder)
-tokenizers.save(tokenizers.train([text for _, text in world.load()["train"][:30000]], 2047), folder)
+vocabulary.make([text for _, text in world.load()["train"][:30000]], 2047, folder)
 EOF
 python train.py --method full --model out/base-init --dataset world --steps "${1:-5000}" --batch-size 64 \
     --lr 6e-3 --schedule cosine --warmup 0.02 --weight-decay 0.05 --eval-every 500 --out out/base --save-merged
@@ -20,5 +20,6 @@ python - <<'EOF'
 import shutil, torch
 from checkpoints.pretrained import from_pretrained, save_pretrained
 save_pretrained(from_pretrained("out/base/merged"), "data/tiny-gpt", torch.float16)
-shutil.copyfile("out/base/merged/tokenizer.tiktoken", "data/tiny-gpt/tokenizer.tiktoken")
+for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+    shutil.copyfile(f"out/base/merged/{name}", f"data/tiny-gpt/{name}")
 EOF

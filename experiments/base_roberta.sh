@@ -5,9 +5,9 @@ set -e
 cd "$(dirname "$0")/.."
 python - <<'EOS'
 import torch
-from checkpoints import tokenizers
 from checkpoints.pretrained import save_pretrained
 from data import opinions
+from experiments import vocabulary
 from model import RoBERTa, RobertaConfig
 torch.manual_seed(0)
 folder = "out/roberta-init"
@@ -17,7 +17,7 @@ for name, p in model.named_parameters():
     if name.startswith("h.") and p.dim() == 2:
         p.data *= 2.5  # BERT's 0.02 is for 768 channels; with 128 attention would begin blind
 save_pretrained(model, folder)
-tokenizers.save(tokenizers.train([text for _, text in opinions.load()["train"][:60000]], 1019), folder)
+vocabulary.make([text for _, text in opinions.load()["train"][:60000]], 1019, folder, roberta=True)
 EOS
 python train.py --method full --model out/roberta-init --dataset opinions --steps "${1:-20000}" --batch-size 64 \
     --lr 1e-3 --warmup 200 --schedule linear --eval-every 1000 --out out/roberta --save-merged
@@ -25,5 +25,6 @@ python - <<'EOS'
 import shutil, torch
 from checkpoints.pretrained import from_pretrained, save_pretrained
 save_pretrained(from_pretrained("out/roberta/merged"), "data/tiny-roberta", torch.float16)
-shutil.copyfile("out/roberta/merged/tokenizer.tiktoken", "data/tiny-roberta/tokenizer.tiktoken")
+for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+    shutil.copyfile(f"out/roberta/merged/{name}", f"data/tiny-roberta/{name}")
 EOS

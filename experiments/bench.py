@@ -133,7 +133,7 @@ def machine(args):
         name = torch.cuda.get_device_name(args.device)
     else:
         info = Path("/proc/cpuinfo")
-        found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+        found = re.search(r"model name\s*: (.+)", info.read_text(encoding="utf-8")) if info.exists() else None
         name = f"{found[1].strip() if found else platform.machine()}, {torch.get_num_threads()} threads"
     return name, re.sub(r"\W+", "-", name.lower()).strip("-")
 
@@ -481,7 +481,7 @@ def bench(args):
             found["e2e"] = end_to_end(base, args, folder)
     print_table(found)
     name = args.preset + " compiled" * args.compile
-    write(args.out, lambda part: part.write_text(json.dumps({**kept, name: found}, indent=1) + "\n"))
+    write(args.out, lambda part: part.write_text(json.dumps({**kept, name: found}, indent=1) + "\n", encoding="utf-8"))
     draw(args.out.with_name(f"{args.out.stem}-{name.replace(' ', '-')}.png"),
          f"{name}, {args.batch_size} x {args.context} tokens, r {args.rank}\n{args.machine}", found["steps"])
     print(f"everything is in {args.out}")

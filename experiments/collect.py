@@ -10,8 +10,8 @@ SETTINGS = "dataset", "method", "rank", "alpha", "rs", "lr", "steps", "batch_siz
 def main():
     rows = []
     for folder in map(Path, sys.argv[1:]):
-        result = json.loads((folder / "result.json").read_text())
-        with open(folder / "log.csv") as f:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        with open(folder / "log.csv", encoding="utf-8") as f:
             log = {int(row["step"]): row for row in csv.DictReader(f)}
         kept = log[result["selected"]["step"]]  # the checkpoint that was kept
         metrics = {f"{stage} {name}": round(value, 5) for stage, values in result["metrics"].items()

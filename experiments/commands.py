@@ -24,7 +24,7 @@ def scores(command, folder):
     found = {"seconds": round(time.time() - began, 1)}
     if words[0] == "train.py":
         out = next(line for line in said.splitlines() if "everything is in" in line).split()[-1]
-        result = json.loads((ROOT / out / "result.json").read_text())
+        result = json.loads((ROOT / out / "result.json").read_text(encoding="utf-8"))
         found["training seconds"] = result["seconds"]["training"]
         for stage, values in result["metrics"].items():
             found.update({f"{stage} {metric}": round(value, 4) for metric, value in values.items()})

@@ -144,14 +144,14 @@ def cell(flags, forgetting=None):
     evaluate.SCORED = 0  # the tables are of losses and accuracies: no time for decoding
     out, flags = folder(flags), list(map(str, flags))
     done = out / "cell.json"
-    known = json.loads(done.read_text()) if done.exists() else {}
+    known = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
     also = known.get("also", {})
     measure = forgetting and f"base loss on {forgetting}" not in also and "diverged" not in also
     if not known or measure:
         known = known or {"flags": flags, "code": code()}  # of the files as they are before the run
         trains = "also" not in known
         out.mkdir(parents=True, exist_ok=True)
-        with open(out.with_suffix(".txt"), "w") as said, contextlib.redirect_stdout(said), \
+        with open(out.with_suffix(".txt"), "w", encoding="utf-8") as said, contextlib.redirect_stdout(said), \
                 contextlib.redirect_stderr(said):
             try:
                 if trains:
@@ -164,8 +164,8 @@ def cell(flags, forgetting=None):
                 raise ValueError(f"{shlex.join(flags)}: {e}") from None
         out.mkdir(exist_ok=True)  # a run that left nothing has left no folder either
         known["also"] = also
-        write(done, lambda part: part.write_text(json.dumps(known)))
-    result = {} if "diverged" in also else json.loads((out / "result.json").read_text())
+        write(done, lambda part: part.write_text(json.dumps(known), encoding="utf-8"))
+    result = {} if "diverged" in also else json.loads((out / "result.json").read_text(encoding="utf-8"))
     return {**result, **also, "also": also, "stale": known.get("code") != code()}
 
 
@@ -202,7 +202,7 @@ def before(dataset, source, context):
 
 def validation(out):
     """(value, loss, better high?) of the checkpoint that a run kept: the value by the metric that chose it."""
-    selected = json.loads((out / "result.json").read_text())["selected"]
+    selected = json.loads((out / "result.json").read_text(encoding="utf-8"))["selected"]
     metric = selected["by"].removeprefix("validation ")
     kept = next(row for row in read_csv(out / "log.csv") if int(row["step"]) == selected["step"])
     return float(kept[f"val_{metric}"]), float(kept["val_loss"]), metric != "loss"

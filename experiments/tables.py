@@ -200,7 +200,7 @@ TABLES = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="into RESULTS.md")
-    page = (ROOT / "RESULTS.md").read_text()
+    page = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
     for name in re.findall(r"<!-- table: (\S+) -->", page):
         table = "\n".join(TABLES[name]())
         print(f"\n{name}\n\n{table}")
@@ -209,7 +209,7 @@ def main():
         if times != 1:
             raise ValueError(f"RESULTS.md has <!-- table: {name} --> and an empty line {times} times, not once")
     if parser.parse_args().write:
-        write(ROOT / "RESULTS.md", lambda part: part.write_text(page))
+        write(ROOT / "RESULTS.md", lambda part: part.write_text(page, encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import lora  # noqa: E402
-from checkpoints import hub, tokenizers  # noqa: E402
+from checkpoints import hub  # noqa: E402
 from checkpoints.pretrained import save_pretrained  # noqa: E402
 from data import restaurants, reviews  # noqa: E402
+from experiments import vocabulary  # noqa: E402
 from methods import METHODS  # noqa: E402
 from model import GPT, GPTConfig, RoBERTa, RobertaConfig  # noqa: E402
 
@@ -167,7 +168,7 @@ def small_roberta(tmp_path_factory):
     model = RoBERTa(RobertaConfig(vocab_size=325, max_position_embeddings=66, hidden_size=16, num_hidden_layers=2,
                                   num_attention_heads=2, intermediate_size=32))
     save_pretrained(model, folder)
-    tokenizers.save(tokenizers.train([text for (text,), _ in reviews.load()["validation"]], 320), folder)
+    vocabulary.make([text for (text,), _ in reviews.load()["validation"]], 320, folder, roberta=True)
     return folder
 
 
@@ -178,7 +179,7 @@ def base(tmp_path_factory):
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=320, n_positions=256, n_embd=16, n_layer=2, n_head=2))
     save_pretrained(model, folder)
-    tokenizers.save(tokenizers.train([text for _, text in restaurants.load()["validation"]], 319), folder)
+    vocabulary.make([text for _, text in restaurants.load()["validation"]], 319, folder)
     return folder
 
 

@@ -21,7 +21,7 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 
 import lora
-from checkpoints import adapters, state
+from checkpoints import adapters, state, tokenizers
 from checkpoints.pretrained import from_pretrained, save_pretrained
 from methods import METHODS
 
@@ -190,12 +190,14 @@ def test_a_bad_adapter_folder_is_refused(tmp_path):
     refused("lora_alpha '8'", {"lora_alpha": "8"})
     refused("lacks .*query.lora_B.weight", change={query + "B.weight": None})
     refused("unexpected .*query.lora_B.weight", change={query + "A.weight": None})
-    refused("unexpected roberta.encoder.layer.9", change={query.replace("2", "9") + "A.weight": torch.ones(4, 16)})
+    more = query.replace("2", "9") + "A.weight"
+    refused(f"unexpected {more}", change={more: torch.ones(4, 16)})
     refused(r"shape \(4, 15\), not \(4, 16\)", change={query + "A.weight": torch.ones(4, 15)})
     refused("holds NaN or inf", change={query + "A.weight": torch.full((4, 16), torch.nan)})
     refused("which is no matrix", change={query + "A.weight": torch.tensor(1.0)})
     refused("lora_alpha", {"lora_alpha": 10**400})
-    refused("head, lacks dense.bias", change={"base_model.model.classifier.dense.bias": None})
+    more = "base_model.model.classifier.dense.bias"
+    refused(f"head, lacks {more}", change={more: None})
     refused("does not begin with base_model.model.", change={"more": torch.ones(1)})
     config.write_text(json.dumps(good))
     save_file({k: v for k, v in whole.items() if "classifier" in k}, tensors)
@@ -212,10 +214,10 @@ def test_the_merged_checkpoint_loads_in_transformers(tmp_path, base):
     model, idx = from_pretrained(base), tokens(V=320)[0]
     adapt(model, "lora", {})
     lora.merge(model)
-    state.save_merged(tmp_path, model, base)
+    state.save_merged(tmp_path, model, base, tokenizers.load(base, 320))
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     assert relative(theirs(idx).logits, model(idx)[0]) < 1e-5
-    assert (tmp_path / "tokenizer.tiktoken").read_bytes() == (base / "tokenizer.tiktoken").read_bytes()
+    assert (tmp_path / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
 # Resuming
@@ -258,7 +260,7 @@ def test_resuming_restores_everything_that_training_changes(tmp_path, method, hp
     model, layers = start()
     optimizer = optimizer_of(model)
     layers[0].begin(layers, 6, done=3)
-    assert state.load_state(file, model, optimizer, {"lr": 1e-2})[:2] == (3, rows)
+    assert state.load_state(file, model, optimizer)[:2] == (3, rows)
     steps(model, layers, optimizer, range(4, 7))
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
@@ -297,14 +299,15 @@ def test_a_bad_state_is_refused(tmp_path):
     model(*tokens())[1].backward()
     optimizer.step()
 
-    def refused(message, settings=None):
+    def refused(message):
         before = {k: v.clone() for k, v in model.state_dict().items()}
         with pytest.raises(ValueError, match=message):
-            state.load_state(file, model, optimizer, settings or {"rank": 3})
+            state.load_state(file, model, optimizer)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     refused("nothing to resume")
     state.save_state(file, model, optimizer, 1, {"rank": 3}, [dict(step=1, val_loss=1.0, seconds=1.0)])
-    refused("with rank 4: it began with 3", {"rank": 4})
+    with pytest.raises(ValueError, match="rank is 4 now, and it began with 3"):
+        state.check_resume(tmp_path, {"rank": 4, "steps": 2}, METHODS["lora"])
     whole = file.read_bytes()
     file.write_bytes(whole[:-50])
     refused("damaged")

@@ -1,4 +1,5 @@
 """Tokenizers, datasets and batches."""
+import base64
 import json
 import os
 import random
@@ -11,8 +12,8 @@ import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+import regex
 import tiktoken
-import tiktoken.load
 import torch
 from conftest import REAL, ROOT, hub_cache, needs_real
 
@@ -21,6 +22,7 @@ from checkpoints import hub, tokenizers
 from checkpoints.pretrained import from_pretrained
 from data import e2e, glue, gsm8k, opinions, restaurants, reviews, text, world
 from data.tasks import Label, Mask, Write
+from experiments import vocabulary
 
 UNICODE = "Café £ 20 - 25 — naïve 日本語 🙂\n\n  two  spaces\ttab\r\n'quoted' it's 007 "
 
@@ -39,15 +41,15 @@ def test_bpe_encodes_any_text_and_decodes_it_back(base):
 
 def test_bpe_merges_the_most_frequent_pair_first():
     """By hand: in "aab aab ab" the pair (a, b) stands three times, then (a, ab) twice; ties go by bytes."""
-    assert tokenizers.train(["aab", "aab", "ab"], 258)[256:] == [b"ab", b"aab"]
-    assert tokenizers.train(["xy", "ab"], 257)[256:] == [b"xy"]
+    assert vocabulary.train(["aab", "aab", "ab"], 258)[256:] == [b"ab", b"aab"]
+    assert vocabulary.train(["xy", "ab"], 257)[256:] == [b"xy"]
 
 
 def test_bpe_training_is_the_definition():
     """Against the plain algorithm: count all pairs anew before every merge."""
     texts = [pair[1] for pair in restaurants.load()["validation"][:20]]
-    words = [[bytes([b]) for b in w.encode()] for t in texts for w in tokenizers.regex.findall(tokenizers.PATTERN, t)]
-    for token in tokenizers.train(texts, 300)[256:]:
+    words = [[bytes([b]) for b in w.encode()] for t in texts for w in regex.findall(tokenizers.PATTERN, t)]
+    for token in vocabulary.train(texts, 300)[256:]:
         pairs = [p for word in words for p in zip(word, word[1:], strict=False)]
         best = max(set(pairs), key=lambda p: (pairs.count(p), p))
         assert token == best[0] + best[1]
@@ -64,15 +66,22 @@ def test_the_pattern_loses_nothing():
     rng = random.Random(0)
     for _ in range(300):
         sample = "".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0x2FFF), 10, 32])) for _ in range(30))
-        assert "".join(tokenizers.regex.findall(tokenizers.PATTERN, sample)) == sample
+        assert "".join(regex.findall(tokenizers.PATTERN, sample)) == sample
 
 
-def test_gpt2_checkpoints_get_gpt2s_tokenizer(tmp_path):
-    """50,257 embeddings and no own ranks: tiktoken's gpt2, "Hello world" is 15496 995."""
+def test_gpt2_checkpoints_get_gpt2s_tokenizer(tmp_path, capsys):
+    """50,257 embeddings and no tokenizer: GPT-2's own, and a line says so; "Hello world" is 15496 995."""
     if not os.environ.get("TIKTOKEN_CACHE_DIR"):
         pytest.skip("GPT-2's vocabulary: set TIKTOKEN_CACHE_DIR to a folder that holds it")
     tokenizer = tokenizers.load(tmp_path, 50257)
+    assert "has no tokenizer: its 50257 embeddings are taken for GPT-2's vocabulary" in capsys.readouterr().out
+    theirs = tiktoken.get_encoding("gpt2")
     assert tokenizer.encode_ordinary("Hello world") == [15496, 995] and tokenizer.eot_token == 50256
+    rng = random.Random(0)
+    for _ in range(300):
+        sample = "".join(rng.choice("ab cZ é ß\n\t'sll 12中🙂<|endoftext|>") for _ in range(rng.randrange(40)))
+        assert tokenizer.encode_ordinary(sample) == theirs.encode_ordinary(sample)
+        assert tokenizer.decode(theirs.encode_ordinary(sample)) == sample
 
 
 @needs_real
@@ -110,21 +119,25 @@ def test_the_small_roberta_numbers_its_tokens_as_robertas_do(small_roberta):
     """<s> 0, <pad> 1, </s> 2, <unk> 3, then the ranks, <mask> last; texts and pairs are framed as in the paper."""
     tok = tokenizers.RobertaTokenizer(small_roberta, 325)
     ids = tok.encode_ordinary("the soup")
-    assert min(ids) >= 4 and tok.mask == 324 and tok.encoding.decode([i - 4 for i in ids]) == "the soup"
+    assert min(ids) >= 4 and tok.mask == 324 and tok.decode(ids) == "the soup"
     assert tok.build(ids) == [0, *ids, 2] and tok.build(ids, [9]) == [0, *ids, 2, 2, 9, 2]
     assert tok.encode_ordinary_batch(["the soup", ""]) == [ids, []]
 
 
 def test_a_bad_roberta_vocabulary_is_refused(tmp_path, small_roberta):
-    """Neither file, too few ranks, a vocab.json that is damaged or numbers other tokens than there are embeddings."""
-    with pytest.raises(ValueError, match="has neither tokenizer.tiktoken nor vocab.json"):
+    """No tokenizer, more tokens than embeddings, a vocab.json that is damaged or has other special tokens."""
+    with pytest.raises(ValueError, match="needs a tokenizer.json, or a vocab.json and a merges.txt, and has none"):
         tokenizers.RobertaTokenizer(tmp_path, 325)
-    with pytest.raises(ValueError, match="320 ranks, the model's 400 embeddings need 395"):
-        tokenizers.RobertaTokenizer(small_roberta, 400)
+    with pytest.raises(ValueError, match="numbers its tokens up to 323, and the model has 300 embeddings"):
+        tokenizers.RobertaTokenizer(small_roberta, 300)
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     good = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 4, "<mask>": 5}
-    for content, message in (("{", "damaged"), ("[1]", "damaged"), (json.dumps({**good, "b": "x"}), "damaged"),
-                             (json.dumps({**good, "b": 6}), r"0..5: <s> 0"), (json.dumps({**good, "a": 9}), "0..5"),
-                             (json.dumps({**good, "<s>": 1, "<pad>": 0}), "<mask> 5")):
+    for content, message in (("{", "not valid JSON"), ("[1]", "not a JSON object"),
+                             (json.dumps({**good, "b": "x"}), "damaged"), (json.dumps({**good, "b": -1}), "damaged"),
+                             (json.dumps({**good, "b": 4}), "one number"),
+                             (json.dumps({**good, "b": 6}), "up to 6, and the model has 6"),
+                             (json.dumps({**good, "<s>": 1, "<pad>": 0}), "has <s> as number 1"),
+                             (json.dumps({"<s>": 0, "<pad>": 1, "</s>": 2, "a": 3}), "has <mask> as number None")):
         (tmp_path / "vocab.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             tokenizers.RobertaTokenizer(tmp_path, 6)
@@ -132,23 +145,31 @@ def test_a_bad_roberta_vocabulary_is_refused(tmp_path, small_roberta):
 
 @needs_real
 def test_a_vocabulary_of_other_tokens_is_refused(tmp_path):
-    """The right size and the right special tokens, but invented words: every text would become <unk>."""
+    """A vocab.json alone has to hold GPT-2's tokens: nothing says how a text becomes invented words."""
     special = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 99}
     (tmp_path / "vocab.json").write_text(json.dumps({**special, **{f"word{i}": i for i in range(4, 99)}}))
-    with pytest.raises(ValueError, match="lacks 50257 of GPT-2's tokens"):
-        tokenizers.RobertaTokenizer(tmp_path, 100)
+    for load in (tokenizers.RobertaTokenizer, tokenizers.load):
+        with pytest.raises(ValueError, match="lacks 50256 of GPT-2's tokens"):
+            load(tmp_path, 100)
 
 
-def test_a_bad_tokenizer_is_refused(tmp_path, base):
-    """Ranks that do not fit the embeddings, damaged ranks, or none for a vocabulary that is not GPT-2's."""
-    with pytest.raises(ValueError, match="319 ranks, the model's 400 embeddings need 399"):
-        tokenizers.load(base, 400)
-    with pytest.raises(ValueError, match="has no tokenizer.tiktoken"):
-        tokenizers.load(tmp_path, 320)
-    lines = (base / tokenizers.FILE).read_text().splitlines()
+def test_ranks_are_read_as_tiktoken_reads_them(tmp_path):
+    """A tokenizer.tiktoken, with GPT-2's one special token behind the ranks or RoBERTa's five around them, cuts every
+    text as tiktoken does; damaged ranks are refused."""
+    texts = [sentence for _, sentence in restaurants.load()["validation"]]
+    tokens = vocabulary.train(texts, 319)
+    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
+    (tmp_path / "tokenizer.tiktoken").write_text("\n".join(lines))
+    theirs = tiktoken.Encoding("ranks", pat_str=tokenizers.PATTERN, special_tokens={},
+                               mergeable_ranks={token: rank for rank, token in enumerate(tokens)})
+    gpt, roberta = tokenizers.load(tmp_path, 320), tokenizers.RobertaTokenizer(tmp_path, 324)
+    assert gpt.eot_token == 319 and roberta.mask == 323
+    for sample in [*texts, UNICODE, "<|endoftext|>", "<mask>"]:
+        assert gpt.encode_ordinary(sample) == theirs.encode_ordinary(sample)
+        assert roberta.encode_ordinary(sample) == [4 + rank for rank in theirs.encode_ordinary(sample)]
     for bad in (["YQ== 0", "nonsense"], [*lines[:-1], "!!!! 318"], [*lines[:-1], lines[-1].split()[0] + " 5"],
                 [*lines[:-1], lines[-1].split()[0] + " 319"], ["eHl4eXh5 0", *lines[1:]]):
-        (tmp_path / tokenizers.FILE).write_text("\n".join(bad))
+        (tmp_path / "tokenizer.tiktoken").write_text("\n".join(bad))
         with pytest.raises(ValueError, match="damaged"):
             tokenizers.load(tmp_path, 320)
 
@@ -238,16 +259,16 @@ def test_missing_data_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         data.load("e2e", tmp_path / "nowhere")
     write_e2e(tmp_path, splits=("train", "test"))
-    with pytest.raises(ValueError, match="no validation.jsonl, validation.csv or validation.parquet"):
+    with pytest.raises(ValueError, match="no validation.jsonl, validation.csv, validation.tsv or validation.parquet"):
         data.load("e2e", tmp_path)
     (tmp_path / "validation.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="damaged or no parquet"):
         data.load("e2e", tmp_path)
     (tmp_path / "validation.parquet").unlink()
     for content, message in ((b"", "is empty"), (b"a,b\n1,2\n", "line 2: no column"), (b"\xff\xff\n1\n", "not UTF-8"),
-                             (b"meaning_representation,human_reference\na,b,c\n", "line 2: more fields"),
+                             (b"meaning_representation,human_reference\na,b,c\n", "line 2: 3 fields, the first"),
                              (b"a,a\n1,2\n", "two columns have the same name"),
-                             (b'meaning_representation,human_reference\n"a,b\n', "line 1: not csv")):
+                             (b'meaning_representation,human_reference\n"a,b\n', "line 2: not csv")):
         (tmp_path / "validation.csv").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             data.load("e2e", tmp_path)
@@ -537,12 +558,12 @@ def test_a_roberta_is_not_asked_to_write(small_roberta):
     assert isinstance(data.task("stdlib", small_roberta, model, 64)[1], Mask)
 
 
-def test_the_shipped_tokenizer_and_model_belong_together():
-    """data/tiny-gpt: ranks and embeddings fit, and the file is what tiktoken reads."""
-    folder = ROOT / "data/tiny-gpt"
-    tokenizer = tokenizers.load(folder, json.loads((folder / "config.json").read_text())["vocab_size"])
-    ranks = tiktoken.load.load_tiktoken_bpe(str(folder / tokenizers.FILE))
-    assert {tokenizer.decode_single_token_bytes(i): i for i in range(len(ranks))} == ranks
+@pytest.mark.parametrize("name", ["tiny-gpt", "tiny-roberta"])
+def test_the_shipped_tokenizer_and_model_belong_together(name):
+    """Tokens and embeddings fit, special tokens included, and every text comes back."""
+    config = from_pretrained(ROOT / "data" / name).config
+    tokenizer = tokenizers.for_model(ROOT / "data" / name, config)
+    assert sorted(tokenizer.backend.get_vocab().values()) == list(range(config.vocab_size))
     assert tokenizer.decode(tokenizer.encode_ordinary(UNICODE)) == UNICODE
 
 

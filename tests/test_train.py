@@ -3,6 +3,7 @@ import contextlib
 import csv
 import functools
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,11 +22,11 @@ from test_checkpoint import peft_logits, relative
 import data
 import generate
 import train
-from checkpoints import adapters, state, tokenizers
+from checkpoints import adapters, state
 from checkpoints.pretrained import MODELS, from_pretrained, save_pretrained
 from data import reviews
 from evaluation import evaluate, plots
-from experiments import merge_at
+from experiments import merge_at, vocabulary
 from methods import METHODS
 from model import RoBERTa, RobertaConfig
 
@@ -291,7 +292,7 @@ def test_a_dylora_run_can_be_cut_at_any_rank_afterwards(tmp_path, base):
     cut = train.main([*flags, "--resume", "--cut", "2,4"])
     assert cut["metrics"]["merged"] == whole["merged at rank 2"] and cut["settings"]["cut"] == [2, 4]
     assert cut["metrics"]["merged at rank 4"] == whole["merged"]
-    assert cut["metrics"]["unmerged"] == whole["unmerged"] and not (tmp_path / "merged").exists()
+    assert cut["metrics"]["unmerged"] == whole["unmerged"] and (tmp_path / "merged").exists()  # with its flags
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 2 * 2  # q and v in one c_attn
 
 
@@ -406,7 +407,8 @@ def test_a_run_goes_on_from_an_adapter_that_peft_made(tmp_path, base, capsys, ta
     metrics = result["metrics"]
     merged = theirs.merge_and_unload()
     merged.save_pretrained(tmp_path / "peft")
-    shutil.copyfile(base / tokenizers.FILE, tmp_path / "peft" / tokenizers.FILE)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(base / name, tmp_path / "peft" / name)
     plain = train.main(["--model", str(tmp_path / "peft"), *FAST, "--out", str(tmp_path / "plain")])["metrics"]
     assert metrics["base"]["loss"] == pytest.approx(plain["base"]["loss"], abs=1e-5)
     assert metrics["merged"]["loss"] < metrics["base"]["loss"]
@@ -636,11 +638,29 @@ def test_kill_9_in_the_middle_and_resume(tmp_path, base):
 
 
 @pytest.mark.whole
-def test_a_new_run_replaces_an_old_one_whole(tmp_path, base):
-    """Another method into the same folder: nothing of the first is left behind."""
-    train.main(command(base, tmp_path, "--method", "lora", "--save-merged"))
-    train.main(command(base, tmp_path, "--method", "full"))
-    assert {p.name for p in tmp_path.iterdir()} == {"result.json", "log.csv", "curve.png", "resume.safetensors"}
+def test_a_run_replaces_one_of_the_same_settings_and_no_other(tmp_path, base, capsys):
+    """The same flags again leave nothing of the first run behind. Other flags into its folder, one that only merging
+    reads among them, are refused before anything is computed, after a finished run and after one that was cut off."""
+    flags = command(base, tmp_path, "--method", "reslora")
+    train.main([*flags, "--save-merged"])
+    train.main(flags)
+    names = {"result.json", "log.csv", "curve.png", "resume.safetensors", "adapter_config.json",
+             "adapter_model.safetensors"}
+    assert {p.name for p in tmp_path.iterdir()} == names
+    for _ in range(2):
+        before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+        for more, message in ((["--shortcut", "block"], "shortcut is block now, and it began with input"),
+                              (["--method", "lora"], "method is lora now"), (["--steps", "3"], "steps is 3 now")):
+            assert f"holds another run ({message}" in refused(capsys, [*flags, *more])
+        assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+        (tmp_path / "result.json").unlink(missing_ok=True)
+
+
+def test_a_method_with_other_flags_has_a_folder_of_its_own():
+    """--shortcut block after --shortcut input: without --out they do not meet."""
+    folders = {str(train.parse(["--method", "reslora", *flags]).out)
+               for flags in ([], ["--shortcut", "block"], ["--pre-num", "2"], ["--merge", "input,regression"])}
+    assert folders == {f"out/restaurants-reslora{own}-r8-s0" for own in ("", "-block", "-2", "-input,regression")}
 
 
 # Bad input
@@ -710,8 +730,7 @@ def test_bad_flags(tmp_path, base, capsys, flags, message, monkeypatch):
 def test_adapters_on_a_masked_lm_without_its_head_are_refused(tmp_path, capsys):
     """A random head that stays frozen, and is exported with nothing, would be a silent failure; full may train it."""
     save_pretrained(RoBERTa(RobertaConfig(325, 66, 16, 2, 2, 32), 2), tmp_path / "base")
-    texts = ["abc"] + [reviews.load()["test"][i][0][0] for i in range(50)]
-    tokenizers.save(tokenizers.train(texts, 320), tmp_path / "base")
+    vocabulary.make([text for (text,), _ in reviews.load()["test"][:50]], 320, tmp_path / "base", roberta=True)
     flags = command(tmp_path / "base", tmp_path / "out", "--dataset", "stdlib", "--context", "64")
     assert "has none for masked tokens: choose a checkpoint with one, or --method full" in refused(capsys, flags)
     assert train.main([*flags, "--method", "full"])["metrics"]["trained"]["loss"] > 0
@@ -722,11 +741,9 @@ def test_resuming_with_another_tokenizer_is_refused(tmp_path, base, capsys):
     shutil.copytree(base, tmp_path / "base")
     flags = command(tmp_path / "base", tmp_path / "run")
     train.main(flags)
-    file = tmp_path / "base" / tokenizers.FILE
-    lines = file.read_text().splitlines()
-    ranks = [line.split()[1] for line in lines]
-    file.write_text("\n".join(f"{line.split()[0]} {rank}" for line, rank in zip(lines, ranks[::-1], strict=True)))
-    assert "with base_files" in refused(capsys, [*flags, "--resume"])
+    file = tmp_path / "base/tokenizer.json"
+    file.write_text(file.read_text().replace('"Ġ', '"X'))
+    assert "has another config.json or tokenizer than it began with" in refused(capsys, [*flags, "--resume"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -739,7 +756,9 @@ def test_resume_into_another_configuration(tmp_path, base, capsys):
     """The first setting that differs is named, with both values, and the run is left as it was."""
     train.main(command(base, tmp_path, "--method", "lora"))
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    for flags, message in ((["--rank", "5"], "with rank 5: it began with 4"), (["--lr", "1"], "with lr 1.0: it began"),
+    for flags, message in ((["--rank", "5"], "rank is 5 now, and it began with 4. Start a new run"),
+                           (["--lr", "1"], "lr is 1.0 now, and it began with 0.01. Start a new run with another "
+                                           f"--out, or go on from its adapter with --init-from {tmp_path}"),
                            (["--method", "rslora"], "with method rslora: it began with lora")):
         assert message in refused(capsys, command(base, tmp_path, *flags, "--resume"))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -753,19 +772,20 @@ def test_resuming_on_another_base_or_other_data_is_refused(tmp_path, base, capsy
     flags = command(tmp_path / "base", tmp_path / "run", "--dataset", "text", "--data-dir", tmp_path)
     train.main(flags)
     (tmp_path / "train.txt").write_text("It is not a truth. " * 300)
-    assert "with data" in refused(capsys, [*flags, "--resume"])
+    assert "the data of text have changed since it began. Start a new run" in refused(capsys, [*flags, "--resume"])
     (tmp_path / "train.txt").write_text("It is a truth. " * 300)
     model = from_pretrained(base)
     model.wte.weight.data *= 1.5
     save_pretrained(model, tmp_path / "base")
-    assert "with base_weights" in refused(capsys, [*flags, "--resume"])
+    assert "base has other weights than it began with" in refused(capsys, [*flags, "--resume"])
 
 
-def test_a_failing_run_leaves_an_earlier_one_alone(tmp_path, base, capsys):
+def test_a_failing_run_leaves_an_earlier_one_alone(tmp_path, base, capsys, monkeypatch):
     """What is in the folder goes only when the new run has its first checkpoint; the base is never overwritten."""
     train.main(command(base, tmp_path / "run", "--save-merged"))
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    assert "is not finite" in refused(capsys, command(base, tmp_path / "run", "--lr", "1e30"))
+    monkeypatch.setattr(train, "one_step", lambda *args: torch.tensor([1.0, math.nan]))
+    assert "is not finite" in refused(capsys, command(base, tmp_path / "run", "--save-merged"))
     assert "lies in the run folder" in refused(capsys, command(tmp_path / "run/merged", tmp_path / "run"))
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
 

@@ -1,0 +1,101 @@
+"""The weights of a checkpoint folder: from the files that people have to one state dict in the hub's own names.
+
+    read_weights(folder)       {name in the file: tensor}, of one safetensors file or of shards with an index
+    standard(state, …)         {the hub's name: tensor}, without what the model does not compute
+"""
+import re
+from pathlib import Path
+
+import torch
+
+from checkpoints.files import fingerprint, read_json, read_safetensors
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PATTERNS = SINGLE, INDEX, "model-*-of-*.safetensors"  # what is downloaded
+PICKLED = "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf"
+WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # what torch's DataParallel and compile put before every name
+
+
+def weight_files(folder):
+    """[path], one or the shards that an index names. ValueError, with what is there instead, if there are none."""
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise ValueError(instead(folder))
+    shards = read_json(index).get("weight_map")
+    if not (isinstance(shards, dict) and shards and all(isinstance(file, str) and Path(file).name == file
+                                                        for file in shards.values())):
+        raise ValueError(f"{index} is damaged: its weight_map must say for each tensor which file of the folder has it")
+    for file in sorted(set(shards.values())):
+        if not (folder / file).exists():
+            raise ValueError(f"{index} names {file}, which does not exist")
+    return [folder / file for file in sorted(set(shards.values()))]
+
+
+def instead(folder):
+    """In words, what a folder without model.safetensors holds, and what to do about it."""
+    if (folder / "adapter_config.json").exists():
+        return (f"{folder} is an adapter and no model: give its base as --model, and the adapter as --init-from "
+                f"{folder}")
+    pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
+    if pickled:
+        return (f"{folder} has its weights in {pickled[0]}, and only safetensors are read here. In transformers, "
+                "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder) writes model.safetensors (of a "
+                "RoBERTa: AutoModelForMaskedLM or AutoModelForSequenceClassification)")
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    return f"{folder} has no {SINGLE}" + f", only {', '.join(others[:3])}: rename it if it is the model" * bool(others)
+
+
+def read_weights(folder):
+    """{name in the file: tensor in fp32}"""
+    state = {}
+    for path in weight_files(folder):
+        state.update({name: t.float() for name, t in read_safetensors(path).items()})
+    return state
+
+
+def fingerprint_weights(folder):
+    """16 hex digits that change with the bytes of the files that hold the weights."""
+    prints = [fingerprint(path) for path in weight_files(folder)]
+    return prints[0] if len(prints) == 1 else fingerprint(prints)
+
+
+def short(key):
+    """A name in the file without wrappers, and a LayerNorm's old names gamma and beta, TensorFlow's, as today's."""
+    return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", WRAPPERS.sub("", key)))
+
+
+def standard(state, expected, head, prefix, tied, ignored, where):
+    """({the hub's name: tensor}, {the hub's name: the name in the file}, heads of other tasks that were left out).
+
+    expected: the hub's names of what the model computes; head: how those of its head begin. prefix: that of all others,
+    which a bare model's file does without. tied: {name: the name of the same tensor}; a file may have both, or one.
+    ignored: a regular expression of names, without the prefix, that carry nothing. Whatever else stands beside the
+    prefix is the head of another task. An unknown name behind the prefix stays, for check_keys to refuse.
+    """
+    has_prefix = any(short(key).startswith(prefix) for key in state)
+    out, origin, heads = {}, {}, set()
+    for key, t in state.items():
+        name = short(key)
+        if not has_prefix and name not in tied and (prefix + name in expected or name not in expected):
+            name = prefix + name
+        if re.match(ignored, name.removeprefix(prefix)):
+            continue
+        # classifier.weight is the whole head of a model that labels each token
+        ours = name.startswith((prefix, head)) and name not in ("classifier.weight", "classifier.bias")
+        if not ours and name not in expected and name not in tied:
+            heads.add(name.split(".")[0])
+        elif name in origin:
+            raise ValueError(f"{where} holds both {origin[name]} and {key}")
+        else:
+            out[name], origin[name] = t, key
+    for name, same in tied.items():
+        if name not in out:
+            continue
+        t, key = out.pop(name), origin.pop(name)
+        if same in out and not torch.equal(t, out[same]):
+            raise ValueError(f"{where}: {key} differs from {origin[same]}, only tied heads are supported")
+        if same not in out and same in expected:
+            out[same], origin[same] = t, key
+    return out, origin, heads
