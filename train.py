@@ -235,7 +235,7 @@ def one_run(args):
         state.save_merged(args.out / "merged", run.model, run.source, run.data.tokenizer)
 
     result = {"settings": {**run.settings, "device": str(args.device)}, "metrics": metrics,
-              "parameters": run.parameters, "splits": run.data.splits,
+              "parameters": run.parameters, "splits": run.data.splits, "labels": list(run.data.labels),
               "selected": {"step": state.best_step(rows, run.log.first), "by": f"validation {run.data.metric}"},
               "versions": {"python": platform.python_version(), "torch": torch.__version__},
               "seconds": {"training": rows[-1]["seconds"], "all": round(time.time() - started, 1)}}

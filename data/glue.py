@@ -68,9 +68,9 @@ PAIR, ENTAILS = ("sentence1", "sentence2"), ("entailment", "not entailment")
 TASKS = {
     "cola": Task(("sentence",), ("unacceptable", "acceptable"), ("matthews", "accuracy")),  # is it grammatical
     "sst2": Task(("sentence",), ("negative", "positive"), ("accuracy",)),  # what a critic thinks of a film
-    "mrpc": Task(PAIR, ("different", "equivalent"), ("f1", "accuracy")),  # do two sentences of the news say the same
+    "mrpc": Task(PAIR, ("not equivalent", "equivalent"), ("f1", "accuracy")),  # do two sentences say the same
     "stsb": Task(PAIR, ("similarity",), ("pearson", "spearman")),  # how similar are two sentences, 0 to 5
-    "qqp": Task(("question1", "question2"), ("different", "duplicate"), ("f1", "accuracy")),  # is it the same question
+    "qqp": Task(("question1", "question2"), ("not duplicate", "duplicate"), ("f1", "accuracy")),  # is it one question
     "mnli": MNLI(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), ("accuracy",)),
     "qnli": Task(("question", "sentence"), ENTAILS, ("accuracy",)),  # does the sentence answer the question
     "rte": Task(PAIR, ENTAILS, ("accuracy",)),  # does the second sentence follow
