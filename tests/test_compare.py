@@ -132,6 +132,29 @@ def test_a_picture_says_the_unit_of_its_loss(tmp_path, dataset, unit):
         assert f"({unit})" in axis.get_xlabel()
 
 
+def test_a_picture_against_ranks_has_a_tick_for_each_and_every_shortcut_its_look(tmp_path):
+    """Ranks and rates stand on a logarithmic axis; a row's seeds stand beside each other, around its name."""
+    def row(label, rank, loss, flags=""):
+        return {"row": label, "dataset": "restaurants", "method": label, "flags": flags, "rank": rank, "lr": "0.1",
+                "merged loss": loss, "best": "1"}
+    rows = [row("lora", 2, "0.5"), row("lora", 16, "0.4"), row("lora", 16, "0.2")]
+    for plot, scale in (("rank", "log"), ("lr", "log"), ("rows", "linear")):
+        with picture(tmp_path / "a.png") as (_, axis):
+            compare.fill(Namespace(plot=plot, metric="merged loss", title=""), axis, rows, {("lora",): rows})
+            assert axis.get_xscale() == scale
+            x, y = axis.lines[0].get_data()
+            if plot == "rank":
+                assert [text.get_text() for text in axis.get_xticklabels()] == ["2", "16"]
+                assert list(x) == [2, 16] and list(y) == pytest.approx([0.5, 0.3])
+            if plot == "rows":
+                assert sum(y) == pytest.approx(0) and len(set(y)) == 3 and list(x) == [0.5, 0.4, 0.2]
+                assert [text.get_text() for text in axis.get_yticklabels()] == ["lora"]
+    looks = [compare.style(row("reslora", 2, "1", f"--shortcut {name}")) for name in ("input", "block", "middle")]
+    looks += [compare.style(row(method, 2, "1")) for method in ("lora", "rslora", "deltalora", "full")]
+    assert len(set(looks)) == 7 and compare.style(row("reslora", 2, "1")) == looks[0]
+    assert compare.style(row("reslora-merged-at", 2, "1", "--shortcut block")) == looks[1]
+
+
 def test_the_same_flags_are_the_same_run():
     """In any order, of a flag given twice the last; a different value is another run."""
     one = compare.folder(["--lr", "1", "--seed", 0])

@@ -3,6 +3,7 @@ import base64
 import json
 import os
 import random
+import runpy
 import shutil
 import socket
 import time
@@ -276,6 +277,29 @@ def test_missing_data_is_refused(tmp_path):
         data.load("e2e", tmp_path / "train.jsonl")
     with pytest.raises(ValueError, match="restaurants is generated"):
         data.load("restaurants", tmp_path)
+
+
+def test_an_empty_question_is_a_question(tmp_path):
+    """QQP has an empty one or two; a record that is empty is refused."""
+    row = {"question1": "", "question2": "why ?", "label": 0}
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
+    assert data.load("glue/qqp", tmp_path)["test"] == [(("", "why ?"), 0)] * 4
+
+
+@pytest.mark.parametrize("name, rows", [
+    ("e2e", ROW), ("gsm8k", {"question": "1 + 1 ?", "answer": "#### 2"}), ("glue", {"sentence": "fine", "label": 1})])
+def test_a_datasets_file_shows_its_splits_when_it_is_run(tmp_path, monkeypatch, capsys, name, rows):
+    """python -m data.e2e FOLDER, python -m data.glue sst2 FOLDER: how many rows, and the first."""
+    for split in e2e.SPLITS:
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(rows) + "\n" for _ in range(4)))
+    argv = ["sst2"] * (name == "glue") + [str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [name, *argv])
+    runpy.run_module(f"data.{name}", run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["train", "validation", "test"]
+    assert [int(line.split()[1]) for line in lines] == ([4, 4, 4] if name == "e2e" else [3, 1, 4])
+    assert all(next(iter(rows.values())) in line for line in lines)
 
 
 def test_reviews_are_balanced_and_no_word_says_the_verdict():

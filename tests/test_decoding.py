@@ -68,6 +68,14 @@ def test_unmerged_adapters_decode_with_the_cache_as_without(method, hparams):
     assert found != base
 
 
+def test_sampling_from_one_token_is_greedy():
+    """--top-k 1 leaves the likeliest token alone, at any temperature."""
+    model, prompts = tiny_gpt(), [[1, 2, 3], [4]]
+    for seed in range(3):
+        assert generate(model, prompts, 8, 60, temperature=5.0, top_k=1, seed=seed) == generate(
+            model, prompts, 8, 60)
+
+
 def test_sampling_draws_from_the_softmax():
     """Frequencies of the first token over 4,000 draws are the probabilities at that temperature, among the top k;
     a seed repeats its draws."""

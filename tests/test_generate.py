@@ -174,6 +174,24 @@ def test_predictions_never_replace_the_run(run, capsys):
         assert "is a file of the run itself" in refused(capsys, folder, "--out", folder / name)
 
 
+def test_predictions_may_stand_in_the_run_folder(run):
+    """Under their own name, given in full; the files of the run are refused."""
+    folder = run("--method", "lora")
+    generate.main([str(folder), "--first", "1", "--max-new", "2", "--out", str(folder / "predictions-test.jsonl")])
+    assert len((folder / "predictions-test.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("key, value", [("method", "qlora"), ("dataset", "poems")])
+def test_a_run_of_a_method_or_a_dataset_that_is_not_known_here(run, tmp_path, key, value):
+    """Either of them is enough to say so."""
+    shutil.copytree(run("--method", "lora"), tmp_path / "run")
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    result["settings"][key] = value
+    (tmp_path / "run/result.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match="which are not known here"):
+        generate.load_run(tmp_path / "run")
+
+
 def test_a_tiny_temperature_is_greedy(run):
     """No overflow: the likeliest token."""
     model, _, _ = generate.load_run(run("--method", "lora"))

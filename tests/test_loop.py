@@ -18,9 +18,11 @@ import settings
 import train
 from checkpoints import tokenizers
 from checkpoints.files import write_csv
+from checkpoints.pretrained import from_pretrained
 from data.tasks import Label, Mask, Write
-from evaluation import evaluate, plots
+from evaluation import evaluate, plots, printing
 from experiments import compare
+from methods import METHODS
 from reslora import ResLoRALinear
 
 CPU, PLAIN = torch.device("cpu"), contextlib.nullcontext()
@@ -185,6 +187,102 @@ def test_a_report_is_of_the_test_split_and_a_point_of_the_curve_of_the_validatio
         return sum(right) / len(right)
     assert evaluate.report(model, dataset, CPU, PLAIN)["accuracy"] == pytest.approx(by_hand(rows[10:]))
     assert evaluate.validate(model, dataset, CPU, PLAIN)["accuracy"] == pytest.approx(by_hand(rows[:4]))
+
+
+def test_decoding_for_a_report_has_no_dropout_and_leaves_the_model_training(base):
+    """Twice the same texts from a model whose adapters drop half of their input."""
+    model, tokenizer = from_pretrained(base), tokenizers.load(base, 320)
+    adapt(model, "lora", {}, r=8, alpha=60, dropout=0.5)
+    model.train()
+    pairs = data.load("restaurants")["test"][:4]
+    texts = [evaluate.decode(model, pairs, tokenizer, 20) for _ in range(3)]
+    assert texts[0] == texts[1] == texts[2] and all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("dataset, judged", [("restaurants", 64), ("gsm8k", 70), ("stdlib", None)])
+def test_what_is_evaluated_is_said(monkeypatch, capsys, dataset, judged):
+    """Before a report: the loss of all test examples, and how many texts are decoded: 64, or all where they judge."""
+    pairs = [("a", "b")] * 70
+    module = data.module(dataset)
+    fake = Namespace(pairs={"test": pairs}, examples={"test": pairs * 2}, module=module, labels=(),
+                     metrics=data.about(dataset, "METRICS"))
+    monkeypatch.setattr(evaluate, "measure", lambda *args, **more: {})
+    monkeypatch.setattr(evaluate, "SCORED", 64)
+    evaluate.report(None, fake, None, None, "the base")
+    out = capsys.readouterr().out
+    assert out.startswith("evaluate the base: the loss of 140 test examples")
+    assert (f"and {judged} texts are decoded" in out) if judged else "decoded" not in out
+
+
+def test_three_examples_are_shown_from_all_over_the_test_split(monkeypatch, capsys):
+    """One of each third, in their order, with what the model makes of them; of two texts both."""
+    task = Write.__new__(Write)
+    for n, shown in ((90, [0, 30, 60]), (2, [0, 1]), (3, [0, 1, 2])):
+        pairs = [(f"record {i}", f"text {i}") for i in range(n)]
+        monkeypatch.setattr(printing, "decode", lambda model, some, _: ([p for p, _ in some], ["written"] * len(some)))
+        dataset = Namespace(pairs={"test": pairs}, labels=(), task=task, tokenizer=None)
+        printing.print_examples(None, dataset, None, None)
+        lines = capsys.readouterr().out.split("\n")
+        assert [line for line in lines if line.startswith("record")] == [f"record {i}" for i in shown]
+        assert [line for line in lines if line.startswith("  ref")] == [f"  ref text {i}" for i in shown]
+
+
+def test_cut_texts_are_counted_over_all_splits(base, monkeypatch):
+    """A text that just fits the context is not cut, one that is a token longer is."""
+    tokenizer = tokenizers.load(base, 320)
+    n = len(tokenizer.encode_ordinary("a ||")) + len(tokenizer.encode_ordinary(" abc")) + 2
+    for context, cut in ((n - 1, 0), (n - 2, 1)):
+        assert Write(tokenizer, context).encode([("a", "abc")])[1] == cut
+    pairs = {"train": [("a", "abc " * 40)] * 3, "validation": [("a", "abc " * 40)], "test": [("a", "abc " * 40)] * 2}
+    monkeypatch.setattr(data, "load", lambda *_: pairs)
+    assert data.Dataset("restaurants", None, base, from_pretrained(base), 32).cut == 6
+
+
+def test_trained_parameters_are_counted(tmp_path, base):
+    """By hand: two layers, q and v, r (d_in + d_out) each, beside a base of so many."""
+    found = train.main(command(base, tmp_path))["parameters"]
+    whole = sum(p.numel() for p in from_pretrained(base).parameters())
+    assert found == {"trainable": 2 * 2 * 4 * (16 + 16), "total": whole + 2 * 2 * 4 * (16 + 16)}
+
+
+def test_every_dataset_and_method_has_its_defaults():
+    """Steps or epochs, never both; full fine-tuning has a smaller rate than an adapter, methods whose factors start
+    small a larger one, wherever a dataset says so; a dataset that is not in the table has defaults too."""
+    for dataset in (*data.GENERATED, "e2e", "gsm8k", "text", "glue/sst2", "glue/mnli"):
+        args = {method: settings.parse(["--method", method, "--dataset", dataset, "--model", "tiny"])
+                for method in METHODS if method != "head" or data.about(dataset, "LABELS")}
+        assert all((a.steps is None) != (a.epochs is None) and a.batch_size > 0 for a in args.values())
+        assert args["full"].lr < args["lora"].lr == args["rslora"].lr == args["reslora"].lr == args["deltalora"].lr
+        assert all(args[method].lr >= args["lora"].lr for method in ("adalora", "loha", "lokr"))
+    assert {"epochs", "batch_size", "lr", "full_lr"} == settings.OTHER.keys()
+    assert settings.OTHER["full_lr"] < settings.OTHER["lr"]
+    for dataset in ("restaurants", "e2e", "reviews"):
+        found = {settings.parse(["--method", m, "--dataset", dataset]).lr for m in ("adalora", "loha", "lokr")}
+        assert len(found) == 1 and found.pop() > settings.parse(["--dataset", dataset]).lr
+    assert settings.parse(["--method", "head", "--dataset", "reviews"]).lr > settings.parse(["--dataset", "reviews"]).lr
+
+
+def test_result_json_names_every_flag_of_the_method(tmp_path, base):
+    """With the default where none was given."""
+    found = train.main(command(base, tmp_path, "--method", "reslora"))["settings"]
+    assert (found["shortcut"], found["pre_num"], found["merge"]) == ("input", 1, ["regression"])
+
+
+def test_a_failure_to_compile_is_a_line_and_any_other_a_traceback(capsys):
+    """What torch's compiler raises is the machine's fault; a bug of ours stays visible."""
+    class Broken(Exception):
+        pass
+
+    def run(_):
+        raise Broken("no compiler here")
+    with pytest.raises(Broken):
+        settings.command("x", lambda argv: None, run, [])
+    for module in ("torch._dynamo.exc", "torch._inductor.exc"):
+        Broken.__module__ = module
+        with pytest.raises(SystemExit) as e:
+            settings.command("x", lambda argv: None, run, [])
+        assert e.value.code == 2
+        assert capsys.readouterr().err == "x: --compile does not work on this machine: no compiler here\n"
 
 
 def test_texts_come_back_in_the_order_of_their_records(monkeypatch):

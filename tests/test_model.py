@@ -380,6 +380,7 @@ def truncate(folder):
     (edit_config(n_layer=10**7), "n_layer must be a whole number in 1..1000"),
     (edit_config(vocab_size=10**12), "vocab_size must be"),
     (edit_config(layer_norm_epsilon=1e300), "must be in (0, 1)"), (edit_config(n_inner=10), "has shape"),
+    (edit_config(n_inner=0), "n_inner must be a whole number"), (edit_config(n_embd=None), "n_embd must be"),
     (edit_weights(lambda s: s.update({"transformer.h.0.attn.c_attn.bias": torch.ones(7)})),
      "transformer.h.0.attn.c_attn.bias has shape (7,), not (72,)"),
     (edit_weights(lambda s: s.pop("transformer.ln_f.bias")), "lacks transformer.ln_f.bias"),

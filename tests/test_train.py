@@ -107,6 +107,10 @@ def test_every_method_classifies(tmp_path, small_roberta, method, capsys):
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"]) and 0 < float(rows[-1]["val_accuracy"]) < 1
     out = capsys.readouterr().out
     assert "has no head for 2 labels: a fresh one is trained from scratch" in out and "-> " in out
+    table = out[out.index("reviews (test)"):].splitlines()
+    assert table[0].split()[2:] == ["loss", "accuracy"]
+    assert [line[:28].strip() for line in table[1:1 + len(result["metrics"])]] == list(result["metrics"])
+    assert float(table[1].split()[-1]) == pytest.approx(result["metrics"]["base"]["accuracy"], abs=1e-4)
     metrics, last = result["metrics"], "merged" if METHODS[method].adapter else "trained"
     assert set(metrics[last]) == {"loss", "accuracy"} and result["selected"]["by"] == "validation accuracy"
     merged = from_pretrained(tmp_path / "merged")
