@@ -26,6 +26,17 @@ def made(preset, *flags):
     return args, (GPT(args.config) if args.gpt else RoBERTa(args.config, 2)).requires_grad_(False)
 
 
+@pytest.mark.parametrize("preset, heads, parameters", [
+    ("gpt2-small", 12, 124_439_808), ("gpt2-medium", 16, 354_823_168), ("roberta-large", 16, 355_359_744 - 1024 * 1025)])
+def test_presets_have_the_sizes_of_the_published_models(preset, heads, parameters):
+    """As counted for the hub's checkpoints: GPT-2, GPT-2 medium, and RoBERTa large without its pooler."""
+    config, batch, T = bench.PRESETS[preset]
+    with torch.device("meta"):
+        model = GPT(config) if isinstance(config, GPTConfig) else RoBERTa(config, 2)
+    counted = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("classifier"))
+    assert (config.n_head, counted) == (heads, parameters) and T <= config.context and batch > 1
+
+
 @pytest.mark.parametrize("preset", TINY)
 def test_a_lora_step_computes_the_floors_products_and_no_other(preset, monkeypatch):
     """Torch's count of the operations of a step is the floor's, attention aside (its kernel counts no causal half), and

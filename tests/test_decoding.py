@@ -68,6 +68,13 @@ def test_unmerged_adapters_decode_with_the_cache_as_without(method, hparams):
     assert found != base
 
 
+def test_an_empty_prompt_is_refused_wherever_it_stands():
+    """Nothing says what comes first: a text begins with <|endoftext|>."""
+    for prompts in ([[]], [[1], []], [[], [1, 2]]):
+        with pytest.raises(ValueError, match="an empty prompt cannot be continued"):
+            generate(tiny_gpt(), prompts, 3, 60)
+
+
 def test_sampling_from_one_token_is_greedy():
     """--top-k 1 leaves the likeliest token alone, at any temperature."""
     model, prompts = tiny_gpt(), [[1, 2, 3], [4]]

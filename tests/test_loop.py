@@ -2,6 +2,8 @@
 import contextlib
 import json
 import math
+import subprocess
+import sys
 from argparse import Namespace
 from collections import Counter
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import adapt, tiny_gpt, tiny_roberta
+from conftest import ROOT, adapt, tiny_gpt, tiny_roberta
 from test_train import command, few_records  # noqa: F401
 
 import data
@@ -260,6 +262,40 @@ def test_every_dataset_and_method_has_its_defaults():
         found = {settings.parse(["--method", m, "--dataset", dataset]).lr for m in ("adalora", "loha", "lokr")}
         assert len(found) == 1 and found.pop() > settings.parse(["--dataset", dataset]).lr
     assert settings.parse(["--method", "head", "--dataset", "reviews"]).lr > settings.parse(["--dataset", "reviews"]).lr
+
+
+def test_defaults_that_depend_on_the_steps_are_what_the_help_says():
+    """K is a tenth of the run, at most 500; AdaLoRA's phases are a tenth and four tenths, its pace a hundredth."""
+    flags = [*METHODS["deltalora"].flags.values(), *METHODS["adalora"].flags.values()]
+    for steps, K, warmup, final, every in ((10, 1, 1, 4, 1), (100, 10, 10, 40, 1), (1000, 100, 100, 400, 10),
+                                           (10000, 500, 1000, 4000, 100)):
+        found = [flag["default"](steps) for flag in flags if callable(flag.get("default"))]
+        assert found == [K, warmup, final, every]
+
+
+@pytest.mark.parametrize("step, message", [(1, "interrupted; nothing was saved\n"),
+                                           (5, "interrupted; step 4 is in {out}, --resume goes on from there\n")])
+def test_an_interrupted_run_says_what_it_has_left(tmp_path, base, monkeypatch, capsys, step, message):
+    """Ctrl-C in a step: before the first checkpoint and after one."""
+    calls, real = [], train.one_step
+
+    def one_step(*args):
+        calls.append(1)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(train, "one_step", one_step)
+    with pytest.raises(SystemExit) as e:
+        train.main(command(base, tmp_path / "out"))
+    assert e.value.code == 130
+    assert capsys.readouterr().err.endswith("train.py: " + message.format(out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("script", ["train.py", "generate.py"])
+def test_the_scripts_are_scripts(script):
+    """python train.py --help says how to use it."""
+    run = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.startswith(f"usage: {script}")
 
 
 def test_result_json_names_every_flag_of_the_method(tmp_path, base):
