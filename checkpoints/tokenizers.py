@@ -10,6 +10,7 @@ Special tokens are put around a text by us and never found in it: the letters <|
 """
 import base64
 import functools
+import re
 from pathlib import Path
 
 import tiktoken
@@ -24,6 +25,8 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "
 UNREADABLE = "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "merges.txt"
 # How tokenizer.tiktoken cuts: a word with its leading space, one digit, a run of punctuation, white space
 PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LETTER_AND_LINE_END = re.compile(r"[^\W\d_](?=\n)")
+PIECE = 2**18  # characters that are encoded at a time
 ROBERTA = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
 
 
@@ -56,6 +59,10 @@ class Tokenizer:
 
     def __init__(self, backend, where, vocab_size):
         self.backend, self.where = backend, where
+        # GPT-2's way to cut a text, and ours, never joins a letter with a line end behind it
+        cut, added = repr(backend.pre_tokenizer), backend.get_added_tokens_decoder().values()
+        known = "add_prefix_space=False, trim_offsets=True, use_regex=True" in cut or PATTERN in cut
+        self.cuts_at_line_ends = known and all(token.special for token in added)
         backend.encode_special_tokens = True  # in a text they are ordinary text
         backend.no_truncation()  # a tokenizer.json may have been saved with both
         backend.no_padding()
@@ -72,8 +79,14 @@ class Tokenizer:
         return self.encode_ordinary_batch([text])[0]
 
     def encode_ordinary_batch(self, texts):
+        if max(map(len, texts), default=0) > PIECE and self.cuts_at_line_ends:
+            # the library holds a hundred times as much as the ids that it finds: a book is encoded in pieces
+            return [[i for piece in pieces(text) for i in self.encode_whole([piece])[0]] for text in texts]
+        return self.encode_whole(texts)
+
+    def encode_whole(self, texts):
         try:
-            return [encoding.ids for encoding in self.backend.encode_batch(texts, add_special_tokens=False)]
+            return [found.ids for found in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         except TypeError:
             raise ValueError("a text holds half a surrogate pair, which no tokenizer can encode") from None
 
@@ -111,6 +124,17 @@ class RobertaTokenizer(Tokenizer):
     def build(self, a, b=None):
         """ids of one text or of two -> <s> a </s>, <s> a </s></s> b </s>"""
         return [self.bos, *a, self.eos] + ([] if b is None else [self.eos, *b, self.eos])
+
+
+def pieces(text):
+    """Cut a long text into pieces of about PIECE characters, each but the first beginning with the line end behind a
+    letter."""
+    start = 0
+    while start < len(text):
+        found = LETTER_AND_LINE_END.search(text, start + PIECE - 1)
+        end = found.end() if found else len(text)
+        yield text[start:end]
+        start = end
 
 
 # ---------------------------------------------------------------------------------------------------------------------

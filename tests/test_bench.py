@@ -27,7 +27,8 @@ def made(preset, *flags):
 
 
 @pytest.mark.parametrize("preset, heads, parameters", [
-    ("gpt2-small", 12, 124_439_808), ("gpt2-medium", 16, 354_823_168), ("roberta-large", 16, 355_359_744 - 1024 * 1025)])
+    ("gpt2-small", 12, 124_439_808), ("gpt2-medium", 16, 354_823_168),
+    ("roberta-large", 16, 355_359_744 - 1024 * 1025)])
 def test_presets_have_the_sizes_of_the_published_models(preset, heads, parameters):
     """As counted for the hub's checkpoints: GPT-2, GPT-2 medium, and RoBERTa large without its pooler."""
     config, batch, T = bench.PRESETS[preset]

@@ -4,6 +4,7 @@ The public thread behind a case stands beside it: HF is huggingface/transformers
 """
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -595,6 +596,20 @@ def test_a_million_blanks_in_a_row(base, sample):
     assert tokenizer.decode(tokenizer.encode_ordinary(sample)) == sample
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_book_in_pieces_has_the_ids_of_the_book(kinds, kind, monkeypatch):
+    """Long texts are cut behind a letter where a line ends, where the tokenizer cuts too, whatever stands around it."""
+    tokenizer = tokenizers.load(*kinds[kind])
+    rng, letters = random.Random(0), "ab éÉ日1.,'\n\n\t  \u0301🙂"
+    texts = ["".join(rng.choice(letters) for _ in range(400)) for _ in range(50)]
+    texts += [(ROOT / name).read_text() for name in ("README.md", "lora.py")]
+    whole = tokenizer.encode_ordinary_batch(texts)
+    monkeypatch.setattr(tokenizers, "PIECE", 40)
+    assert tokenizer.encode_ordinary_batch(texts) == whole
+    assert all("".join(tokenizers.pieces(text)) == text for text in texts)
+    assert len(list(tokenizers.pieces(texts[-1]))) > 3
+
+
 def test_special_tokens_in_a_text_are_ordinary_text(base, small_roberta):
     """<|endoftext|>, <mask> and </s> in texts and records are letters; README says so."""
     gpt = tokenizers.load(base, 320)
@@ -753,7 +768,6 @@ def test_columns_of_a_table_stand_apart(capsys):
 
 def test_any_folder_ends_well(tmp_path, base, small_roberta, long, capsys):
     """Files removed, renamed, cut short, shuffled, keys renamed, values replaced: success, or one line."""
-    import random
     rng = random.Random(0)
     bases = [base, small_roberta]
     for i, (make, special) in enumerate(((their_gpt2, ("<|endoftext|>",)), (their_roberta, ROBERTA))):
