@@ -67,9 +67,9 @@ def from_pretrained(source, num_labels=None, labels=()):
     else:
         model.labels = tuple(labels) or None
         state = fit_head(state, model, head, expected, others, source, where, named)
-        if model.labels and not model.fresh_head:
-            reorder_labels(state, model.labels, folder, source)
     check_keys(state, expected, where, named)
+    if labels and not model.fresh_head:
+        reorder_labels(state, labels, folder, source)
     model.load_state_dict({key: t.contiguous() for key, t in kind.from_hub(state).items()}, assign=True)
     return model
 
@@ -98,10 +98,10 @@ def reorder_labels(state, labels, folder, source):
     """Put the rows of a classifier's output in the order of `labels`, if config.json has the same names in another
     order. Names such as LABEL_0 mean nothing: then the order is taken as it is, and so it is, with a line, where the
     names differ."""
-    path, weight = folder / "config.json", state["classifier.out_proj.weight"]
+    path = folder / "config.json"
     names = read_json(path).get("id2label") or {str(i): f"LABEL_{i}" for i in range(len(labels))}
     if not isinstance(names, dict) or names.keys() != {str(i) for i in range(len(labels))}:
-        raise ValueError(f"{path}: id2label {names!r} does not name the {len(weight)} labels of the head")
+        raise ValueError(f"{path}: id2label {names!r} does not name the {len(labels)} labels of the head")
     theirs = [plain(names[str(i)]) for i in range(len(labels))]
     ours = [plain(name) for name in labels]
     if theirs == ours or len(labels) == 1 or all(re.fullmatch(r"(label )?\d+", name) for name in theirs):
@@ -111,8 +111,7 @@ def reorder_labels(state, labels, folder, source):
         return
     order = [theirs.index(name) for name in ours]
     for key in ("classifier.out_proj.weight", "classifier.out_proj.bias"):
-        if len(state.get(key, ())) == len(order):  # else it is refused later
-            state[key] = state[key][order]
+        state[key] = state[key][order]
     print(f"labels   {source} has the order {', '.join(theirs)}: its head is matched by name")
 
 

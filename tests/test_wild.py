@@ -394,6 +394,15 @@ def test_an_id2label_that_names_other_labels_than_the_head_has_is_refused(tmp_pa
             from_pretrained(tmp_path, 3, ("a", "b", "c"))
 
 
+def test_half_a_head_is_refused_by_its_own_names(tmp_path):
+    """A classifier without its output, with names of labels or without."""
+    their_roberta(tmp_path, "RobertaForSequenceClassification", num_labels=3, id2label=NAMES,
+                  label2id={v: k for k, v in NAMES.items()})
+    rewrite(tmp_path, lambda name: None if name == "classifier.out_proj.weight" else name)
+    with pytest.raises(ValueError, match="lacks classifier.out_proj.weight"):
+        from_pretrained(tmp_path, 3, data.about("glue/mnli", "LABELS"))
+
+
 def test_label_names_and_the_bases_name_are_written(tmp_path, small_roberta, monkeypatch):
     """merged/ and the run folder, which is the adapter's, know what the classes are called; the adapter names its base
     as the user did."""
