@@ -87,7 +87,7 @@ def difference(before, now, free=FREE):
                "base_files": f"the model {now.get('model')} has another config.json or tokenizer than it began with",
                "data": f"the data of {now.get('dataset')} have changed since it began",
                "init_weights": f"the adapter {now.get('init_from')} is not the one that it began with"}
-    for key in ("method", "dataset", *changed, *keys):
+    for key in ("method", "dataset", "steps", *changed, *keys):  # others may follow from the steps
         if key in keys:
             return changed.get(key) or f"{key} is {now.get(key)} now, and it began with {before.get(key)}"
     return None

@@ -654,7 +654,8 @@ def test_a_run_replaces_one_of_the_same_settings_and_no_other(tmp_path, base, ca
     for _ in range(2):
         before = {p: p.read_bytes() for p in tmp_path.iterdir()}
         for more, message in ((["--shortcut", "block"], "shortcut is block now, and it began with input"),
-                              (["--method", "lora"], "method is lora now"), (["--steps", "3"], "steps is 3 now")):
+                              (["--method", "lora"], "method is lora now"), (["--steps", "3"], "steps is 3 now"),
+                              (["--steps", "60", "--eval-every", "6"], "steps is 60 now")):
             assert f"holds another run ({message}" in refused(capsys, [*flags, *more])
         assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
         (tmp_path / "result.json").unlink(missing_ok=True)
