@@ -1,5 +1,7 @@
 """Tokenizers, datasets and batches."""
 import base64
+import contextlib
+import http.client
 import json
 import os
 import random
@@ -7,6 +9,7 @@ import runpy
 import shutil
 import socket
 import time
+import urllib.error
 from pathlib import Path
 
 import pyarrow
@@ -574,6 +577,16 @@ def test_masking_asks_for_what_it_hides(small_roberta):
     assert torch.equal(task.collate(examples, "a")[0], idx) and not torch.equal(task.collate(examples, "b")[0], idx)
 
 
+def test_plain_text_for_masking_is_cut_into_pieces_that_hold_every_token_once(small_roberta):
+    """Each piece framed; together, in order, they are the text."""
+    tok = tokenizers.RobertaTokenizer(small_roberta, 325)
+    sample = "the soup was cold and the waiter was kind . " * 9
+    examples, cut = Mask(tok, 20).encode([("", sample)])
+    assert cut == 0 and max(len(ids) for ids, _ in examples) == 20
+    assert all(ids[0] == tok.bos and ids[-1] == tok.eos for ids, _ in examples)
+    assert [i for ids, _ in examples for i in ids[1:-1]] == tok.encode_ordinary(sample)
+
+
 def test_a_roberta_is_not_asked_to_write(small_roberta):
     """restaurants, e2e and gsm8k are for a GPT; plain text becomes masked words."""
     model = from_pretrained(small_roberta)
@@ -604,6 +617,19 @@ def test_the_shipped_roberta_reads_denials():
         logits = model(torch.tensor([ids]))[0][0, ids.index(tok.mask)]
         right.append(logits[verdicts].argmax().item() == verdict)
     assert sum(right) > 180
+
+
+@pytest.mark.parametrize("error, answers", [
+    (None, True), (urllib.error.HTTPError("u", 404, "not found", None, None), True), (OSError("no route"), False),
+    (http.client.BadStatusLine("?"), False), (ValueError("unknown url type"), False)])
+def test_a_hub_that_says_no_is_there(error, answers, monkeypatch):
+    """An answer is an answer; no route, no HTTP and no URL are none."""
+    def urlopen(*_, **__):
+        if error:
+            raise error
+        return contextlib.nullcontext()
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    assert hub.reachable("http://hub.example/x") == answers
 
 
 @pytest.mark.parametrize("answers", [True, False])

@@ -174,6 +174,16 @@ def test_predictions_never_replace_the_run(run, capsys):
         assert "is a file of the run itself" in refused(capsys, folder, "--out", folder / name)
 
 
+def test_a_seed_draws_the_same_texts_and_another_seed_others(run, tmp_path):
+    """Over a whole split, written in batches."""
+    folder, texts = run("--method", "lora"), []
+    for seed in (1, 1, 2):
+        generate.main([str(folder), "--first", "6", "--batch-size", "2", "--max-new", "8", "--temperature", "3",
+                       "--seed", str(seed), "--out", str(tmp_path / "a.jsonl")])
+        texts.append((tmp_path / "a.jsonl").read_text())
+    assert texts[0] == texts[1] != texts[2]
+
+
 def test_predictions_may_stand_in_the_run_folder(run):
     """Under their own name, given in full; the files of the run are refused."""
     folder = run("--method", "lora")

@@ -24,7 +24,7 @@ from checkpoints.pretrained import from_pretrained
 from data.tasks import Label, Mask, Write
 from evaluation import evaluate, plots, printing
 from experiments import compare
-from methods import METHODS
+from methods import METHODS, NoAdapter
 from reslora import ResLoRALinear
 
 CPU, PLAIN = torch.device("cpu"), contextlib.nullcontext()
@@ -245,6 +245,50 @@ def test_trained_parameters_are_counted(tmp_path, base):
     found = train.main(command(base, tmp_path))["parameters"]
     whole = sum(p.numel() for p in from_pretrained(base).parameters())
     assert found == {"trainable": 2 * 2 * 4 * (16 + 16), "total": whole + 2 * 2 * 4 * (16 + 16)}
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_targets_and_the_norm_that_of_its_gradient():
+    """Over the accumulations together, as one batch of all examples would give them, before the optimizer moves."""
+    model = tiny_gpt()
+    batches = next(data.step_batches(examples_of_unlike_length(12), Write(None, 20), 4, 3))
+    assert len(batches) == 3
+    total = sum(F.cross_entropy(model(idx)[0].flatten(0, 1), targets.flatten(), reduction="sum")
+                for idx, targets, _ in batches)
+    loss = total / sum((targets != -100).sum() for _, targets, _ in batches)
+    params = list(model.parameters())
+    norm = torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)]).norm()
+    args = Namespace(device=CPU, amp=PLAIN, label_smoothing=0.0, clip=0.0)
+    found = train.one_step(model, params, torch.optim.SGD(params, 0.1), NoAdapter, [], batches, 1, args)
+    torch.testing.assert_close(found, torch.stack([loss.detach(), norm]))
+
+
+def test_an_epoch_is_shorter_for_several_processes(tmp_path, base, monkeypatch):
+    """64 examples in batches of 8 are 8 steps for one process, 4 for two."""
+    for world, steps in ((1, 8), (2, 4)):
+        monkeypatch.setattr(settings, "WORLD", world)
+        args = train.parse(["--model", str(base), "--epochs", "1", "--batch-size", "8", "--out", str(tmp_path / "o")])
+        monkeypatch.setattr(args, "device", CPU)
+        assert train.Run(args).args.steps == steps
+
+
+def test_a_run_that_leaves_nothing_leaves_no_folder(tmp_path, base, monkeypatch):
+    """Interrupted before its first checkpoint; a folder with something in it stays."""
+    monkeypatch.setattr(train, "fit", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+    for kept in (False, True):
+        if kept:
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out/mine.txt").write_text("x")
+        with pytest.raises(SystemExit):
+            train.main(command(base, tmp_path / "out"))
+        assert (tmp_path / "out").exists() == kept
+
+
+def test_half_precision_is_of_the_arithmetic_and_asked_for():
+    """float32 computes in float32, bfloat16 in bfloat16 whatever the weights are."""
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        device, found, amp = settings.pick_device("cpu", name)
+        with amp:
+            assert found == name and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
 def test_every_dataset_and_method_has_its_defaults():
