@@ -21,11 +21,12 @@ from test_train import FAST, command, few_records, refused  # noqa: F401
 import data
 import generate
 import train
-from checkpoints import adapters, tokenizers
+from checkpoints import adapters, state, tokenizers
 from checkpoints.pretrained import from_pretrained, locate
 from data import e2e, text
 from data.files import read_rows
 from data.tasks import Write
+from evaluation import decoding
 
 transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
 peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
@@ -154,12 +155,14 @@ def test_gpt2s_own_vocabulary_reaches_merged(tmp_path, capsys):
     names = tokenizers.name_tokens(tokenizers.gpt2_tokens())
     (alone / "vocab.json").write_text(json.dumps({**names, "<|endoftext|>": 50256}))
     for folder, line in ((bare, "50304 embeddings are taken for GPT-2's vocabulary"), (alone, "")):
-        out = tmp_path / f"out-{folder.name}"
-        train.main(command(folder, out, "--context", 128, "--save-merged"))
+        merged, model = tmp_path / f"out-{folder.name}", from_pretrained(folder)
+        tokenizer = tokenizers.load(folder, 50304)
         assert line in capsys.readouterr().out
-        theirs = transformers.AutoTokenizer.from_pretrained(out / "merged")
+        state.save_merged(merged, model, folder, tokenizer)
+        theirs = transformers.AutoTokenizer.from_pretrained(merged)
         assert theirs("Hello there")["input_ids"] == [15496, 612] and theirs.eos_token_id == 50256
-        assert pipeline_text(out / "merged", tokenizers.gpt2(), RECORD)
+        ids = decoding.generate(model, [[50256, *tokenizer.encode_ordinary(RECORD)]], 12, 50256)[0]
+        assert pipeline_text(merged, tokenizer, RECORD) == tokenizer.decode(ids)
 
 
 @needs_real
