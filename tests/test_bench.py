@@ -1,5 +1,6 @@
 """bench.py measures what it says."""
 import json
+import math
 
 import pytest
 import torch
@@ -54,6 +55,18 @@ def test_a_lora_step_computes_the_floors_products_and_no_other(preset, monkeypat
     if not args.gpt:  # two linears, 16 -> 16 and 16 -> 2, for 2 texts: forward, gradient of the input and of the weight
         expected += 3 * 2 * (2 * 16 * 16 + 2 * 16 * 2)
     assert counted == expected
+
+
+@pytest.mark.parametrize("preset", TINY)
+def test_the_timed_floor_multiplies_every_shape_of_the_floor(preset):
+    """Each of them up to four times, by torch's count; a shape that is counted half is timed once."""
+    args, base = made(preset)
+    timers = bench.floor_timers(base, args)
+    with FlopCounterMode(display=False) as counter:
+        seconds = timers["floor"]()
+    times = [(min(4, math.ceil(often)), a, b) for often, a, b in bench.floor(args)]
+    assert counter.get_total_flops() == sum(n * 2 * math.prod(a) * b[-1] for n, a, b in times)
+    assert seconds > 0 and timers["weights"]() > 0
 
 
 def test_rows_share_the_base_and_leave_it_alone():
