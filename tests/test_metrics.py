@@ -67,8 +67,9 @@ def test_bleu_is_sacrebleus_published_example():
                   ["It was not unexpected.", "No one was surprised."],
                   ["The man bit him first.", "The man had bitten the dog."]]
     assert metrics.bleu(texts, references) == pytest.approx(48.530827)
-    fewer = metrics.bleu(texts, [*references[:2], references[2][:1]])
-    assert fewer < 48 and fewer == metrics.bleu(texts, [*references[:2], references[2][:1] * 2])
+    for some in (references, [group[::-1] for group in references]):  # the best one first, or last
+        fewer = metrics.bleu(texts, [*some[:2], references[2][:1]])
+        assert fewer < 48 and fewer == metrics.bleu(texts, [*some[:2], references[2][:1] * 2])
     assert metrics.bleu(texts, [["nothing", *some] for some in references]) == pytest.approx(48.530827)
 
 
