@@ -18,19 +18,25 @@ WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # what torch's DataParallel 
 
 def weight_files(folder):
     """[path], one or the shards that an index names. ValueError, with what is there instead, if there are none."""
-    single, index = folder / SINGLE, folder / INDEX
-    if single.exists():
-        return [single]
-    if not index.exists():
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    if not (folder / INDEX).exists():
         raise ValueError(instead(folder))
-    shards = read_json(index).get("weight_map")
-    if not (isinstance(shards, dict) and shards and all(isinstance(file, str) and Path(file).name == file
-                                                        for file in shards.values())):
-        raise ValueError(f"{index} is damaged: its weight_map must say for each tensor which file of the folder has it")
+    index, shards = folder / INDEX, read_index(folder)
     for file in sorted(set(shards.values())):
         if not (folder / file).exists():
             raise ValueError(f"{index} names {file}, which does not exist")
     return [folder / file for file in sorted(set(shards.values()))]
+
+
+def read_index(folder):
+    """{tensor: the file that has it} of the index of shards."""
+    shards = read_json(folder / INDEX).get("weight_map")
+    if not (isinstance(shards, dict) and shards and all(isinstance(file, str) and Path(file).name == file
+                                                        for file in shards.values())):
+        raise ValueError(f"{folder / INDEX} is damaged: its weight_map must say for each tensor which file of the "
+                         "folder has it")
+    return shards
 
 
 def instead(folder):
@@ -49,9 +55,11 @@ def instead(folder):
 
 def read_weights(folder):
     """{name in the file: tensor in fp32}"""
-    state = {}
-    for path in weight_files(folder):
+    state, files = {}, weight_files(folder)
+    for path in files:
         state.update({name: t.float() for name, t in read_safetensors(path).items()})
+    if files[0].name != SINGLE and state.keys() != (named := read_index(folder).keys()):
+        raise ValueError(f"{folder / INDEX} and its files have different tensors: {min(state.keys() ^ named)}")
     return state
 
 

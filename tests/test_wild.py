@@ -331,6 +331,9 @@ def test_a_folder_without_readable_weights_says_what_it_has(tmp_path):
     for bad in ({}, {"weight_map": {"a": "../model.safetensors"}}, {"weight_map": []}, {"weight_map": {"a": 1}}):
         index.write_text(json.dumps({**table, "weight_map": None, **bad}))
         assert "index.json is damaged" in message(tmp_path)
+    names = sorted(table["weight_map"])
+    index.write_text(json.dumps({"weight_map": {name: table["weight_map"][name] for name in names[1:]}}))
+    assert f"index.json and its files have different tensors: {names[0]}" in message(tmp_path)
     index.unlink()
     first = min(path.name for path in tmp_path.glob("*.safetensors"))
     assert f"has no model.safetensors, only {first}" in message(tmp_path)
