@@ -219,7 +219,7 @@ def test_what_is_evaluated_is_said(monkeypatch, capsys, dataset, judged):
 def test_three_examples_are_shown_from_all_over_the_test_split(monkeypatch, capsys):
     """One of each third, in their order, with what the model makes of them; of two texts both."""
     task = Write.__new__(Write)
-    for n, shown in ((90, [0, 30, 60]), (2, [0, 1]), (3, [0, 1, 2])):
+    for n, shown in ((90, [0, 30, 60]), (100, [0, 33, 66]), (2, [0, 1]), (4, [0, 1, 2])):
         pairs = [(f"record {i}", f"text {i}") for i in range(n)]
         monkeypatch.setattr(printing, "decode", lambda model, some, _: ([p for p, _ in some], ["written"] * len(some)))
         dataset = Namespace(pairs={"test": pairs}, labels=(), task=task, tokenizer=None)
