@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
+from checkpoints.pretrained import save_pretrained
 from experiments import bench
 from model import GPT, GPTConfig, RoBERTa, RobertaConfig
 
+PRESETS = dict(bench.PRESETS)
 TINY = {"tiny": (GPTConfig(vocab_size=80, n_positions=16, n_embd=16, n_layer=2, n_head=2), 2, 8),
         "roberta-base": (RobertaConfig(vocab_size=80, max_position_embeddings=18, hidden_size=16, num_hidden_layers=2,
                                        num_attention_heads=2, intermediate_size=24), 2, 8)}
@@ -67,6 +70,41 @@ def test_the_timed_floor_multiplies_every_shape_of_the_floor(preset):
     times = [(min(4, math.ceil(often)), a, b) for often, a, b in bench.floor(args)]
     assert counter.get_total_flops() == sum(n * 2 * math.prod(a) * b[-1] for n, a, b in times)
     assert seconds > 0 and timers["weights"]() > 0
+
+
+def test_results_say_the_shapes_that_are_timed():
+    """RESULTS.md names width, layers, vocabulary, batch and tokens of the presets that it times."""
+    page = " ".join((ROOT / "RESULTS.md").read_text().split())
+    config, batch, T = PRESETS["tiny"]
+    assert (f"d {config.width}, {config.n_layer} layers, a vocabulary of {config.vocab_size:,}, batch {batch} x {T}"
+            in page)
+    config, batch, T = PRESETS["gpt2-small"]
+    assert f"*gpt2-small* has a vocabulary of {config.vocab_size:,}, batch {batch} x {T}" in page
+
+
+def test_delta_loras_row_moves_W_in_its_first_step():
+    """Else it would time plain LoRA."""
+    args, base = made("tiny")
+    model, adapter, layers = bench.adapted(base, bench.ROWS["deltalora"], args)
+    one, _ = bench.our_step(model, adapter, layers, args)
+    before = [layer.weight.clone() for layer in layers]
+    idx, targets = bench.batch_of(args)
+    one([(idx, targets, 1.0)])
+    one([(idx, targets, 1.0)])
+    assert all(not torch.equal(layer.weight, W) for layer, W in zip(layers, before, strict=True))
+
+
+@pytest.mark.parametrize("preset", TINY)
+def test_the_peer_has_our_scale_and_trains_as_many_numbers(preset, tmp_path):
+    """LoRA of the same rank and alpha, on c_attn in place of q and v of a GPT: there it trains as many."""
+    args, base = made(preset)
+    save_pretrained(base, tmp_path)
+    _, _, theirs = bench.their_step(tmp_path, args)
+    model, _, layers = bench.adapted(base, {}, args)
+    scales = {module.scaling["default"] for module in theirs.modules() if hasattr(module, "lora_A")}
+    assert scales == {layers[0].scaling} == {16 / args.rank}
+    numbers = [sum(p.numel() for name, p in m.named_parameters() if "lora_" in name) for m in (theirs, model)]
+    assert numbers[0] == numbers[1]
 
 
 def test_rows_share_the_base_and_leave_it_alone():

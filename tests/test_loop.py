@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT, adapt, tiny_gpt, tiny_roberta
+from matplotlib import pyplot
 from test_train import command, few_records  # noqa: F401
 
 import data
@@ -227,6 +228,18 @@ def test_three_examples_are_shown_from_all_over_the_test_split(monkeypatch, caps
         lines = capsys.readouterr().out.split("\n")
         assert [line for line in lines if line.startswith("record")] == [f"record {i}" for i in shown]
         assert [line for line in lines if line.startswith("  ref")] == [f"  ref text {i}" for i in shown]
+
+
+@pytest.mark.whole
+def test_the_picture_of_ranks_has_a_row_for_each_layer_and_says_what_colours_mean(monkeypatch, tmp_path):
+    """The first layer on top, the last rank beside its name, steps to the right."""
+    figure, axis = pyplot.subplots()
+    monkeypatch.setattr(plots, "picture", lambda path, **_: contextlib.nullcontext((figure, axis)))
+    rows = [dict(step=2, ranks="4 4"), dict(step=6, ranks="3 0")]
+    plots.draw_ranks(tmp_path / "a.png", rows, ["h.0.q", "h.1.q"], "t")
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["0.q: 3", "1.q: 0"] and axis.yaxis_inverted()
+    assert figure.axes[1].get_ylabel() == "rank" and axis.get_xlim() == (0, 6) and axis.get_title() == "t"
+    pyplot.close(figure)
 
 
 def test_cut_texts_are_counted_over_all_splits(base, monkeypatch):
