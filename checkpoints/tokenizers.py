@@ -158,7 +158,7 @@ def read(folder, vocab_size, roberta):
         if lacking:
             raise ValueError(f"{folder} has a vocab.json without merges.txt, and it lacks {lacking} of GPT-2's tokens: "
                              "how its texts are cut stands in merges.txt, or in tokenizer.json")
-        return add_tokens(from_file(vocab, lambda: byte_level(ids, merges_of(tokens), roberta)), folder), vocab
+        return add_tokens(from_file(vocab, lambda: byte_level(ids, gpt2_merges(), roberta)), folder), vocab
     others = [name for name in UNREADABLE if (folder / name).exists()]
     if others or roberta or vocab_size < 50257:
         found = f"only {' and '.join(others)}" if others else "none"
@@ -286,7 +286,12 @@ def gpt2_tokens():
     return [encoding.decode_single_token_bytes(rank) for rank in range(encoding.eot_token)]
 
 
+@functools.cache
+def gpt2_merges():
+    return merges_of(gpt2_tokens())
+
+
 def own_vocabulary():
     """GPT-2's own vocabulary as an object of the library."""
     tokens = gpt2_tokens()
-    return byte_level({**name_tokens(tokens), "<|endoftext|>": len(tokens)}, merges_of(tokens), roberta=False)
+    return byte_level({**name_tokens(tokens), "<|endoftext|>": len(tokens)}, gpt2_merges(), roberta=False)
