@@ -90,7 +90,6 @@ def test_delta_loras_row_moves_W_in_its_first_step():
     before = [layer.weight.clone() for layer in layers]
     idx, targets = bench.batch_of(args)
     one([(idx, targets, 1.0)])
-    one([(idx, targets, 1.0)])
     assert all(not torch.equal(layer.weight, W) for layer, W in zip(layers, before, strict=True))
 
 

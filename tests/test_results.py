@@ -7,6 +7,8 @@ import statistics
 import pytest
 from conftest import ROOT
 
+import data
+import settings
 from experiments import bench, tables
 from experiments.compare import spread
 
@@ -309,6 +311,15 @@ def test_the_theorem_holds_under_sgd_and_turns_around_under_adam():
         means = [statistics.mean(values) for values in by_rank.values()]
         assert cells == [f"{value:.2g}" for value in means] and all(len(v) == 5 for v in by_rank.values())
         assert (max(means) < 1.2 * min(means)) == (name in ("SGD, rsLoRA", "Adam, LoRA"))
+
+
+def test_the_text_names_the_steps_of_the_runs():
+    """100 to 500 steps over the embedded datasets, 180 on restaurants: what train.py takes when nothing is said, as the
+    runs of the tables did."""
+    steps = {name: settings.DEFAULTS[name]["steps"] for name in (*data.GENERATED, "e2e")}
+    text = " ".join(RESULTS.split())
+    assert f"trained for {min(steps.values())} to {max(steps.values())} steps" in text
+    assert f"mean of {steps['restaurants']} steps" in text and f"after these {steps['restaurants']} steps" in text
 
 
 @pytest.mark.parametrize("number, dataset", [*enumerate(re.findall(r"<!-- table: merge-at-(\S+) -->", RESULTS))])
