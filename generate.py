@@ -38,7 +38,7 @@ def parse(argv):
     add("--data-dir", help="read the dataset from this folder")
     add("--first", type=int, help="only so many records")
     add("--out", type=Path, help="predictions, one JSON object a line (predictions-<split>.jsonl in the run folder)")
-    add = parser.add_argument_group("adapter").add_argument
+    add = parser.add_argument_group("base and adapter").add_argument
     add("--model", help="the base, if it has moved since")
     add("--unmerged", action="store_true", help="keep the adapter's layers: slower, to compare")
     add("--cut", type=int, help="a DyLoRA run: use this rank (that of the run)")
@@ -113,7 +113,7 @@ def load_run(folder, unmerged=False, cut=None, base=None):
     try:
         source = locate(base or settings["model"])
     except ValueError as e:
-        raise ValueError(f"{e}; if the base has moved, --model gives its new place") from None
+        raise ValueError(f"{e}" if base else f"{e}; if the base has moved, --model gives its new place") from None
     if fingerprint_weights(source) != settings["base_weights"]:
         raise ValueError(f"{source} has other weights than those that {folder} was trained on")
     model = from_pretrained(source)

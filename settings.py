@@ -86,7 +86,7 @@ def parser(description):
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the arithmetic (bfloat16 on cuda)")
     add("--compile", action="store_true", help="torch.compile: a slow start, then faster on a GPU")
     add = parser.add_argument_group("run folder").add_argument
-    add("--out", type=Path, help="out/<dataset>-<method>-r<rank>-s<seed>")
+    add("--out", type=Path, help="out/<dataset>-<method>-<its own flags>-r<rank>-s<seed>")
     add("--eval-every", type=int, help="steps between validations, each a checkpoint (a tenth of the run)")
     add("--resume", action="store_true", help="go on from --out's last checkpoint, with the flags of that run")
     add("--save-merged", action="store_true", help="write merged/, a checkpoint that transformers loads")
@@ -106,7 +106,7 @@ def parse(argv=None, description=None):
 def stored_flags(args, known):
     """The flags of the run that `args` resumes, from its folder; known: the names of all flags but the methods' own."""
     out = args.out or complete(Namespace(**vars(args))).out
-    stored = state.read_state(out / "resume.safetensors")[3]
+    stored = state.read_settings(out / "resume.safetensors")
     for name in ("method", "dataset"):
         if getattr(args, name) not in (None, stored.get(name)):
             raise ValueError(f"cannot resume {out} with {name} {getattr(args, name)}: it began with {stored.get(name)}")

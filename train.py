@@ -140,8 +140,8 @@ class Run:
         torch.manual_seed(args.seed)
         self.args, self.source = args, locate(args.model)
         settings.check_folders(args, self.source)
-        # The model, with a head of as many labels as the data has, and the data, encoded for this model
-        self.model = from_pretrained(self.source, len(labels := about(args.dataset, "LABELS")), labels)
+        # The model, with a head for the labels of the data, and the data, encoded for this model
+        self.model = from_pretrained(self.source, labels=about(args.dataset, "LABELS"))
         args.context = args.context or min(self.model.context, 256)
         settings.check_model(args, self.model, self.source)
         self.data = Dataset(args.dataset, args.data_dir, self.source, self.model, args.context)

@@ -36,15 +36,15 @@ def locate(source):
                          "give --model a folder with config.json and model.safetensors") from None
 
 
-def from_pretrained(source, num_labels=None, labels=()):
+def from_pretrained(source, num_labels=None, labels=None):
     """Folder or hub id -> GPT or RoBERTa, by the model_type in config.json, in fp32 on the CPU.
 
     num_labels, RoBERTa only: 0 for the masked-LM head, 1 for regression, more for a classifier; None takes the head
-    that the checkpoint has. Where the checkpoint lacks the head, a fresh one is made and a line says so. labels: names
-    of the classes 0, 1, …; a head that config.json gives the same names in another order is reordered. ValueError for
-    a checkpoint that is incomplete or of another kind.
+    that the checkpoint has. labels, in its place: names of the classes 0, 1, …; a head that config.json gives the same
+    names in another order is reordered. Where the checkpoint lacks the head, a fresh one is made and a line says so.
+    ValueError for a checkpoint that is incomplete or of another kind.
     """
-    folder = locate(source)
+    folder, num_labels = locate(source), num_labels if labels is None else len(labels)
     config, state, files = read_config(folder), weights.read_weights(folder), weights.weight_files(folder)
     kind, where = FAMILIES[config.model_type], files[0] if len(files) == 1 else folder
     if kind.model.causal and num_labels:
@@ -65,7 +65,7 @@ def from_pretrained(source, num_labels=None, labels=()):
         if others:
             print(f"head     {source}: left out is {', '.join(sorted(others))}, the head of another task")
     else:
-        model.labels = tuple(labels) or None
+        model.labels = tuple(labels or ()) or None
         state = fit_head(state, model, head, expected, others, source, where, named)
     check_keys(state, expected, where, named)
     if labels and not model.fresh_head:

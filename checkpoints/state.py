@@ -99,7 +99,7 @@ def check_replaceable(folder, settings):
     if result.exists():
         before = read_json(result).get("settings")
     else:
-        before = read_state(resume)[3] if resume.exists() else {}
+        before = read_settings(resume) if resume.exists() else {}
     before = before if isinstance(before, dict) else {}
     both = before.keys() & settings.keys()
     other = difference(*({key: value[key] for key in both} for value in (before, settings)))
@@ -220,14 +220,20 @@ def save_state(path, model, optimizer, step, settings, rows, best=None, first=1)
     write(path, lambda part: save_file(tensors, part, metadata))
 
 
-def read_state(path):
-    """(tensors, step, rows, settings) of resume.safetensors; ValueError when absent or damaged."""
+def read_settings(path):
+    """The settings in resume.safetensors, without its tensors."""
+    return read_state(path, weights=False)[3]
+
+
+def read_state(path, weights=True):
+    """(tensors, step, rows, settings) of resume.safetensors; ValueError when absent or damaged. weights: False leaves
+    the tensors where they are."""
     if not path.exists():
         raise ValueError(f"there is nothing to resume: {path} does not exist")
     try:
         with safe_open(path, "pt") as f:
             step, settings, rows = (json.loads(f.metadata()[key]) for key in ("step", "settings", "rows"))
-            tensors = {key: f.get_tensor(key) for key in f.keys()}
+            tensors = {key: f.get_tensor(key) for key in f.keys()} if weights else {}
         steps = [row["step"] for row in rows]
         if not (type(step) is int and steps[-1] == step and steps == sorted(set(steps)) and steps[0] > 0):
             raise ValueError(f"its step is {step}, those of its log are {steps[-3:]}")

@@ -60,13 +60,13 @@ class Tokenizer:
     def __init__(self, backend, where, vocab_size):
         self.backend, self.where = backend, where
         # GPT-2's way to cut a text, and ours, never joins a letter with a line end behind it
-        cut, added = repr(backend.pre_tokenizer), backend.get_added_tokens_decoder().values()
+        cut, added = repr(backend.pre_tokenizer), backend.get_added_tokens_decoder()
         known = "add_prefix_space=False, trim_offsets=True, use_regex=True" in cut or PATTERN in cut
-        self.cuts_at_line_ends = known and all(token.special for token in added)
+        self.cuts_at_line_ends = known and all(token.special for token in added.values())
         backend.encode_special_tokens = True  # in a text they are ordinary text
         backend.no_truncation()  # a tokenizer.json may have been saved with both
         backend.no_padding()
-        special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        special = {i for i, token in added.items() if token.special}
         self.ids = sorted(i for i in backend.get_vocab().values() if i not in special)  # those that a text can have
         if len(set(self.ids)) < len(self.ids):
             raise ValueError(f"{where} is damaged: two of its tokens have one number")

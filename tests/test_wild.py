@@ -374,7 +374,7 @@ def test_labels_are_matched_by_name(tmp_path, names, order, line, capsys):
     theirs = their_roberta(tmp_path, "RobertaForSequenceClassification", num_labels=3, id2label=names,
                            label2id={v: k for k, v in names.items()})
     labels = data.about("glue/mnli", "LABELS")
-    model, idx = from_pretrained(tmp_path, 3, labels), torch.randint(3, 300, (4, 9))
+    model, idx = from_pretrained(tmp_path, labels=labels), torch.randint(3, 300, (4, 9))
     out = capsys.readouterr().out
     assert (line in out) if line else not out
     assert relative(model(idx)[0], theirs(idx).logits.detach()[:, order]) < 1e-5 and model.labels == labels
@@ -387,7 +387,7 @@ def test_the_hubs_names_of_glues_labels_are_ours(tmp_path, task, theirs, capsys)
     """nyu-mll/glue's own label names, in whatever spelling."""
     their_roberta(tmp_path, "RobertaForSequenceClassification", num_labels=2, id2label=dict(enumerate(theirs)),
                   label2id={name: i for i, name in enumerate(theirs)})
-    from_pretrained(tmp_path, 2, data.about(f"glue/{task}", "LABELS"))
+    from_pretrained(tmp_path, labels=data.about(f"glue/{task}", "LABELS"))
     assert "its head is matched by name" in capsys.readouterr().out
 
 
@@ -397,7 +397,7 @@ def test_an_id2label_that_names_other_labels_than_the_head_has_is_refused(tmp_pa
     for bad in ({"0": "a", "1": "b"}, {"1": "a", "2": "b", "3": "c"}, ["a", "b", "c"], {"0": 1, "1": 2, "x": 3}):
         (tmp_path / "config.json").write_text(json.dumps({**config, "id2label": bad}))
         with pytest.raises(ValueError, match="id2label .* does not name the 3 labels of the head"):
-            from_pretrained(tmp_path, 3, ("a", "b", "c"))
+            from_pretrained(tmp_path, labels=("a", "b", "c"))
 
 
 def test_half_a_head_is_refused_by_its_own_names(tmp_path):
@@ -406,7 +406,7 @@ def test_half_a_head_is_refused_by_its_own_names(tmp_path):
                   label2id={v: k for k, v in NAMES.items()})
     rewrite(tmp_path, lambda name: None if name == "classifier.out_proj.weight" else name)
     with pytest.raises(ValueError, match="lacks classifier.out_proj.weight"):
-        from_pretrained(tmp_path, 3, data.about("glue/mnli", "LABELS"))
+        from_pretrained(tmp_path, labels=data.about("glue/mnli", "LABELS"))
 
 
 def test_label_names_and_the_bases_name_are_written(tmp_path, small_roberta, monkeypatch):
@@ -524,6 +524,9 @@ def test_a_moved_base_and_moved_data_are_the_same(tmp_path, base, capsys):
         generate.main([str(tmp_path / "out"), RECORD])
     assert "if the base has moved, --model gives its new place" in capsys.readouterr().err
     generate.main([str(tmp_path / "out"), RECORD, "--max-new", "3", "--model", str(tmp_path / "base-3")])
+    with pytest.raises(SystemExit):
+        generate.main([str(tmp_path / "out"), RECORD, "--model", str(tmp_path / "nowhere")])
+    assert capsys.readouterr().err.endswith("nowhere does not exist\n")
     with pytest.raises(SystemExit):
         generate.main([str(tmp_path / "out"), RECORD, "--model", "tiny-gpt"])
     assert "has other weights than those that" in capsys.readouterr().err
