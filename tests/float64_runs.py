@@ -16,7 +16,7 @@ import train  # noqa: E402
 from evaluation import evaluate, plots  # noqa: E402
 
 from_pretrained, load, destroy = train.from_pretrained, data.load, settings.dist.destroy_process_group
-train.from_pretrained = lambda *args: from_pretrained(*args).double()
+train.from_pretrained = lambda *args, **more: from_pretrained(*args, **more).double()
 data.load = functools.cache(lambda *args: {split: pairs[:60 if split == "train" else 12]
                                            for split, pairs in load(*args).items()})
 evaluate.SCORED = 0  # no time for decoding and pictures
