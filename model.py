@@ -1,55 +1,77 @@
-"""GPT-2 and RoBERTa: the architectures and nothing else. They know nothing of adapters or of files.
+"""GPT-2, Llama and RoBERTa: the architectures and nothing else. They know nothing of adapters or of files.
 
 GPT      Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": reads from left to right, LayerNorm
          before each part of a block, output projection tied to the token embedding.
+Llama    Touvron et al. 2023, arXiv:2302.13971: as GPT, with RMSNorm, rotary positions and a gated MLP. In Llama 3 and
+         Mistral heads share keys and values. Qwen 2 has a bias on q, k and v, and Qwen 3 has norms on q and k.
 RoBERTa  Liu et al. 2019, arXiv:1907.11692: reads in both directions, LayerNorm after each part, and a head that
          predicts masked tokens or classifies the whole text.
 
-Both have one interface, so that nothing outside asks which of them it has: `config` with vocab_size, context, width,
+All have one interface, so that nothing outside asks which of them it has: `config` with vocab_size, context, width,
 n_layer, n_head, n_kv_head, head_dim and inner; `hidden(idx)`, (B, T) token ids -> (B, T, C); `head(x)`, (..., C) ->
 (..., V); `forward(idx, targets=None) -> (logits, loss)`; `classifier`, a module or None; `causal`: can it write.
 
-Three things differ from the usual code. q, k and v are separate linears (GPT-2 stores them fused as `c_attn`; they are
-split on loading), so that an adapter on "q" and "v" is an adapter on q and v. The vocabulary is projected onto only at
-positions that have a target, a part of them at a time. The base has no dropout, which the published configs set to 0.1.
+Three things differ from the usual code. GPT-2's q, k and v are separate linears, so that an adapter on "q" and "v" is
+an adapter on q and v. The vocabulary is projected onto only at positions that have a target, a part of them at a time.
+The base has no dropout, which the published configs set to 0.1.
 
-Shapes: B batch, T time, C = width channels, nh heads, hs = head_dim, V vocabulary, L labels, S length of the cache.
+Shapes: B batch, T time, C = width channels, nh heads of queries, nkv heads of keys and values, hs = head_dim,
+V vocabulary, L labels, S length of the cache.
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn import LinearCrossEntropyOptions
+from torch.utils.checkpoint import checkpoint
 
 
-class Config:  # what every config answers, whatever names its family's config.json has for it
+class Config:
+    """What every config answers, whatever its family's config.json calls it. GPT-2 has names of its own."""
+    width = property(lambda self: self.hidden_size)
+    n_layer = property(lambda self: self.num_hidden_layers)
+    n_head = property(lambda self: self.num_attention_heads)
+    n_kv_head = property(lambda self: self.n_head)  # heads share keys and values in Llama only
     head_dim = property(lambda self: self.width // self.n_head)
-    n_kv_head = property(lambda self: self.n_head)  # no heads share their keys and values here
+    inner = property(lambda self: self.intermediate_size)  # width of the MLP
 
 
 class Attention(nn.Module):
     """(B, T, C) -> (B, T, C). mask (B, 1, 1 or T, S): True where a position may be attended to; None: causal.
 
-    cache (2, B, S, nh, hs): keys and values of earlier tokens. at: the index (rows, positions) where x's are stored."""
+    rope: cos and sin of `rotary`, or None. cache (2, B, S, nkv, hs): keys and values of earlier tokens. at: the index
+    (rows, positions) where x's are stored. norm: makes the norm of each head of q, and of k."""
 
-    def __init__(self, C, n_head):
+    def __init__(self, config, qkv_bias=True, o_bias=True, norm=None):
         super().__init__()
-        if C % n_head:
-            raise ValueError(f"{C} channels are no multiple of {n_head} heads")
-        self.n_head = n_head
-        self.q, self.k, self.v, self.o = (nn.Linear(C, C) for _ in range(4))
+        C, nh, nkv, self.head_dim = config.width, config.n_head, config.n_kv_head, config.head_dim
+        if C % nh and self.head_dim == C // nh or nh % nkv:
+            raise ValueError(f"{C} channels are no multiple of {nh} heads, or these of {nkv} heads of keys and values")
+        self.q, self.k, self.v = (nn.Linear(C, n * self.head_dim, bias=qkv_bias) for n in (nh, nkv, nkv))
+        self.o = nn.Linear(nh * self.head_dim, C, bias=o_bias)
+        self.q_norm, self.k_norm = (norm(), norm()) if norm else (None, None)
 
-    def forward(self, x, mask=None, cache=None, at=None):
-        B, T, C = x.shape
-        q, k, v = (f(x).view(B, T, self.n_head, -1) for f in (self.q, self.k, self.v))  # (B, T, nh, hs) each
+    def forward(self, x, rope=None, mask=None, cache=None, at=None):
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q, self.k, self.v))  # (B, T, nh or nkv, hs)
+        if self.q_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             cache[0][at], cache[1][at] = k.to(cache.dtype), v.to(cache.dtype)
-            k, v = cache  # (B, S, nh, hs)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh, T or S, hs)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
-        return self.o(y.transpose(1, 2).reshape(B, T, C))
+            k, v = cache  # (B, S, nkv, hs)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh or nkv, T or S, hs)
+        # Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): nh / nkv neighbouring heads share keys and
+        # values. On a GPU, torch has a fast kernel for that in half precision and without a mask only.
+        grouped = k.size(1) < q.size(1)
+        if grouped and q.is_cuda and (mask is not None or q.dtype.itemsize > 2):
+            k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
+            grouped = False
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.size(1) > 1,
+                                           enable_gqa=grouped)
+        return self.o(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -63,6 +85,20 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.down(F.gelu(self.up(x), approximate=self.approximate))
+
+
+def initialise(module, writers=0.02):
+    """BERT's and GPT-2's start: N(0, .02^2), of those that write into the residual stream N(0, writers^2)."""
+    for name, p in module.named_parameters():
+        if p.dim() == 2:
+            nn.init.normal_(p, std=writers if name.endswith(("o.weight", "down.weight")) else 0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
+
+
+def in_fp32(x):
+    """bf16 -> fp32; fp32 and fp64 stay as they are"""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def with_targets(x, targets):
@@ -85,12 +121,86 @@ def vocabulary_loss(x, W, b, targets, label_smoothing=0.0):
     if not len(x):
         return x.sum() * math.nan
     if not (label_smoothing or x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type)):
-        options = LinearCrossEntropyOptions(allow_retain_graph=True, batch_chunk_size=max(1, CHUNK // len(W)),
-                                            chunking_method=None)
+        options = nn.LinearCrossEntropyOptions(allow_retain_graph=True, batch_chunk_size=max(1, CHUNK // len(W)),
+                                               chunking_method=None)
         return F.linear_cross_entropy(x, W, targets, linear_bias=b, options=options)
-    z = F.linear(x, W, b)  # (N, V)
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    z = in_fp32(F.linear(x, W, b))  # (N, V)
     return F.cross_entropy(z, targets, label_smoothing=label_smoothing)
+
+
+class Block(nn.Module):
+    """(B, T, C) -> (B, T, C), of GPT-2 and Llama: a norm before each part, whose result is added to what it read."""
+
+    def __init__(self, norm, attn, mlp):
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2, self.mlp = norm(), attn, norm(), mlp
+
+    def forward(self, x, rope=None, mask=None, cache=None, at=None):
+        x = x + self.attn(self.ln_1(x), rope, mask, cache, at)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    causal, fresh_head, labels = False, False, None  # set by `from_pretrained`: is the head new, names of the classes
+    recompute = None  # set for activation checkpointing: block -> the two contexts that torch.utils.checkpoint asks for
+
+    def run(self, block, *inputs):
+        """block(*inputs), or with activation checkpointing the same without keeping what it computes on the way."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: self.recompute(block))
+        return block(*inputs)
+
+
+class Causal(Transformer):
+    """What GPT and Llama share: (B, T) token ids -> logits of the next tokens; ValueError beyond `context` tokens.
+    norm, block: functions that make one. wpe: the embedding of positions; without it they are rotary."""
+
+    causal, classifier = True, None
+
+    def __init__(self, config, norm, block, wpe=None):
+        super().__init__()
+        self.config, self.context = config, config.context
+        self.wte, self.wpe = nn.Embedding(config.vocab_size, config.width), wpe
+        self.h = nn.ModuleList(block() for _ in range(config.n_layer))
+        self.ln_f = norm()
+        self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
+        initialise(self, 0.02 / math.sqrt(2 * config.n_layer))  # GPT-2's: shrinks with the root of their number
+
+    def hidden(self, idx, cache=None, pos=0):
+        """(B, T) token ids -> (B, T, C), before the last norm.
+
+        With a cache (n_layer, 2, B, S, nkv, hs), `pos` (B, T) is the position of each token, which sees all up to
+        there. Or `pos` is a number: 0 for whole prompts that fill the cache, S - 1 for one more token a row."""
+        T, mask = idx.size(1), None
+        if T > self.context:
+            raise ValueError(f"{T} tokens do not fit the model's context of {self.context}")
+        if isinstance(pos, int):  # slices and no mask: many small operations less
+            at, pos = (slice(None), slice(pos, None)), torch.arange(pos, pos + T, device=idx.device)  # pos (T,)
+        else:
+            at = torch.arange(len(idx), device=idx.device)[:, None], pos
+            mask = (torch.arange(cache.size(3), device=idx.device) <= pos[..., None])[:, None]  # (B, 1, T, S)
+        x = in_fp32(self.wte(idx))
+        x, rope = (x + self.wpe(pos), None) if self.wpe else (x, rotary(pos, self.config))
+        for block, kept in zip(self.h, [None] * len(self.h) if cache is None else cache, strict=True):
+            x = self.run(block, x, rope, mask, kept, at)
+        return x
+
+    @property
+    def output(self):  # (V, C)
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    def head(self, x):
+        """(..., C) -> (..., V)"""
+        return F.linear(self.ln_f(x), self.output)
+
+    def forward(self, idx, targets=None, label_smoothing=0.0):
+        """(logits (B, T, V), None), or with targets (B, T) (None, their mean cross entropy in nats). -100 marks a
+        position without a target."""
+        x = self.hidden(idx)
+        if targets is None:
+            return self.head(x), None
+        x, targets = with_targets(x, targets)
+        return None, vocabulary_loss(self.ln_f(x), self.output, None, targets, label_smoothing)
 
 
 @dataclass
@@ -103,80 +213,88 @@ class GPTConfig(Config):
     n_head: int = 12
     n_inner: int | None = None  # width of the MLP, 4 C unless told
     layer_norm_epsilon: float = 1e-5
-    model_type = "gpt2"
+    model_type, tied = "gpt2", True
     width = property(lambda self: self.n_embd)
     context = property(lambda self: self.n_positions)  # the longest sequence, in tokens
     inner = property(lambda self: self.n_inner or 4 * self.n_embd)
 
 
-class GPTBlock(nn.Module):
+class GPT(Causal):
     def __init__(self, config):
+        norm = partial(nn.LayerNorm, config.width, eps=config.layer_norm_epsilon)
+        super().__init__(config, norm, lambda: Block(  # "tanh" is "gelu_new" in GPT-2's config.json
+            norm, Attention(config), MLP(config.width, config.inner, "tanh")
+        ), wpe=nn.Embedding(config.context, config.width))
+
+
+@dataclass
+class LlamaConfig(Config):
+    """Field names as in the config.json of llama, mistral, qwen2 and qwen3; the numbers are SmolLM2-135M's."""
+    vocab_size: int = 49152
+    hidden_size: int = 576
+    intermediate_size: int = 1536
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 9
+    num_key_value_heads: int = 3
+    head_dim: int = 64
+    max_position_embeddings: int = 8192
+    sliding_window: int | None = None  # mistral: how far back a token sees
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 100000.0
+    rope_scaling: dict | None = None
+    tie_word_embeddings: bool = True
+    model_type: str = "llama"
+    context = property(lambda self: min(self.max_position_embeddings, self.sliding_window or math.inf))
+    n_kv_head = property(lambda self: self.num_key_value_heads)
+    tied = property(lambda self: self.tie_word_embeddings)
+
+
+def rotary(pos, config):
+    """cos and sin (..., 1, hs / 2), fp32, of the angles pos * w_i by which rotary position embedding (Su et al. 2021,
+    arXiv:2104.09864) turns the channels i and i + hs / 2 of every head. pos (...): positions of tokens."""
+    # w_i = theta^(-2 i / hs), i = 0 .. hs / 2 - 1
+    i = torch.arange(config.head_dim // 2, device=pos.device, dtype=torch.float32)
+    w = config.rope_theta ** (-2 * i / config.head_dim)
+    if scaling := config.rope_scaling:
+        # Llama 3.1: slow rotations, with few turns in the original context, are slowed down further by the factor
+        turns = w * scaling["original_max_position_embeddings"] / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        s = ((turns - low) / (high - low)).clamp(0, 1)
+        w = (1 - s) * w / scaling["factor"] + s * w
+    angle = pos[..., None, None] * w
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """x (B, T, heads, hs), its channel pairs (a, b) turned: (a cos - b sin, b cos + a sin)"""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    a, b = x.chunk(2, -1)  # (B, T, heads, hs / 2) each
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class GatedMLP(nn.Module):
+    """(B, T, C) -> (B, T, C), SwiGLU (Shazeer 2020, arXiv:2002.05202)"""
+
+    def __init__(self, C, inner):
         super().__init__()
-        C = config.width
-        self.ln_1 = nn.LayerNorm(C, eps=config.layer_norm_epsilon)
-        self.attn = Attention(C, config.n_head)
-        self.ln_2 = nn.LayerNorm(C, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(C, config.inner, "tanh")  # "gelu_new" in GPT-2's config
+        self.gate, self.up = (nn.Linear(C, inner, bias=False) for _ in range(2))
+        self.down = nn.Linear(inner, C, bias=False)
 
-    def forward(self, x, mask=None, cache=None, at=None):
-        x = x + self.attn(self.ln_1(x), mask, cache, at)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x):
+        # silu(z) = z / (1 + e^-z)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class GPT(nn.Module):
-    """(B, T) token ids -> logits of the next tokens; ValueError beyond `context` tokens."""
-
-    causal, classifier, fresh_head = True, None, False
-
+class Llama(Causal):
     def __init__(self, config):
-        super().__init__()
-        self.config, self.context = config, config.context
-        self.wte = nn.Embedding(config.vocab_size, config.width)
-        self.wpe = nn.Embedding(config.context, config.width)
-        self.h = nn.ModuleList(GPTBlock(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.width, eps=config.layer_norm_epsilon)
-        for name, p in self.named_parameters():
-            if p.dim() == 2:  # GPT-2's init: writers into the residual stream shrink with the root of their number
-                writes = name.endswith(("o.weight", "down.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if writes else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+        # x / sqrt(mean(x^2) + eps) * weight: LayerNorm without its mean and its bias
+        norm = partial(nn.RMSNorm, config.width, eps=config.rms_norm_eps)
+        of_heads = partial(nn.RMSNorm, config.head_dim, eps=config.rms_norm_eps)
+        super().__init__(config, norm, lambda: Block(
+            norm, Attention(config, qkv_bias=config.model_type == "qwen2", o_bias=False,
+                            norm=of_heads if config.model_type == "qwen3" else None),
+            GatedMLP(config.width, config.inner)))
 
-    def hidden(self, idx, cache=None, pos=None):
-        """(B, T) token ids -> (B, T, C), before the last LayerNorm.
-
-        With a cache (n_layer, 2, B, S, nh, hs), `pos` (B, T) is the position of each token, which sees all up to there.
-        Or `pos` is a number: 0 for whole prompts that fill the cache, S - 1 for one more token a row."""
-        if idx.size(1) > self.context:
-            raise ValueError(f"{idx.size(1)} tokens do not fit the model's context of {self.context}")
-        if cache is None:
-            x = self.wte(idx) + self.wpe.weight[: idx.size(1)]
-            for block in self.h:
-                x = block(x)
-            return x
-        if isinstance(pos, int):  # slices and no mask: many small operations less
-            at, mask = (slice(None), slice(pos, None)), None
-            x = self.wte(idx) + self.wpe.weight[pos:pos + idx.size(1)]
-        else:
-            at = torch.arange(len(idx), device=idx.device)[:, None], pos
-            mask = (torch.arange(cache.size(3), device=idx.device) <= pos[..., None])[:, None]  # (B, 1, T, S)
-            x = self.wte(idx) + self.wpe(pos)
-        for block, kept in zip(self.h, cache, strict=True):
-            x = block(x, mask, kept, at)
-        return x
-
-    def head(self, x):
-        """(..., C) -> (..., V). The output matrix is the token embedding."""
-        return F.linear(self.ln_f(x), self.wte.weight)
-
-    def forward(self, idx, targets=None, label_smoothing=0.0):
-        """(logits (B, T, V), None), or with targets (B, T) (None, their mean cross entropy in nats). -100 marks a
-        position without a target."""
-        x = self.hidden(idx)
-        if targets is None:
-            return self.head(x), None
-        x, targets = with_targets(x, targets)
-        return None, vocabulary_loss(self.ln_f(x), self.wte.weight, None, targets, label_smoothing)
 
 @dataclass
 class RobertaConfig(Config):
@@ -189,25 +307,21 @@ class RobertaConfig(Config):
     intermediate_size: int = 3072
     layer_norm_eps: float = 1e-5
     pad_token_id: int = 1
-    model_type = "roberta"
-    width = property(lambda self: self.hidden_size)
+    model_type, tied = "roberta", True
     context = property(lambda self: self.max_position_embeddings - self.pad_token_id - 1)
-    n_layer = property(lambda self: self.num_hidden_layers)
-    n_head = property(lambda self: self.num_attention_heads)
-    inner = property(lambda self: self.intermediate_size)
 
 
 class RobertaBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.width
-        self.attn = Attention(C, config.n_head)
+        self.attn = Attention(config)
         self.ln_1 = nn.LayerNorm(C, eps=config.layer_norm_eps)
         self.mlp = MLP(C, config.inner, "none")
         self.ln_2 = nn.LayerNorm(C, eps=config.layer_norm_eps)
 
     def forward(self, x, mask):
-        x = self.ln_1(x + self.attn(x, mask))
+        x = self.ln_1(x + self.attn(x, mask=mask))
         return self.ln_2(x + self.mlp(x))
 
 
@@ -219,8 +333,7 @@ class LMHead(nn.Module):
         self.dense = nn.Linear(config.width, config.width)
         self.layer_norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        nn.init.normal_(self.dense.weight, std=0.02)
-        nn.init.zeros_(self.dense.bias)
+        initialise(self)
 
     def forward(self, x):
         return self.layer_norm(F.gelu(self.dense(x)))
@@ -231,36 +344,26 @@ class Classifier(nn.Module):
 
     def __init__(self, config, num_labels):
         super().__init__()
-        self.dense = nn.Linear(config.width, config.width)
-        self.out_proj = nn.Linear(config.width, num_labels)
-        for linear in (self.dense, self.out_proj):
-            nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        self.dense, self.out_proj = nn.Linear(config.width, config.width), nn.Linear(config.width, num_labels)
+        initialise(self)
 
     def forward(self, x):
         return self.out_proj(torch.tanh(self.dense(x[:, 0])))
 
 
-class RoBERTa(nn.Module):
+class RoBERTa(Transformer):
     """num_labels 0: a masked language model; 1: regression; more: a classifier. The other head is None."""
-
-    causal, fresh_head, labels = False, False, None  # set by `from_pretrained`: is the head new, names of the classes
 
     def __init__(self, config, num_labels=0):
         super().__init__()
         C = config.width
         self.config, self.context, self.num_labels = config, config.context, num_labels
-        self.wte = nn.Embedding(config.vocab_size, C)
-        self.wpe = nn.Embedding(config.max_position_embeddings, C)
+        self.wte, self.wpe = nn.Embedding(config.vocab_size, C), nn.Embedding(config.max_position_embeddings, C)
         self.wtt = nn.Embedding(1, C)  # token types: a leftover of BERT, with a single row
         self.ln = nn.LayerNorm(C, eps=config.layer_norm_eps)
         self.h = nn.ModuleList(RobertaBlock(config) for _ in range(config.n_layer))
         self.lm_head = None if num_labels else LMHead(config)
-        for name, p in self.named_parameters():  # BERT's init
-            if p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+        initialise(self)
         self.classifier = Classifier(config, num_labels) if num_labels else None
 
     def hidden(self, idx):
@@ -270,9 +373,9 @@ class RoBERTa(nn.Module):
         real = idx != self.config.pad_token_id  # (B, T)
         # positions count the real tokens, from pad_token_id + 1; padding stands at pad_token_id
         pos = real.cumsum(1) * real + self.config.pad_token_id
-        x = self.ln(self.wte(idx) + self.wpe(pos) + self.wtt.weight[0])
+        x = self.ln(in_fp32(self.wte(idx) + self.wpe(pos) + self.wtt.weight[0]))
         for block in self.h:
-            x = block(x, real[:, None, None])  # nobody looks at padding
+            x = self.run(block, x, real[:, None, None])  # nobody looks at padding
         return x
 
     def head(self, x):

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from checkpoints.families import family
 from checkpoints.files import check_keys, fingerprint, read_json, read_safetensors, write, write_json
-from checkpoints.pretrained import family
 from checkpoints.weights import short
 from lora import LoRALinear
 from methods import adapt

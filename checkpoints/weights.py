@@ -54,10 +54,10 @@ def instead(folder):
 
 
 def read_weights(folder):
-    """{name in the file: tensor in fp32}"""
+    """{name in the file: tensor}"""
     state, files = {}, weight_files(folder)
     for path in files:
-        state.update({name: t.float() for name, t in read_safetensors(path).items()})
+        state.update(read_safetensors(path))
     if files[0].name != SINGLE and state.keys() != (named := read_index(folder).keys()):
         raise ValueError(f"{folder / INDEX} and its files have different tensors: {min(state.keys() ^ named)}")
     return state

@@ -368,7 +368,7 @@ def truncate(folder):
 
 
 @pytest.mark.parametrize("change, message", [
-    (edit_config(model_type="llama"), "model_type 'llama' is not supported, only 'gpt2' or 'roberta'"),
+    (edit_config(model_type="mamba"), "model_type 'mamba' is not supported, only 'gpt2' or 'roberta' or 'llama'"),
     (edit_config(activation_function="relu"), "activation_function 'relu'"),
     (edit_config(tie_word_embeddings=False), "tie_word_embeddings False"),
     (edit_config(n_head=5), "n_embd 24 is no multiple of n_head 5"),
