@@ -139,17 +139,17 @@ def load_run(folder, unmerged=False, cut=None, base=None):
 def encode(tokenizer, text, dataset):
     """A record, or the beginning of a plain text -> the prompt as the run saw it."""
     text = text if data.about(dataset, "PLAIN") else text + " ||"
-    return [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
+    return [tokenizer.bos, *tokenizer.encode_ordinary(text)]
 
 
 def write_one(model, tokenizer, prompt, args):
     """Print a continuation while it comes."""
     if args.beams > 1:
-        ids, = decoding.beam_search(model, [prompt], args.max_new, tokenizer.eot_token, args.beams, args.length_penalty)
+        ids, = decoding.beam_search(model, [prompt], args.max_new, tokenizer.eos, args.beams, args.length_penalty)
         print(tokenizer.decode(ids).strip())
         return
     ids, shown = [], ""
-    for (token,) in decoding.stream(model, [prompt], args.max_new, tokenizer.eot_token, args.temperature, args.top_k,
+    for (token,) in decoding.stream(model, [prompt], args.max_new, tokenizer.eos, args.temperature, args.top_k,
                                     args.seed):
         if token is not None:
             ids.append(token)
@@ -167,7 +167,7 @@ def write_many(model, tokenizer, records, args, dataset):
     texts = {}
     for start in tqdm(range(0, len(order), args.batch_size), disable=None, unit="batch"):
         rows = order[start:start + args.batch_size]
-        batch, stop = [prompts[i] for i in rows], tokenizer.eot_token
+        batch, stop = [prompts[i] for i in rows], tokenizer.eos
         if args.beams > 1:
             written = decoding.beam_search(model, batch, args.max_new, stop, args.beams, args.length_penalty)
         else:

@@ -41,9 +41,9 @@ def save_merged(folder, model, source, tokenizer):
     config.json said beside what we write anew. Texts end with the token that they were trained to end with."""
     labels = "id2label", "label2id", "num_labels", "problem_type"
     kept = {key: value for key, value in read_json(source / "config.json").items()
-            if key not in (*labels, "dtype", "torch_dtype", "transformers_version")}
+            if key not in (*labels, "dtype", "torch_dtype", "rope_parameters", "transformers_version")}
     if model.causal:
-        kept.update(bos_token_id=tokenizer.eot_token, eos_token_id=tokenizer.eot_token)
+        kept.update(bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos)
     save_pretrained(model, folder, more=kept)
     files = [name for name in tokenizers.FILES if (source / name).exists()]
     for name in files:

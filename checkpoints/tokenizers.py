@@ -32,30 +32,41 @@ ROBERTA = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
 
 def for_model(folder, config):
     """The tokenizer of a checkpoint folder, of the kind that its model_type needs."""
-    return (load if config.model_type == "gpt2" else RobertaTokenizer)(folder, config.vocab_size)
+    if config.model_type == "roberta":
+        return RobertaTokenizer(folder, config.vocab_size)
+    return load(folder, config.vocab_size, first="<|endoftext|>" if config.model_type == "gpt2" else None)
 
 
-def load(folder, vocab_size):
-    """GPT-2's way: one token, <|endoftext|> as a rule, begins and ends a text."""
-    tokenizer = Tokenizer(*read(Path(folder), vocab_size, roberta=False), vocab_size)
-    tokenizer.eot_token = ending(tokenizer, Path(folder), vocab_size)
+def load(folder, vocab_size, first="<|endoftext|>"):
+    """The tokenizer of a model that writes. A text begins with the token that the tokenizer itself puts there, as those
+    of Llama and Mistral do, else with the one that ends a text, as with GPT-2 and Qwen. first: the token that ends a
+    text if there is such a token; else the files say it."""
+    folder = Path(folder)
+    tokenizer = Tokenizer(*read(folder, vocab_size, roberta=False), vocab_size)
+    path, template = folder / "tokenizer_config.json", tokenizer.backend.post_processor
+    names = read_json(path) if path.exists() else {}
+    tokenizer.eos = ending(tokenizer, folder, names, vocab_size, first)
+    added = tokenizer.backend.encode("", add_special_tokens=True).ids if template else []
+    if names.get("add_bos_token") is True:
+        added = [tokenizer.backend.token_to_id(content(names.get("bos_token")) or "")]
+    begins = added and names.get("add_bos_token") is not False and added[0] is not None and added[0] < vocab_size
+    tokenizer.bos = added[0] if begins else tokenizer.eos
     return tokenizer
 
 
 def gpt2():
     """GPT-2's own tokenizer, from tiktoken."""
     tokenizer = Tokenizer(own_vocabulary(), "GPT-2", 50257)
-    tokenizer.eot_token = 50256
+    tokenizer.bos = tokenizer.eos = 50256
     return tokenizer
 
 
 class Tokenizer:
     """Texts <-> ids. More embeddings than tokens are fine: the rows that are left over belong to no text.
 
-    eot_token, of a GPT-2: the id that begins and ends a text. ValueError for files that are damaged, or have more
-    tokens than the model has embeddings.
+    bos, eos: the ids that begin and end a text. ValueError for files that are damaged, or have more tokens than the
+    model has embeddings.
     """
-    eot_token = None
 
     def __init__(self, backend, where, vocab_size):
         self.backend, self.where = backend, where
@@ -261,18 +272,23 @@ def byte_letters():
     return {b: chr(b) for b in seen} | {b: chr(256 + i) for i, b in enumerate(hidden)}
 
 
-def ending(tokenizer, folder, vocab_size):
-    """The id of <|endoftext|>, else of what tokenizer_config.json or config.json call the end of a sequence."""
-    config, names = (read_json(path) if (path := folder / name).exists() else {}
-                     for name in ("config.json", "tokenizer_config.json"))
-    name, known = names.get("eos_token"), set(tokenizer.backend.get_vocab().values())
-    name = name.get("content") if isinstance(name, dict) else name
-    ids = [tokenizer.backend.token_to_id(token) for token in ("<|endoftext|>", name) if isinstance(token, str)]
-    for i in (*ids, config.get("eos_token_id")):
+def ending(tokenizer, folder, names, vocab_size, first):
+    """The id of the token `first`, else of what tokenizer_config.json, which says `names`, or config.json call the end
+    of a sequence. An instruction-tuned model may have several: the first one in config.json."""
+    config, known = folder / "config.json", set(tokenizer.backend.get_vocab().values())
+    end = read_json(config).get("eos_token_id") if config.exists() else None
+    tokens = first, content(names.get("eos_token"))
+    ids = [tokenizer.backend.token_to_id(token) for token in tokens if isinstance(token, str)]
+    for i in (*ids, *(end if isinstance(end, list) else [end])):
         if type(i) is int and i in known and i < vocab_size:
             return i
-    raise ValueError(f"{tokenizer.where} has no <|endoftext|>, and neither tokenizer_config.json nor config.json names "
-                     "another token that ends a text")
+    raise ValueError(f"{tokenizer.where} has no {first or 'token that ends a text'}, and neither tokenizer_config.json "
+                     "nor config.json names another token that ends a text")
+
+
+def content(token):
+    """The letters of a token in tokenizer_config.json, which may be an object that says more of it."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 @functools.cache

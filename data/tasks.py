@@ -14,8 +14,9 @@ class Write:
     """A GPT predicts the next token: of the target after a prompt, or of everything in a plain text (prompt ""). Of an
     example's ids, ids[:-1] are the input and ids[1:] are predicted.
 
-    A record becomes <|endoftext|> prompt || target <|endoftext|>, and its target is cut at the context. Plain text is
-    cut into consecutive pieces. Each overlaps the last by one token, so every token but the first is predicted once.
+    A record becomes <bos> prompt || target <eos>, in GPT-2 both <|endoftext|>, and its target is cut at the context.
+    Plain text is cut into consecutive pieces. Each overlaps the last by one token, so every token but the first is
+    predicted once.
     """
 
     def __init__(self, tokenizer, context):
@@ -24,14 +25,17 @@ class Write:
     def encode(self, pairs):
         """[(prompt, target)] -> [(ids, start)]: ids[start:] carry the loss."""
         tokenizer, context, examples, cut = self.tokenizer, self.context, [], 0
-        eot = tokenizer.eot_token
         prompts = tokenizer.encode_ordinary_batch([p + " ||" if p else "" for p, _ in pairs])
-        targets = tokenizer.encode_ordinary_batch([" " + t if p else t for p, t in pairs])
-        for prompt, target in zip(prompts, targets, strict=True):
-            ids, start = [eot, *prompt, *target, eot], 1 + len(prompt)
-            if not prompt:
+        # a text is encoded as a whole: some tokenizers put a space before whatever they are given
+        texts = tokenizer.encode_ordinary_batch([f"{p} || {t}" if p else t for p, t in pairs])
+        for prompt, text, pair in zip(prompts, texts, pairs, strict=True):
+            ids, start = [tokenizer.bos, *text, tokenizer.eos], 1 + len(prompt)
+            if not pair[0]:
                 examples += [(ids[i:i + context + 1], 1) for i in range(0, len(ids) - 1, context)]
                 continue
+            if text[:len(prompt)] != prompt:
+                raise ValueError("this tokenizer joins the end of a record with the text behind it, so that no "
+                                 f"token is the first to predict: {pair[0][-30:]!r} || {pair[1][:30]!r}")
             if start >= context:
                 raise ValueError(f"a record of {start} tokens leaves no room for its text in a context of {context}: "
                                  f"{tokenizer.decode(prompt)[:60]!r}…")

@@ -54,8 +54,8 @@ def decode(model, pairs, tokenizer, max_new=96):
     near = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours in length: little padding
     for start in range(0, len(near), DECODED):
         chosen = near[start:start + DECODED]
-        batch = [[tokenizer.eot_token, *prompts[i]] for i in chosen]
-        texts.update(zip(chosen, decoding.generate(model, batch, max_new, tokenizer.eot_token), strict=True))
+        batch = [[tokenizer.bos, *prompts[i]] for i in chosen]
+        texts.update(zip(chosen, decoding.generate(model, batch, max_new, tokenizer.eos), strict=True))
     model.train()
     return ([tokenizer.decode(p).strip() for p in prompts],
             [tokenizer.decode(texts[i]).strip() for i in range(len(prompts))])

@@ -40,7 +40,7 @@ def test_bpe_encodes_any_text_and_decodes_it_back(base):
         assert tokenizer.decode(tokenizer.encode_ordinary(sample)) == sample
     seen = restaurants.load()["validation"][0][1]
     assert len(tokenizer.encode_ordinary(seen)) < 0.8 * len(seen.encode())
-    assert tokenizer.eot_token == 319
+    assert tokenizer.eos == 319
 
 
 def test_bpe_merges_the_most_frequent_pair_first():
@@ -80,7 +80,7 @@ def test_gpt2_checkpoints_get_gpt2s_tokenizer(tmp_path, capsys):
     tokenizer = tokenizers.load(tmp_path, 50257)
     assert "has no tokenizer: its 50257 embeddings are taken for GPT-2's vocabulary" in capsys.readouterr().out
     theirs = tiktoken.get_encoding("gpt2")
-    assert tokenizer.encode_ordinary("Hello world") == [15496, 995] and tokenizer.eot_token == 50256
+    assert tokenizer.encode_ordinary("Hello world") == [15496, 995] and tokenizer.eos == 50256
     rng = random.Random(0)
     for _ in range(300):
         sample = "".join(rng.choice("ab cZ é ß\n\t'sll 12中🙂<|endoftext|>") for _ in range(rng.randrange(40)))
@@ -167,7 +167,7 @@ def test_ranks_are_read_as_tiktoken_reads_them(tmp_path):
     theirs = tiktoken.Encoding("ranks", pat_str=tokenizers.PATTERN, special_tokens={},
                                mergeable_ranks={token: rank for rank, token in enumerate(tokens)})
     gpt, roberta = tokenizers.load(tmp_path, 320), tokenizers.RobertaTokenizer(tmp_path, 324)
-    assert gpt.eot_token == 319 and roberta.mask == 323
+    assert gpt.eos == 319 and roberta.mask == 323
     for sample in [*texts, UNICODE, "<|endoftext|>", "<mask>"]:
         assert gpt.encode_ordinary(sample) == theirs.encode_ordinary(sample)
         assert roberta.encode_ordinary(sample) == [4 + rank for rank in theirs.encode_ordinary(sample)]

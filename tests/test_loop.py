@@ -128,7 +128,7 @@ def test_batches_are_of_like_length_and_do_not_come_sorted():
 def test_the_batches_of_a_run_go_through_the_data_and_are_found_again_after_a_skip():
     """Two epochs are every target twice; skipping n steps gives what the (n + 1)-th step has; shares sum to `world`."""
     examples = examples_of_unlike_length(23)
-    task, size = Write(Namespace(eot_token=0), 16), 5
+    task, size = Write(Namespace(bos=0, eos=0), 16), 5
     steps = [step for step, _ in zip(data.step_batches(examples, task, size, seed=3), range(10), strict=False)]
     targets = sum(int((t != -100).sum()) for step in steps for _, t, _ in step)
     assert targets == 2 * sum(len(ids) - start for ids, start in examples)
@@ -164,7 +164,7 @@ def test_the_loss_of_a_split_is_the_sum_of_cross_entropies_over_the_number_of_ta
     model, examples = tiny_gpt(), examples_of_unlike_length()
     adapt(model, "lora", {}, dropout=0.5)
     model.train()
-    task = Write(Namespace(eot_token=0), 16)
+    task = Write(Namespace(bos=0, eos=0), 16)
     found, logits = evaluate.evaluate(model, examples, task, CPU, PLAIN)
     assert model.training and logits is None
     model.eval()
@@ -383,7 +383,7 @@ def test_texts_come_back_in_the_order_of_their_records(monkeypatch):
     """Records are decoded sorted by length and in batches; each gets the text that it has alone."""
     model = tiny_gpt()
     tokenizer = Namespace(encode_ordinary=lambda text: [1 + ord(c) % 59 for c in text.removesuffix(" ||")],
-                          eot_token=60, decode=lambda ids: " ".join(map(str, ids)))
+                          bos=60, eos=60, decode=lambda ids: " ".join(map(str, ids)))
     pairs = [("abcdefg"[: 1 + (3 * i) % 7], "") for i in range(9)]
     monkeypatch.setattr(evaluate, "DECODED", 2)
     prompts, texts = evaluate.decode(model, pairs, tokenizer, max_new=4)
@@ -416,7 +416,7 @@ def calibrated(model, layers, examples, task, batch_size=4):
 
 def language_model(dropout=0.0):
     model = tiny_gpt()
-    return model, adapt(model, "reslora", {}, dropout=dropout), Write(Namespace(eot_token=0), 16)
+    return model, adapt(model, "reslora", {}, dropout=dropout), Write(Namespace(bos=0, eos=0), 16)
 
 
 def test_calibration_masks_exactly_what_is_padding_and_leaves_the_model_training():

@@ -115,7 +115,7 @@ def test_ids_are_those_of_transformers(kinds, kind):
         expected = theirs(sample, split_special_tokens=True, truncation=False)["input_ids"]
         assert ours.encode_ordinary(sample) == ours.encode_ordinary_batch([sample])[0] == expected
         assert ours.decode(expected) == sample
-    assert theirs.decode([ours.eot_token]) == "<|endoftext|>"
+    assert theirs.decode([ours.eos]) == "<|endoftext|>"
     if kind == "added words":
         assert 300 in ours.encode_ordinary("the Cotto") and 301 not in ours.encode_ordinary("[PAD]")
 
@@ -123,8 +123,8 @@ def test_ids_are_those_of_transformers(kinds, kind):
 def pipeline_text(folder, tokenizer, prompt):
     """What transformers' pipeline writes from the ids of a prompt, greedily."""
     pipe = transformers.pipeline("text-generation", model=str(folder), device="cpu")
-    beginning = pipe.tokenizer.decode([tokenizer.eot_token]) + prompt
-    assert pipe.tokenizer(beginning)["input_ids"] == [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]
+    beginning = pipe.tokenizer.decode([tokenizer.eos]) + prompt
+    assert pipe.tokenizer(beginning)["input_ids"] == [tokenizer.eos, *tokenizer.encode_ordinary(prompt)]
     return pipe(beginning, max_new_tokens=12, do_sample=False, return_full_text=False)[0]["generated_text"]
 
 
@@ -142,7 +142,7 @@ def test_a_pipeline_on_merged_writes_what_generate_writes(kinds, kind, tmp_path,
     theirs = pipeline_text(tmp_path / "merged", tokenizers.load(folder, rows), RECORD + " ||").strip()
     assert theirs.replace("�", "") == ours.replace("�", "")
     assert json.loads((tmp_path / "merged/config.json").read_text())["eos_token_id"] == tokenizers.load(
-        folder, rows).eot_token
+        folder, rows).eos
 
 
 @needs_real
@@ -232,7 +232,7 @@ def test_a_gpt2_may_end_its_texts_otherwise(tmp_path):
                                       ({"a": 0, "</s>": 1}, {}, {"eos_token_id": 1}, 1)):
         for name, content in (("vocab", vocab), ("tokenizer_config", names), ("config", config)):
             (tmp_path / f"{name}.json").write_text(json.dumps(content))
-        assert tokenizers.load(tmp_path, 5).eot_token == eot
+        assert tokenizers.load(tmp_path, 5).eos == eot
 
 
 # Containers of weights
@@ -632,7 +632,7 @@ def test_special_tokens_in_a_text_are_ordinary_text(base, small_roberta):
     """<|endoftext|>, <mask> and </s> in texts and records are letters; README says so."""
     gpt = tokenizers.load(base, 320)
     (ids, start), = Write(gpt, 64).encode([("a <|endoftext|>", "b <|endoftext|>")])[0]
-    assert [i for i, token in enumerate(ids) if token == gpt.eot_token] == [0, len(ids) - 1]
+    assert [i for i, token in enumerate(ids) if token == gpt.eos] == [0, len(ids) - 1]
     assert gpt.decode(ids[start:-1]) == " b <|endoftext|>"
     roberta = tokenizers.RobertaTokenizer(small_roberta, 325)
     assert set(roberta.encode_ordinary("<s> a </s> <pad><mask>")) <= set(roberta.ids)
