@@ -11,6 +11,7 @@ A starts random, U(-1, 1) / sqrt(d_in) as in the authors' code. B starts at zero
 pretrained one. At that moment dL/dA = 0, so B moves first. `apply` and `merge` below serve all methods of the family.
 """
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn as nn
@@ -70,6 +71,8 @@ class LoRALinear(nn.Module):
     after_step = staticmethod(lambda layers, step: None)  # after the optimizer's step
     ranks = staticmethod(lambda layers: None)  # [rank of each layer], for a method that moves ranks
     prepare_merge = staticmethod(lambda layers, merge, batches: None)  # one of `merges`; batches: see reslora.py
+    # activation checkpointing runs a block of the model again in the backward: the contexts of its first and second run
+    recompute = staticmethod(lambda block: (nullcontext(), nullcontext()))
 
     def extra_repr(self):
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, r={self.r}, scaling={self.scaling:g}"

@@ -31,7 +31,7 @@ at a token. To first order, an error z_n - P x_n there changes M by at most s |B
     minimise over P   E w |z_n - P x_n|^2,    w = |B_n^T g_n|^2     =>     P_n = E[w z x^T] E[w x x^T]^-1
 """
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import pairwise
 
 import torch
@@ -47,7 +47,8 @@ class ResLoRALinear(lora.LoRALinear):
     """LoRALinear with a shortcut from the `pre_num` earlier layers of its chain (-1: all of them).
 
     merge: how `calibrate` approximates `input` and `middle`, a name of MERGES or a list of them, default first. Layers
-    must be called in chain order, once per forward; activation checkpointing and nn.DataParallel break this order."""
+    must be called in chain order, once per forward. nn.DataParallel breaks this order, and so does activation
+    checkpointing that does not use `recompute`."""
 
     def forward(self, x):
         """(..., d_in) -> (..., d_out)"""
@@ -105,12 +106,32 @@ class ResLoRALinear(lora.LoRALinear):
         A layer's outbox is the inbox of the next one: a plain list, which is full only between their two calls. So no
         activation outlives a forward, nothing is in the state dict, and a copy of the model has lists of its own."""
         if self.earlier and not self.inbox:
-            raise RuntimeError("ResLoRA layers must be called in chain order, each once: this one came too early")
+            raise RuntimeError("ResLoRA layers must be called in chain order, each once, and this one came too early. "
+                               "Activation checkpointing calls them again: see ResLoRALinear.recompute")
         received = self.inbox.pop() if self.earlier else []
         if self.sends:
             window = [own, *received]
             self.outbox[:] = [window[:self.sends]]  # replaces what an interrupted forward has left
         return received
+
+    @staticmethod
+    def recompute(block):
+        """Contexts of the two runs of a block: the second one finds in its inboxes what the first one found there. So
+        these activations of earlier blocks are kept beside the block's own input, of `middle` (B, T, r) only."""
+        layers = [m for m in block.modules() if isinstance(m, ResLoRALinear)]
+        found = [list(layer.inbox) for layer in layers]
+
+        @contextmanager
+        def again():
+            for layer, window in zip(layers, found, strict=True):
+                layer.inbox[:] = window
+            try:
+                yield
+            finally:
+                for layer in layers:
+                    layer.inbox.clear()
+                    layer.outbox.clear()
+        return nullcontext(), again()
 
     def stacked(self):
         """A ((m' + 1) r, d_in) and B (d_out, (m' + 1) r) of the blocks n, n-1, …, n-m'."""

@@ -54,7 +54,7 @@ def parser(description):
     add("--alpha", type=float, help="numerator of the scale (16)")
     add("--rs", action="store_true", help="rsLoRA's scale, alpha / sqrt(r), with any method")
     add("--dropout", type=float, help="probability, on the input of A (0)")
-    add("--targets", help="which linears, of q,k,v,o,up,down (q,v, the papers' choice)")
+    add("--targets", help="which linears, of q,k,v,o,gate,up,down (q,v, the papers' choice)")
     add("--init-from", help="method lora: go on from an adapter folder, ours or PEFT's, with its ranks and targets")
     known = set()
     for name, method in METHODS.items():
@@ -84,6 +84,7 @@ def parser(description):
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="cpu, cuda, mps (cuda, else cpu)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the arithmetic (bfloat16 on cuda)")
+    add("--checkpoint-activations", action="store_true", help="compute them again in the backward: less memory, slower")
     add("--compile", action="store_true", help="torch.compile: a slow start, then faster on a GPU")
     add = parser.add_argument_group("run folder").add_argument
     add("--out", type=Path, help="out/<dataset>-<method>-<its own flags>-r<rank>-s<seed>")
