@@ -19,7 +19,7 @@ from checkpoints.weights import fingerprint_weights
 from data import metrics
 from evaluation import decoding
 from methods import METHODS
-from settings import Parser, command, pick_device
+from settings import Parser, base_dtype, command, pick_device
 
 NONE = type(None)  # of full fine-tuning, or not given
 SETTINGS = dict(model=[str], method=[str], dataset=[str], base_weights=[str], rs=[bool], rank=[int, NONE],
@@ -77,11 +77,11 @@ def parse(argv):
     args.out = args.out or args.run / f"predictions-{args.split}.jsonl"
     if not -100 <= args.length_penalty <= 100:
         raise ValueError(f"--length-penalty {args.length_penalty} is not in -100..100")
-    args.device, _, _ = pick_device(args.device, "float32")
+    args.device, args.dtype, args.amp = pick_device(args.device, "auto")
     return args
 
 
-def load_run(folder, unmerged=False, cut=None, base=None):
+def load_run(folder, unmerged=False, cut=None, base=None, dtype=torch.float32):
     """(model in eval mode, settings, folder of the base) of a run folder.
 
     Merged: the base with the exported adapter folded in, or what full fine-tuning made of it. Unmerged, or with a cut:
@@ -116,7 +116,7 @@ def load_run(folder, unmerged=False, cut=None, base=None):
         raise ValueError(f"{e}" if base else f"{e}; if the base has moved, --model gives its new place") from None
     if fingerprint_weights(source) != settings["base_weights"]:
         raise ValueError(f"{source} has other weights than those that {folder} was trained on")
-    model = from_pretrained(source)
+    model = from_pretrained(source, dtype=torch.float32 if method.trains_base else dtype)
     if method.adapter and not unmerged and cut is None:
         adapters.load_adapter(model, folder)
         lora.merge(model)
@@ -190,7 +190,7 @@ def judge(dataset, records, texts, references):
 
 def generate(args):
     """From flags to texts; returns the metrics of a split, else None."""
-    model, settings, source = load_run(args.run, args.unmerged, args.cut, args.model)
+    model, settings, source = load_run(args.run, args.unmerged, args.cut, args.model, base_dtype(args.dtype))
     dataset = args.dataset or settings["dataset"]
     if dataset not in data.DATASETS or data.about(dataset, "LABELS"):
         raise ValueError(f"--dataset {dataset} is not one of texts to write: choose "
@@ -225,8 +225,10 @@ def generate(args):
 
 def main(argv=None):
     """The command line: bad input is one line and exit code 2."""
-    with torch.inference_mode():
-        return command("generate.py", parse, generate, argv)
+    def run(args):
+        with torch.inference_mode(), args.amp:
+            return generate(args)
+    return command("generate.py", parse, run, argv)
 
 
 if __name__ == "__main__":

@@ -71,8 +71,7 @@ class LoRALinear(nn.Module):
     after_step = staticmethod(lambda layers, step: None)  # after the optimizer's step
     ranks = staticmethod(lambda layers: None)  # [rank of each layer], for a method that moves ranks
     prepare_merge = staticmethod(lambda layers, merge, batches: None)  # one of `merges`; batches: see reslora.py
-    # activation checkpointing runs a block of the model again in the backward: the contexts of its first and second run
-    recompute = staticmethod(lambda block: (nullcontext(), nullcontext()))
+    recompute = staticmethod(lambda block: (nullcontext(), nullcontext()))  # around both runs of a checkpointed block
 
     def extra_repr(self):
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, r={self.r}, scaling={self.scaling:g}"

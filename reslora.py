@@ -116,8 +116,7 @@ class ResLoRALinear(lora.LoRALinear):
 
     @staticmethod
     def recompute(block):
-        """Contexts of the two runs of a block: the second one finds in its inboxes what the first one found there. So
-        these activations of earlier blocks are kept beside the block's own input, of `middle` (B, T, r) only."""
+        """Contexts of a block's two runs: the second, in the backward, finds the activations that the first found."""
         layers = [m for m in block.modules() if isinstance(m, ResLoRALinear)]
         found = [list(layer.inbox) for layer in layers]
 

@@ -67,6 +67,7 @@ def parser(description):
     add("--model", help=f"{', '.join(MODELS)}, a checkpoint folder or a hub id (the tiny one that fits the dataset)")
     add("--dataset", help=", ".join(data.DATASETS) + " (restaurants; with a RoBERTa by name, reviews)")
     add("--data-dir", help="read the dataset from this folder (text: or file) instead of the hub")
+    add("--test-texts", type=int, help="report on so many texts of the test split, always the same ones (all)")
     add("--context", type=int, help="longest sequence in tokens (that of the model, at most 256)")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=int, help="optimizer steps (by dataset)")
@@ -138,6 +139,8 @@ def complete(args):
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file, not a folder")
     args.device, args.dtype, args.amp = pick_device(args.device, args.dtype)
+    # where the arithmetic is bf16 a frozen base is, too; weights that train are fp32
+    args.base_dtype = base_dtype("float32" if METHODS[args.method].trains_base else args.dtype)
     return args
 
 
@@ -188,7 +191,7 @@ def fill_in(args):
 
 def check_ranges(args):
     """Refuse numbers out of range."""
-    for name in ("steps", "epochs", "batch_size", "grad_accum", "lr", "alpha", "context", "eval_every"):
+    for name in ("steps", "epochs", "batch_size", "grad_accum", "lr", "alpha", "context", "eval_every", "test_texts"):
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")
@@ -276,6 +279,11 @@ def pick_device(name, dtype):
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     return device, dtype, torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+def base_dtype(arithmetic):
+    """torch's dtype of a frozen base, by that of the arithmetic."""
+    return torch.bfloat16 if arithmetic == "bfloat16" else torch.float32
 
 
 def join(device):

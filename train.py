@@ -1,4 +1,4 @@
-"""Adapt a GPT or a RoBERTa with one method of the LoRA family, merge it, and compare base, unmerged and merged.
+"""Adapt a GPT, Llama or RoBERTa with one method of the LoRA family, merge it, compare base, unmerged and merged.
 
     python train.py --method reslora --rank 64                                   needs nothing: under a minute on a CPU
     python train.py --method reslora --rank 16 --dataset reviews                 the same for classification
@@ -23,7 +23,7 @@ from checkpoints import adapters, files, state
 from checkpoints.pretrained import MODELS, from_pretrained, locate
 from data import Dataset, about, step_batches
 from evaluation import plots
-from evaluation.evaluate import calibration_batches, report, to_device, validate
+from evaluation.evaluate import base_report, calibration_batches, report, to_device, validate
 from evaluation.printing import announce, print_examples, print_table
 from methods import METHODS
 
@@ -141,10 +141,10 @@ class Run:
         self.args, self.source = args, locate(args.model)
         settings.check_folders(args, self.source)
         # The model, with a head for the labels of the data, and the data, encoded for this model
-        self.model = from_pretrained(self.source, labels=about(args.dataset, "LABELS"))
+        self.model = from_pretrained(self.source, labels=about(args.dataset, "LABELS"), dtype=args.base_dtype)
         args.context = args.context or min(self.model.context, 256)
         settings.check_model(args, self.model, self.source)
-        self.data = Dataset(args.dataset, args.data_dir, self.source, self.model, args.context)
+        self.data = Dataset(args.dataset, args.data_dir, self.source, self.model, args.context, args.test_texts)
         if args.epochs:
             per_epoch = len(self.data.examples["train"]) / (args.batch_size * args.grad_accum * settings.WORLD)
             args.steps = math.ceil(min(args.epochs * math.ceil(per_epoch), 10**8))
@@ -154,6 +154,7 @@ class Run:
         self.own = {name: value(args.steps) if callable(value) else value for name, value in self.own.items()}
         self.model.to(args.device)
         self.adapter, self.layers = adapters.adapt_as(self.model, {**vars(args), **self.own})
+        self.model.recompute = self.adapter.recompute if args.checkpoint_activations else None
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         name_of = {module: name for name, module in self.model.named_modules()}
         self.names = [name_of[layer] for layer in self.layers]
@@ -218,7 +219,7 @@ def one_run(args):
     if settings.RANK:
         return fit(run)
     files.check_writable(args.out)
-    metrics = {"base": run.report(run.model, "the base")}  # at B = 0 this is the base; a fresh head guesses
+    metrics = {"base": base_report(run)}
     if not math.isfinite(metrics["base"]["loss"]):
         raise ValueError(f"the loss of {run.source} is {metrics['base']['loss']} before any step: its weights are "
                          "damaged, or --alpha is far too large")
@@ -231,8 +232,8 @@ def one_run(args):
     ranks = run.ranks()
     if run.layers:
         merge(run, metrics)
-    if args.save_merged:
-        state.save_merged(args.out / "merged", run.model, run.source, run.data.tokenizer)
+    if args.save_merged and state.save_merged(args.out / "merged", run.model, run.source, run.data.tokenizer):
+        metrics["merged, saved in bfloat16"] = run.report(run.model, "the merged model as it is saved, in bfloat16")
 
     result = {"settings": {**run.settings, "device": str(args.device)}, "metrics": metrics,
               "parameters": run.parameters, "splits": run.data.splits, "labels": list(run.data.labels),

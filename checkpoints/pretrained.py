@@ -54,7 +54,7 @@ def from_pretrained(source, num_labels=None, labels=None, dtype=torch.float32):
     config, state, files = read_config(folder), weights.read_weights(folder), weights.weight_files(folder)
     kind, where = FAMILIES[config.model_type], files[0] if len(files) == 1 else folder
     if kind.model.causal and num_labels:
-        raise ValueError(f"{source} is a {config.model_type}, which has no classification head here: choose a RoBERTa")
+        raise ValueError(f"{source}, a {config.model_type}, has no classification head here: choose a RoBERTa")
     if num_labels is None and not kind.model.causal:
         sizes = [len(t) for key, t in state.items() if weights.short(key) == "classifier.out_proj.weight" and t.dim()]
         num_labels = sizes[0] if sizes else 0

@@ -20,7 +20,7 @@ from checkpoints import tokenizers
 from checkpoints.adapters import fingerprint_adapter
 from checkpoints.files import check_keys, fingerprint, read_json, read_safetensors, write, write_csv
 from checkpoints.pretrained import MODELS, save_pretrained
-from checkpoints.weights import fingerprint_weights
+from checkpoints.weights import fingerprint_weights, stored_dtype
 
 STATE = "resume.safetensors", "log.csv"
 RESULTS = ("result.json", "curve.png", "ranks.png", "adapter_config.json", "adapter_model.safetensors",
@@ -38,18 +38,27 @@ def clear(folder, names):
 
 def save_merged(folder, model, source, tokenizer):
     """The merged model as a checkpoint folder of its own, with the tokenizer of the folder it came from, and what its
-    config.json said beside what we write anew. Texts end with the token that they were trained to end with."""
+    config.json said beside what we write anew. Texts end with the token that they were trained to end with.
+
+    A base in bfloat16 stays so: then the model's own weights are rounded too, as they are written, and True returned if
+    that changes what it computes."""
+    half = stored_dtype(source) == torch.bfloat16 or model.wte.weight.dtype == torch.bfloat16
+    rounded = half and model.wte.weight.dtype != torch.bfloat16
     labels = "id2label", "label2id", "num_labels", "problem_type"
     kept = {key: value for key, value in read_json(source / "config.json").items()
             if key not in (*labels, "dtype", "torch_dtype", "rope_parameters", "transformers_version")}
     if model.causal:
         kept.update(bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos)
-    save_pretrained(model, folder, more=kept)
+    save_pretrained(model, folder, torch.bfloat16 if half else None, kept)
     files = [name for name in tokenizers.FILES if (source / name).exists()]
     for name in files:
         write(folder / name, lambda part, name=name: shutil.copyfile(source / name, part))
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
         tokenizer.save(folder, roberta=not model.causal)
+    if rounded:
+        for p in model.parameters():
+            p.data = p.data.bfloat16().to(p.dtype)
+    return rounded
 
 
 def changing(model):
@@ -61,7 +70,7 @@ def changing(model):
 
 def identity(settings, source, pairs, processes):
     """The settings of a run, as they are written down, with fingerprints of the base and the data."""
-    left_out = "resume", "out", "device", "amp", "epochs"
+    left_out = "resume", "out", "device", "amp", "base_dtype", "epochs"
     settings = {name: value for name, value in settings.items() if name not in left_out}
     settings["processes"] = processes
     if settings["model"] not in MODELS and Path(settings["model"]).is_dir():
@@ -77,7 +86,7 @@ def identity(settings, source, pairs, processes):
 
 # What may differ between two runs that compute the same: where the files lie, which fingerprints say better, and what
 # does not change a number.
-FREE = "model", "data_dir", "init_from", "save_merged", "compile"
+FREE = "model", "data_dir", "init_from", "save_merged", "compile", "checkpoint_activations"
 
 
 def difference(before, now, free=FREE):

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from checkpoints.files import fingerprint, read_json, read_safetensors
 
@@ -61,6 +62,12 @@ def read_weights(folder):
     if files[0].name != SINGLE and state.keys() != (named := read_index(folder).keys()):
         raise ValueError(f"{folder / INDEX} and its files have different tensors: {min(state.keys() ^ named)}")
     return state
+
+
+def stored_dtype(folder):
+    """torch's dtype of the first matrix in the files."""
+    with safe_open(weight_files(folder)[0], "pt") as f:
+        return next((f.get_tensor(name).dtype for name in f.keys() if len(f.get_slice(name).get_shape()) > 1), None)
 
 
 def fingerprint_weights(folder):

@@ -63,16 +63,21 @@ class Dataset:
     pairs, examples: {split: rows}, as text and as tokens. cut: how many texts were too long. metric: what selects.
     """
 
-    def __init__(self, name, data_dir, folder, model, context):
+    def __init__(self, name, data_dir, folder, model, context, test_texts=None):
         self.name, self.module, self.labels = name, module(name), about(name, "LABELS")
         self.metrics = about(name, "METRICS")
         self.metric = self.metrics[0] if self.metrics else "loss"
         self.tokenizer, self.task = task(name, folder, model, context)
         self.pairs = load(name, data_dir)
+        self.splits = dict(about(name, "SPLITS", {split: split for split in ("train", "validation", "test")}))
+        for split, pairs in self.pairs.items() if test_texts else ():
+            if split not in ("train", "validation") and test_texts < len(pairs):
+                # the same texts in all runs, whatever their seed
+                self.pairs[split] = [pairs[i] for i in sorted(random.Random(0).sample(range(len(pairs)), test_texts))]
+                self.splits[split] = f"{self.splits[split]}, {test_texts} of {len(pairs)} texts"
         encoded = {split: self.task.encode(pairs) for split, pairs in self.pairs.items()}
         self.examples = {split: examples for split, (examples, _) in encoded.items()}
         self.cut = sum(cut for _, cut in encoded.values())
-        self.splits = about(name, "SPLITS", {split: split for split in ("train", "validation", "test")})
 
 
 def epoch_batches(examples, batch_size, seed):

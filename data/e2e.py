@@ -7,17 +7,17 @@ and the hub's columns. The record is used as the dataset writes it.
 from data import files
 
 COLUMNS = "meaning_representation", "human_reference"
-SPLITS = "train", "validation", "test"
+NAMES = "train", "validation", "test"
 # The hub's dataset is a script, which nothing runs any more; its parquet conversion lives at this revision.
 HUB, REVISION = "tuetschek/e2e_nlg", "refs/convert/parquet"
 
 
 def load(data_dir=None):
     """{split: [(meaning representation, sentence)]}"""
-    rows = (files.hub_rows(HUB, {s: f"default/{s}/*.parquet" for s in SPLITS}, REVISION) if data_dir is None else
-            {s: files.read_rows(data_dir, s) for s in SPLITS})
+    rows = (files.hub_rows(HUB, {s: f"default/{s}/*.parquet" for s in NAMES}, REVISION) if data_dir is None else
+            {s: files.read_rows(data_dir, s) for s in NAMES})
     return {split: [tuple(files.check_row(row, COLUMNS, where)[c] for c in COLUMNS) for where, row in rows[split]]
-            for split in SPLITS}
+            for split in NAMES}
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 dataset: a data.Dataset. device, amp: where the model is, and the autocast context of its arithmetic.
 """
+import math
+
 import torch
 
+from checkpoints import files
 from data import epoch_batches, metrics
 from data.tasks import Label
 from evaluation import decoding
@@ -43,9 +46,8 @@ def evaluate(model, examples, task, device, amp):
 
 
 @torch.inference_mode()
-def decode(model, pairs, tokenizer, max_new=96):
-    """(prompts, greedy texts), in the dtype of the weights: the text of each record, or the continuation of a plain
-    text's beginning."""
+def decode(model, pairs, tokenizer, amp, max_new=96):
+    """(prompts, greedy texts): the text of each record, or the continuation of a plain text's beginning."""
     prompts = [tokenizer.encode_ordinary(record + " ||" if record else text[:400]) for record, text in pairs]
     begin = min(32, model.context // 2 - 1)  # tokens of a plain text
     prompts = [p if record else p[:begin] for p, (record, _) in zip(prompts, pairs, strict=True)]
@@ -55,7 +57,8 @@ def decode(model, pairs, tokenizer, max_new=96):
     for start in range(0, len(near), DECODED):
         chosen = near[start:start + DECODED]
         batch = [[tokenizer.bos, *prompts[i]] for i in chosen]
-        texts.update(zip(chosen, decoding.generate(model, batch, max_new, tokenizer.eos), strict=True))
+        with amp:
+            texts.update(zip(chosen, decoding.generate(model, batch, max_new, tokenizer.eos), strict=True))
     model.train()
     return ([tokenizer.decode(p).strip() for p in prompts],
             [tokenizer.decode(texts[i]).strip() for i in range(len(prompts))])
@@ -75,7 +78,7 @@ def measure(model, dataset, split, device, amp, first=None, scored=None):
     scored = SCORED if scored is None else scored
     if scorer and scored:
         max_new = getattr(dataset.module, "MAX_NEW", 96)
-        values.update(scorer(pairs[:scored], decode(model, pairs[:scored], dataset.tokenizer, max_new)[1]))
+        values.update(scorer(pairs[:scored], decode(model, pairs[:scored], dataset.tokenizer, amp, max_new)[1]))
     return values
 
 
@@ -98,6 +101,23 @@ def report(model, dataset, device, amp, stage=None):
         more = measure(model, dataset, split, device, amp)
         values.update({f"{name} ({split})": value for name, value in more.items()})
     return values
+
+
+def base_report(run):
+    """{metric: value} of the base on the test split. A finished run in the same folder of runs has it already, if it
+    had the same base and the same texts, and no fresh head, which is another one in every run."""
+    same = ("base_weights", "base_files", "init_weights", "dataset", "data", "context", "dtype")
+    for path in [] if run.model.fresh_head else sorted(run.args.out.parent.glob("*/result.json")):
+        try:
+            result = files.read_json(path)
+            before, values = result["settings"], result["metrics"]["base"]
+            if (all(before.get(name) == run.settings.get(name) for name in same) and values["loss"] + 0 < math.inf
+                    and before["device"] == str(run.args.device) and result["versions"]["torch"] == torch.__version__):
+                print(f"evaluate the base: its report is that of {path}", flush=True)
+                return values
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
+            continue  # no result of ours, or a damaged one, which is not this run's business
+    return run.report(run.model, "the base")  # at B = 0 the model is the base
 
 
 def calibration_batches(model, examples, task, batch_size, seed, device, amp):

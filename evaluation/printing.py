@@ -29,7 +29,7 @@ def print_examples(model, dataset, device, amp):
                                (dataset.labels[row.argmax()], dataset.labels[truth]))
             print(f"{' / '.join(texts)}\n  -> {predicted} ({true})")
     elif isinstance(dataset.task, Write):
-        for prompt, text, (record, reference) in zip(*decode(model, pairs, dataset.tokenizer), pairs, strict=True):
+        for prompt, text, (record, reference) in zip(*decode(model, pairs, dataset.tokenizer, amp), pairs, strict=True):
             print(f"\n{prompt}\n  -> {text}" + f"\n  ref {reference}" * bool(record))
 
 

@@ -197,7 +197,7 @@ def test_decoding_for_a_report_has_no_dropout_and_leaves_the_model_training(base
     adapt(model, "lora", {}, r=8, alpha=60, dropout=0.5)
     model.train()
     pairs = data.load("restaurants")["test"][:4]
-    texts = [evaluate.decode(model, pairs, tokenizer, 20) for _ in range(3)]
+    texts = [evaluate.decode(model, pairs, tokenizer, PLAIN, 20) for _ in range(3)]
     assert texts[0] == texts[1] == texts[2] and all(m.training for m in model.modules())
 
 
@@ -221,7 +221,7 @@ def test_three_examples_are_shown_from_all_over_the_test_split(monkeypatch, caps
     task = Write.__new__(Write)
     for n, shown in ((90, [0, 30, 60]), (100, [0, 33, 66]), (2, [0, 1]), (4, [0, 1, 2])):
         pairs = [(f"record {i}", f"text {i}") for i in range(n)]
-        monkeypatch.setattr(printing, "decode", lambda model, some, _: ([p for p, _ in some], ["written"] * len(some)))
+        monkeypatch.setattr(printing, "decode", lambda model, some, *_: ([p for p, _ in some], ["written"] * len(some)))
         dataset = Namespace(pairs={"test": pairs}, labels=(), task=task, tokenizer=None)
         printing.print_examples(None, dataset, None, None)
         lines = capsys.readouterr().out.split("\n")
@@ -386,10 +386,10 @@ def test_texts_come_back_in_the_order_of_their_records(monkeypatch):
                           bos=60, eos=60, decode=lambda ids: " ".join(map(str, ids)))
     pairs = [("abcdefg"[: 1 + (3 * i) % 7], "") for i in range(9)]
     monkeypatch.setattr(evaluate, "DECODED", 2)
-    prompts, texts = evaluate.decode(model, pairs, tokenizer, max_new=4)
+    prompts, texts = evaluate.decode(model, pairs, tokenizer, PLAIN, max_new=4)
     assert len(set(texts)) > 2 and len(set(map(len, prompts))) > 2
     for i, pair in enumerate(pairs):
-        alone = evaluate.decode(model, [pair], tokenizer, max_new=4)
+        alone = evaluate.decode(model, [pair], tokenizer, PLAIN, max_new=4)
         assert (prompts[i], texts[i]) == (alone[0][0], alone[1][0])
 
 

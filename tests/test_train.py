@@ -684,7 +684,7 @@ def refused(capsys, argv):
 @pytest.mark.parametrize("flags, message", [
     (["--method", "lorra"], "unknown method 'lorra': choose from lora, rslora, reslora, deltalora, adalora, "),
     (["--method", "head"], "restaurants has nothing to classify"),
-    (["--dataset", "reviews"], "is a GPT-2, which has no classification head"),
+    (["--dataset", "reviews"], "has no classification head here: choose a RoBERTa"),
     (["--method", "lora", "--pre-num", "2"], "--pre-num is a flag of method reslora, not of lora"),
     (["--method", "reslora", "--delta-lambda", "2"], "--delta-lambda is a flag of method deltalora, not of reslora"),
     (["--method", "rslora", "--rs"], "--rs is not for rslora"), (["--method", "full", "--rs"], "--rs is not for full"),
@@ -840,7 +840,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path, bas
     monkeypatch.setattr(evaluate, "evaluate", poison)
     monkeypatch.setattr(state, "save_state", lambda *a, real=state.save_state: (
         real(*a) if len(calls) < 3 else None))
-    message = refused(capsys, command(base, tmp_path))
+    message = refused(capsys, command(base, tmp_path / "run"))
     assert "is not finite at step 5" in message
-    assert not (tmp_path / "result.json").exists() and not list(tmp_path.glob("*.part"))
-    assert all(v.isfinite().all() for v in weights(tmp_path).values())
+    assert not (tmp_path / "run/result.json").exists() and not list((tmp_path / "run").glob("*.part"))
+    assert all(v.isfinite().all() for v in weights(tmp_path / "run").values())
