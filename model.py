@@ -96,11 +96,6 @@ def initialise(module, writers=0.02):
             nn.init.zeros_(p)
 
 
-def in_fp32(x):
-    """bf16 -> fp32; fp32 and fp64 stay as they are"""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def with_targets(x, targets):
     """x (B, T, C), targets (B, T) -> the N rows of x with a target (N, C), and these targets (N,). Targets may stay on
     the CPU: then it finds these positions without waiting for the GPU."""
@@ -124,7 +119,8 @@ def vocabulary_loss(x, W, b, targets, label_smoothing=0.0):
         options = nn.LinearCrossEntropyOptions(allow_retain_graph=True, batch_chunk_size=max(1, CHUNK // len(W)),
                                                chunking_method=None)
         return F.linear_cross_entropy(x, W, targets, linear_bias=b, options=options)
-    z = in_fp32(F.linear(x, W, b))  # (N, V)
+    z = F.linear(x, W, b)  # (N, V)
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
     return F.cross_entropy(z, targets, label_smoothing=label_smoothing)
 
 
@@ -179,7 +175,7 @@ class Causal(Transformer):
         else:
             at = torch.arange(len(idx), device=idx.device)[:, None], pos
             mask = (torch.arange(cache.size(3), device=idx.device) <= pos[..., None])[:, None]  # (B, 1, T, S)
-        x = in_fp32(self.wte(idx))
+        x = self.wte(idx).to(self.ln_f.weight.dtype)  # with norms in fp32 the sums are, too, on bf16 weights
         x, rope = (x + self.wpe(pos), None) if self.wpe else (x, rotary(pos, self.config))
         for block, kept in zip(self.h, [None] * len(self.h) if cache is None else cache, strict=True):
             x = self.run(block, x, rope, mask, kept, at)
@@ -373,7 +369,7 @@ class RoBERTa(Transformer):
         real = idx != self.config.pad_token_id  # (B, T)
         # positions count the real tokens, from pad_token_id + 1; padding stands at pad_token_id
         pos = real.cumsum(1) * real + self.config.pad_token_id
-        x = self.ln(in_fp32(self.wte(idx) + self.wpe(pos) + self.wtt.weight[0]))
+        x = self.ln((self.wte(idx) + self.wpe(pos) + self.wtt.weight[0]).to(self.ln.weight.dtype))
         for block in self.h:
             x = self.run(block, x, real[:, None, None])  # nobody looks at padding
         return x

@@ -19,7 +19,7 @@ from checkpoints.pretrained import save_pretrained  # noqa: E402
 from data import restaurants, reviews  # noqa: E402
 from experiments import vocabulary  # noqa: E402
 from methods import METHODS  # noqa: E402
-from model import GPT, GPTConfig, RoBERTa, RobertaConfig  # noqa: E402
+from model import GPT, GPTConfig, Llama, LlamaConfig, RoBERTa, RobertaConfig  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -80,7 +80,18 @@ def tiny_roberta(dtype=torch.float64, n_layer=4):
     return model
 
 
-both = pytest.mark.parametrize("tiny", [tiny_gpt, tiny_roberta], ids=["gpt", "roberta"])
+def tiny_llama(dtype=torch.float64, n_layer=4, **config):
+    """The same for a Llama: two heads share their keys, and the heads are wider than the channels that they are of."""
+    shape = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=n_layer, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, max_position_embeddings=16)
+    model = Llama(LlamaConfig(**{**shape, **config})).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+every_model = pytest.mark.parametrize("tiny", [tiny_gpt, tiny_llama, tiny_roberta], ids=["gpt", "llama", "roberta"])
 
 
 def adapt(model, method, hparams, targets=("q", "v"), r=3, alpha=5, dropout=0.0, random=True):
@@ -90,7 +101,7 @@ def adapt(model, method, hparams, targets=("q", "v"), r=3, alpha=5, dropout=0.0,
         for p in factors(layers):
             if p.std() < 0.05:
                 nn.init.normal_(p, std=0.4)
-    if isinstance(model, RoBERTa):
+    if model.classifier:
         model.classifier.requires_grad_(True)
     return layers
 
@@ -102,7 +113,7 @@ def factors(layers):
 
 def head_of(model):
     """Parameters of the head that is trained with the adapter."""
-    return list(model.classifier.parameters()) if isinstance(model, RoBERTa) else []
+    return list(model.classifier.parameters()) if model.classifier else []
 
 
 def tokens(B=3, T=10, V=61):
@@ -114,8 +125,9 @@ def tokens(B=3, T=10, V=61):
 
 
 def batch(model, B=3, T=10):
-    """(idx, targets) as a model wants them: `tokens` for a GPT, framed and padded texts with labels for a RoBERTa."""
-    if isinstance(model, GPT):
+    """(idx, targets) as a model wants them: `tokens` for a GPT or a Llama, framed and padded texts with labels for a
+    RoBERTa."""
+    if model.causal:
         return tokens(B, T)
     idx = torch.randint(3, 61, (B, T))
     idx[:, 0] = 0

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
-from conftest import adapt, every_variant, tiny_gpt
+from conftest import adapt, every_variant, tiny_gpt, tiny_llama
 
 from checkpoints.pretrained import save_pretrained
 from evaluation.decoding import beam_search, generate, stream
 from model import GPT, GPTConfig
+
+causal = pytest.mark.parametrize("tiny", [tiny_gpt, tiny_llama], ids=["gpt", "llama"])
 
 
 def slowly(model, prompt, max_new, stop):
@@ -20,9 +22,10 @@ def slowly(model, prompt, max_new, stop):
     return found[:found.index(stop)] if stop in found else found
 
 
-def test_greedy_decoding_with_the_cache_is_decoding_without():
+@causal
+def test_greedy_decoding_with_the_cache_is_decoding_without(tiny):
     """Prompts of different lengths, decoded together with a cache, give what one at a time, recomputed, gives."""
-    model = tiny_gpt()
+    model = tiny()
     prompts = [[1], [5, 4, 3, 2], [7, 7, 9, 11, 13, 2]]
     together = generate(model, prompts, 10, stop=60)
     for prompt, found in zip(prompts, together, strict=True):
@@ -43,9 +46,10 @@ def test_decoding_stops_at_the_stop_token():
     assert short[1] == (free[1][:free[1].index(stop)] if stop in free[1] else free[1])
 
 
-def test_every_prompt_has_its_own_room():
+@causal
+def test_every_prompt_has_its_own_room(tiny):
     """A prompt near the end of the context cuts its own answer, not those decoded beside it."""
-    model = tiny_gpt()
+    model = tiny()
     prompts = [[3], [8] * 14, [5, 6]]  # a context of 16
     together = generate(model, prompts, 9, stop=-1)
     assert [len(row) for row in together] == [9, 2, 9]
@@ -54,11 +58,12 @@ def test_every_prompt_has_its_own_room():
         generate(model, [[1] * 16], 9, stop=-1)
 
 
+@causal
 @every_variant
-def test_unmerged_adapters_decode_with_the_cache_as_without(method, hparams):
+def test_unmerged_adapters_decode_with_the_cache_as_without(method, hparams, tiny):
     """ResLoRA's shortcuts read other layers' activations of the same positions: token for token the same text, which
     is another one than the base's."""
-    model = tiny_gpt()
+    model = tiny()
     prompts = [[1], [5, 4, 3, 2], [7, 7, 9, 11, 13, 2]]
     base = generate(model, prompts, 9, stop=60)
     adapt(model, method, hparams, targets=("q", "v", "up"))
@@ -101,10 +106,11 @@ def test_sampling_draws_from_the_softmax():
     assert one == two != other
 
 
-def few_words(vocabulary):
-    """A GPT of so few words that each of them, taken as the stop token, ends some texts early."""
+def few_words(vocabulary, llama=False):
+    """A GPT, or a Llama, of so few words that each of them, taken as the stop token, ends some texts early."""
     torch.manual_seed(4)
-    model = GPT(GPTConfig(vocab_size=vocabulary, n_positions=16, n_embd=8, n_layer=2, n_head=2))
+    model = (tiny_llama(n_layer=2, vocab_size=vocabulary) if llama else
+             GPT(GPTConfig(vocab_size=vocabulary, n_positions=16, n_embd=8, n_layer=2, n_head=2)))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.4)
@@ -130,14 +136,15 @@ def test_enough_beams_find_the_best_of_all_texts(penalty):
     assert len(lengths) > 1 or penalty == 2.0  # which prefers the longest texts
 
 
+@pytest.mark.parametrize("llama", [False, True], ids=["gpt", "llama"])
 @pytest.mark.parametrize("beams, penalty", [(1, 1.0), (2, 0.0), (3, 0.9), (5, 0.9), (4, 2.0)])
-def test_beam_search_is_that_of_transformers(tmp_path, beams, penalty):
+def test_beam_search_is_that_of_transformers(tmp_path, beams, penalty, llama):
     """Token for token, for prompts of different lengths decoded together, texts that end early and texts that are cut;
     one beam is greedy decoding."""
     transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
-    prompts, lengths, model = [[1, 3], [5, 4, 3, 2], [2, 7, 1, 4, 3, 2], [3], [8, 8]], set(), few_words(9)
+    prompts, lengths, model = [[1, 3], [5, 4, 3, 2], [2, 7, 1, 4, 3, 2], [3], [8, 8]], set(), few_words(9, llama)
     save_pretrained(model, tmp_path)
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
     for stop in range(9):
         found = beam_search(model, prompts, 9, stop, beams, penalty)
         if beams == 1:

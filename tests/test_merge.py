@@ -7,8 +7,8 @@ import torch.nn as nn
 from conftest import (
     adapt,
     batch,
-    both,
     calibrated,
+    every_model,
     every_variant,
     factors,
     run_over,
@@ -24,7 +24,7 @@ from lora import LoRALinear
 from reslora import MERGES, ResLoRALinear, regression
 
 
-@both
+@every_model
 @every_variant
 def test_merged_is_unmerged(method, hparams, tiny):
     """After training steps the adapter changes the logits and an exact merge does not; approximate ones say so."""
@@ -42,7 +42,7 @@ def test_merged_is_unmerged(method, hparams, tiny):
     assert (error < 1e-12) == exact
 
 
-@both
+@every_model
 @every_variant
 def test_merging_restores_the_architecture(method, hparams, tiny):
     """The merged model has the base's modules, keys and dtypes; a bf16 W that the method moves has become fp32."""

@@ -1,0 +1,434 @@
+"""The Llama family against `transformers`: logits, gradients, names, config.json, tokenizers, and a base in bf16."""
+import copy
+import json
+import math
+
+import pytest
+import torch
+from conftest import REAL, batch, every_variant, needs_real, tiny_llama, tokens
+from conftest import adapt as adapted
+from safetensors.torch import load_file, save_file
+
+import lora
+from checkpoints import adapters, tokenizers
+from checkpoints.pretrained import from_pretrained, save_pretrained
+from data.tasks import Write
+from model import rotary
+
+transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
+
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=16)
+# what one of their models has in its config beside its sizes
+THEIRS = {
+    "llama": {}, "llama, tied": dict(tie_word_embeddings=True), "llama, one head each": dict(num_key_value_heads=4),
+    "llama, one head for all": dict(num_key_value_heads=1), "llama, own head_dim": dict(head_dim=12),
+    "llama, rope_theta": dict(rope_parameters={"rope_type": "default", "rope_theta": 50.0}),
+    "llama, llama3": dict(rope_parameters={**LLAMA3, "rope_theta": 500000.0}),
+    "mistral": dict(sliding_window=None), "mistral, window": dict(sliding_window=40), "qwen2": {},
+    "qwen2, tied": dict(tie_word_embeddings=True), "qwen3": dict(head_dim=12),
+}
+
+
+def their_llama(folder, kind="llama", dtype=None, **config):
+    """A random tiny model of the family, saved by transformers, with biases and norms that matter."""
+    shape = dict(vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-5, pad_token_id=None,
+                 bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
+    config = transformers.AutoConfig.for_model(kind, **{**shape, **config})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    model.to(dtype).save_pretrained(folder)
+    return model.float()
+
+
+def edit_config(folder, **changes):
+    """Change config.json; None takes a key out."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_logits_and_loss_equal_transformers_both_ways(tmp_path, name):
+    """Their folder read here and our folder read there give the same logits, within 1e-5 of the largest, and loss."""
+    theirs, ours = their_llama(tmp_path, name.split(",")[0], **THEIRS[name]), from_pretrained(tmp_path)
+    idx = torch.randint(0, 97, (3, 40))
+    with torch.no_grad():
+        expected = theirs(idx, labels=idx)
+    close = dict(rtol=0, atol=1e-5 * expected.logits.abs().max().item())
+    torch.testing.assert_close(ours(idx)[0], expected.logits, **close)
+    shifted = torch.cat([idx[:, 1:], torch.full((3, 1), -100)], 1)
+    torch.testing.assert_close(ours(idx, shifted)[1], expected.loss)
+    save_pretrained(ours, tmp_path / "back")
+    again, info = type(theirs).from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(idx).logits, expected.logits, **close)
+    assert again.config.architectures == theirs.config.architectures
+    assert all(torch.equal(t, ours.state_dict()[key])
+               for key, t in from_pretrained(tmp_path / "back").state_dict().items())
+
+
+@pytest.mark.parametrize("style", ["transformers 4", "older", "transformers 5"])
+def test_positions_are_read_from_old_and_new_config_files(tmp_path, style):
+    """rope_theta and rope_scaling, with rope_type or the older type, or both in rope_parameters: the same model."""
+    their_llama(tmp_path, rope_parameters={**LLAMA3, "rope_theta": 500000.0})
+    expected = from_pretrained(tmp_path).config
+    if style != "transformers 5":
+        scaling = LLAMA3 if style == "transformers 4" else {**LLAMA3, "type": "llama3", "rope_type": None}
+        scaling = {key: value for key, value in scaling.items() if value is not None}
+        edit_config(tmp_path, rope_parameters=None, rope_theta=500000, rope_scaling=scaling)
+    found = from_pretrained(tmp_path).config
+    assert found == expected and found.rope_theta == 500000.0 and found.rope_scaling == LLAMA3
+
+
+def test_rotary_positions_are_their_equation():
+    """In float64 by complex numbers: channels i and i + hs / 2 of a head are one number, turned by position times
+    theta^(-2 i / hs). So the product of q and k depends on their distance alone."""
+    config = tiny_llama(head_dim=8).config
+    q, k = torch.randn(2, 1, 12, 3, 8, dtype=torch.float64)
+    from model import rotate
+    cos, sin = rotary(torch.arange(12), config)
+    turned = rotate(q, cos, sin)
+    numbers = torch.complex(q[..., :4], q[..., 4:])
+    for t in range(12):
+        for i in range(4):
+            expected = numbers[0, t, :, i] * complex(math.cos(t * 1e5 ** (-i / 4)), math.sin(t * 1e5 ** (-i / 4)))
+            found = torch.complex(turned[0, t, :, i], turned[0, t, :, 4 + i])
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    q, k = (x[:, :1].expand(-1, 12, -1, -1) for x in (q, k))
+    scores = torch.einsum("bthd,bshd->hts", rotate(q, cos, sin), rotate(k, cos, sin))
+    torch.testing.assert_close(scores[:, 3, 1], scores[:, 11, 9], rtol=0, atol=1e-5)
+
+
+def test_absent_keys_mean_what_they_mean_there(tmp_path):
+    """Llama 2's config.json has no rope_theta, head_dim or attention_bias; Mistral v0.1's says nothing of heads'
+    width; null key and value heads are as many as the heads. The window of a Mistral is where its context ends."""
+    theirs = their_llama(tmp_path, num_key_value_heads=4)
+    edit_config(tmp_path, rope_parameters=None, head_dim=None, attention_bias=None, mlp_bias=None)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_key_value_heads": None}))
+    idx = torch.randint(0, 97, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(from_pretrained(tmp_path)(idx)[0], theirs(idx).logits, rtol=0, atol=1e-4)
+    their_llama(tmp_path, "mistral", max_position_embeddings=8192)
+    for window, context in ((None, 4096), (40, 40)):
+        edit_config(tmp_path, sliding_window=window)
+        assert from_pretrained(tmp_path).context == context
+    text = (tmp_path / "config.json").read_text().replace('"sliding_window": 40', '"sliding_window": null')
+    (tmp_path / "config.json").write_text(text)
+    assert from_pretrained(tmp_path).context == 8192
+    with pytest.raises(ValueError, match="41 tokens do not fit"):
+        edit_config(tmp_path, sliding_window=40)
+        from_pretrained(tmp_path)(torch.zeros(1, 41, dtype=torch.long))
+
+
+REFUSED = [
+    ("llama", dict(model_type="phi3"), "model_type 'phi3' is not supported"),
+    ("llama", dict(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
+    ("llama", dict(attention_bias=True), "attention_bias True is not supported"),
+    ("qwen2", dict(attention_bias=False), "attention_bias False is not supported"),
+    ("llama", dict(mlp_bias=True), "mlp_bias True"), ("llama", dict(attention_dropout=0.1), "attention_dropout 0.1"),
+    ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
+    ("llama", dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+    ("llama", dict(rope_interleaved=True), "rope_interleaved True"),
+    ("qwen2", dict(use_sliding_window=True), "use_sliding_window True"), ("qwen2", dict(use_mrope=True), "use_mrope"),
+    ("qwen3", dict(layer_types=["full_attention", "sliding_attention", "full_attention"]), "layer_types"),
+    ("qwen3", dict(layer_types="sliding_attention"), "layer_types"),
+    ("llama", dict(quantization_config={"bits": 4}), "quantization_config"),
+    ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_type 'yarn' is not supported"),
+    ("llama", dict(rope_scaling={"type": "dynamic", "factor": 2.0}, rope_parameters=None), "'dynamic' is not"),
+    ("llama", dict(rope_scaling={**LLAMA3, "factor": 4.0}, rope_parameters=LLAMA3), "contradicts"),
+    ("llama", dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}, rope_parameters=None), "low_freq_factor of"),
+    ("llama", dict(rope_parameters={**LLAMA3, "factor": 0.5}), "needs factor >= 1"),
+    ("llama", dict(rope_parameters={**LLAMA3, "low_freq_factor": 4.0}), "low_freq_factor < high_freq_factor"),
+    ("llama", dict(rope_parameters={**LLAMA3, "factor": "8"}), "must be a number above 0, not '8'"),
+    ("llama", dict(rope_parameters=None, rope_theta=-1), "rope_theta must be a number above 0"),
+    ("llama", dict(rope_parameters=[1]), "must be objects"),
+    ("llama", dict(num_attention_heads=5, head_dim=None), "hidden_size 32 is no multiple of num_attention_heads 5"),
+    ("llama", dict(num_key_value_heads=3), "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+    ("llama", dict(head_dim=7), "head_dim 7 is odd"), ("llama", dict(head_dim=0), "head_dim must be a whole number"),
+    ("llama", dict(num_key_value_heads=0), "num_key_value_heads must be a whole number"),
+    ("llama", dict(rms_norm_eps=None), "lacks rms_norm_eps"), ("qwen3", dict(head_dim=None), "lacks head_dim"),
+    ("mistral", dict(num_key_value_heads=None), "lacks num_key_value_heads"),
+    ("llama", dict(rms_norm_eps=2), "rms_norm_eps must be in (0, 1)"),
+    ("llama", dict(vocab_size=True), "vocab_size must be a whole number"),
+    ("llama", dict(tie_word_embeddings="yes"), "tie_word_embeddings must be true or false"),
+    ("mistral", dict(sliding_window=-1), "sliding_window must be a whole number"),
+    ("llama", dict(intermediate_size=44), "has shape"), ("llama", dict(num_hidden_layers=4), "lacks model.layers.3"),
+    ("llama", dict(tie_word_embeddings=True), "only tied heads are supported"),
+]
+
+
+@pytest.mark.parametrize("kind, changes, message", REFUSED, ids=[message for *_, message in REFUSED])
+def test_what_is_not_computed_is_refused(tmp_path, kind, changes, message):
+    """One line that names the file, the key and its value."""
+    their_llama(tmp_path, kind, **(dict(head_dim=8) if kind == "qwen3" else {}))
+    edit_config(tmp_path, **changes)
+    with pytest.raises(ValueError) as error:
+        from_pretrained(tmp_path)
+    assert message in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_under_other_names_and_in_shards_are_read(tmp_path):
+    """A bare LlamaModel's names, stored rotations, shards with an index. Whole numbers are no weights."""
+    theirs = their_llama(tmp_path, tie_word_embeddings=True)
+    expected, file = from_pretrained(tmp_path).state_dict(), tmp_path / "model.safetensors"
+    state = load_file(file)
+    old = {**state, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    bare = {key.removeprefix("model."): t for key, t in state.items()}
+    for variant in (old, bare, {**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}):
+        save_file(variant, file)
+        found = from_pretrained(tmp_path).state_dict()
+        assert found.keys() == expected.keys() and all(torch.equal(found[k], t) for k, t in expected.items())
+    save_file({**state, "model.norm.weight": torch.ones(32, dtype=torch.int8)}, file)
+    with pytest.raises(ValueError, match=r"model.norm.weight is of torch.int8: quantised weights are not supported"):
+        from_pretrained(tmp_path)
+    file.unlink()
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
+    assert all(torch.equal(t, expected[k]) for k, t in from_pretrained(tmp_path).state_dict().items())
+    next(iter(sorted(tmp_path.glob("model-*-of-*.safetensors")))).unlink()
+    with pytest.raises(ValueError, match="which does not exist"):
+        from_pretrained(tmp_path)
+
+
+def test_an_untied_model_needs_its_head(tmp_path):
+    """Without lm_head.weight it is not taken for a tied one; the head of a classifier is left out with a line."""
+    their_llama(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state.pop("lm_head.weight")
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="lacks lm_head.weight"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_the_gradients_of_adapters_are_pefts(tmp_path, kind):
+    """Same weights, same factors, same batch: dL/dA and dL/dB equal transformers + peft's within 1e-4 relative."""
+    peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
+    theirs, ours = their_llama(tmp_path, kind), from_pretrained(tmp_path)
+    names = {"attn.q": "self_attn.q_proj", "attn.v": "self_attn.v_proj", "mlp.gate": "mlp.gate_proj"}
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=3, lora_alpha=6,
+                                                         target_modules=["q_proj", "v_proj", "gate_proj"]))
+    lora.apply(ours, lora.LoRALinear, ["q", "v", "gate"], r=3, alpha=6)
+    idx, pairs = torch.randint(0, 97, (3, 16)), []
+    for i in range(3):
+        for mine, name in names.items():
+            a = ours.get_submodule(f"h.{i}.{mine}")
+            b = theirs.get_submodule(f"base_model.model.model.layers.{i}.{name}")
+            with torch.no_grad():
+                b.lora_B["default"].weight.normal_(std=0.3)
+                a.lora_A.copy_(b.lora_A["default"].weight)
+                a.lora_B.copy_(b.lora_B["default"].weight)
+            pairs += [(a.lora_A, b.lora_A["default"].weight), (a.lora_B, b.lora_B["default"].weight)]
+    loss = ours(idx, torch.cat([idx[:, 1:], torch.full((3, 1), -100)], 1))[1]
+    expected = theirs(idx, labels=idx).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    for a, b in pairs:
+        assert b.grad.abs().max() > 0 and (a.grad - b.grad).abs().max() < 1e-4 * b.grad.abs().max()
+
+
+@pytest.mark.parametrize("options", [
+    dict(target_modules="all-linear"), dict(target_modules=["q_proj", "down_proj"], use_rslora=True),
+    dict(target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 2], layers_pattern="layers"),
+    dict(target_modules=["v_proj"], rank_pattern={"layers.1.self_attn.v_proj": 5},
+         alpha_pattern={"layers.2.self_attn.v_proj": 7}),
+    dict(target_modules=r".*\.(gate|o)_proj")], ids=str)
+def test_adapters_of_peft_load(tmp_path, options):
+    """PEFT's adapter folder here: the logits of transformers + peft."""
+    peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
+    theirs = peft.get_peft_model(their_llama(tmp_path / "base"), peft.LoraConfig(
+        r=3, lora_alpha=6, init_lora_weights=False, task_type="CAUSAL_LM", **options)).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours, idx = from_pretrained(tmp_path / "base"), torch.randint(0, 97, (2, 20))
+    layers = adapters.load_adapter(ours, tmp_path / "adapter")
+    with torch.no_grad():
+        expected = theirs(idx).logits
+        torch.testing.assert_close(ours.eval()(idx)[0], expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    assert layers and all(layer.lora_B.any() for layer in layers)
+
+
+def test_the_adapter_folder_has_the_names_that_everybody_uses(tmp_path):
+    """q_proj and v_proj, CAUSAL_LM, no fan_in_fan_out."""
+    model = tiny_llama(torch.float32)
+    adapted(model, "lora", {}, r=4)
+    adapters.save_adapter(tmp_path, model, "some/base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["self_attn.q_proj", "self_attn.v_proj"]
+    assert config["task_type"] == "CAUSAL_LM" and not config["fan_in_fan_out"]
+    assert "base_model.model.model.layers.3.self_attn.v_proj.lora_B.weight" in load_file(
+        tmp_path / "adapter_model.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bf16, and activation checkpointing
+
+def test_a_base_in_bf16_stays_so(tmp_path):
+    """Linears and embeddings are the file's numbers, norms are fp32, adapters and a W that moves too. Under autocast
+    the loss is near that in fp32, and a merge in fp32 is rounded once."""
+    their_llama(tmp_path, dtype=torch.bfloat16)
+    model, exact = from_pretrained(tmp_path, dtype=torch.bfloat16), from_pretrained(tmp_path)
+    for name, p in model.named_parameters():
+        norm = name.startswith("ln_f") or ".ln_" in name
+        assert p.dtype == (torch.float32 if norm else torch.bfloat16), name
+        assert torch.equal(p.float(), exact.get_parameter(name)), name
+    idx, targets = tokens(4, 20, 97)
+    moved = adapted(copy.deepcopy(model), "deltalora", {"delta_lambda": 2.0, "delta_start": 0})
+    assert {layer.weight.dtype for layer in moved} == {torch.float32}
+    layers = adapted(model, "lora", {})
+    again = adapted(exact, "lora", {})
+    for layer, other in zip(layers, again, strict=True):
+        assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32 and layer.weight.dtype == torch.bfloat16
+        other.load_state_dict({**other.state_dict(), "lora_A": layer.lora_A, "lora_B": layer.lora_B})
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(idx, targets)[1]
+        loss.backward()
+    assert loss.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in model.parameters()
+                                               if p.requires_grad)
+    torch.testing.assert_close(loss, exact(idx, targets)[1], rtol=0.02, atol=0)
+    W, delta = layers[0].weight.clone(), layers[0].delta()
+    lora.merge(model)
+    assert torch.equal(model.h[0].attn.q.weight, (W.float() + delta).bfloat16())
+
+
+@every_variant
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing_changes_no_gradient(method, hparams, dropout):
+    """In float64 they are the same numbers, with dropout too, also of ResLoRA, whose layers read those of earlier
+    blocks; and no activation stays behind."""
+    if dropout and method == "deltalora":
+        pytest.skip("Delta-LoRA has no dropout")
+    model = tiny_llama()
+    layers = adapted(model, method, hparams, dropout=dropout)
+    layers[0].begin(layers, 10)
+    params = [p for p in model.parameters() if p.requires_grad]
+    inputs, found = batch(model), []
+    for model.recompute in (None, layers[0].recompute):
+        torch.manual_seed(1)
+        loss = model.train()(*inputs)[1]
+        found.append(torch.autograd.grad(loss, params))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert not any(layer.inbox or layer.outbox for layer in layers if method == "reslora")
+
+
+def test_activation_checkpointing_keeps_less(monkeypatch):
+    """What autograd saves for the backward shrinks to the inputs of the blocks."""
+    def saved(recompute):
+        kept = {}
+        model = tiny_llama(torch.float32)
+        layers = adapted(model, "reslora", dict(shortcut="middle", pre_num=1, merge="regression"))
+        model.recompute = layers[0].recompute if recompute else None
+
+        def pack(t):
+            kept[t.data_ptr()] = t.numel()
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(*batch(model, 8))[1].backward()
+        return sum(kept.values())
+    assert saved(True) < 0.5 * saved(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+def sentencepiece_like(folder, bos=True):
+    """A tokenizer.json as Llama 2's: a space before every text, no cuts, bytes for what it does not know, and <s>."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+    lines = [row["question"] for row in map(json.loads, open(f"{REAL}/gsm8k/train.jsonl"))][:300] if REAL else []
+    lines += ["The Mill serves Italian food.", "a b c", "name : The Mill || It is cheap."] * 20
+    bytes_ = [f"<0x{b:02X}>" for b in range(256)]
+    backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                         decoders.Strip(" ", 1, 0)])
+    backend.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=700, show_progress=False, max_token_length=8,
+                                                           special_tokens=["<unk>", "<s>", "</s>", *bytes_]))
+    if bos:
+        backend.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
+    folder.mkdir(exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}))
+    return folder
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_texts_begin_and_end_as_the_tokenizer_says(tmp_path, bos):
+    """With the token that it puts there itself, else with the one that ends a text; add_bos_token overrules."""
+    folder = sentencepiece_like(tmp_path, bos)
+    assert (lambda t: (t.bos, t.eos))(tokenizers.load(folder, 1000, None)) == ((1, 2) if bos else (2, 2))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for say, begin in ((True, 1), (False, 2)):
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": say}))
+        assert tokenizers.load(folder, 1000, None).bos == begin
+    config.pop("eos_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": [2, 1]}))  # as an instruction-tuned model has it
+    assert tokenizers.load(folder, 1000, None).eos == 2
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="has no token that ends a text, and neither"):
+        tokenizers.load(folder, 1000, None)
+
+
+def test_a_record_and_its_text_are_encoded_as_one(tmp_path):
+    """Apart, each would get a space of its own in front. The loss begins where the record ends, and decoding the rest
+    gives the text. A tokenizer that joins the two is refused."""
+    tokenizer = tokenizers.load(sentencepiece_like(tmp_path), 1000, None)
+    pairs = [("name : The Mill", "It is cheap."), ("a", "b </s> c")]
+    examples, cut = Write(tokenizer, 64).encode(pairs)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for (ids, start), (record, text) in zip(examples, pairs, strict=True):
+        assert tokenizer.decode(ids[start:-1]) == text and ids[0] == 1 and ids[-1] == 2 and cut == 0
+        if "</s>" not in text:
+            assert ids[:-1] == theirs(f"{record} || {text}").input_ids
+        assert 2 not in ids[:-1]  # the letters </s> in a text are ordinary text
+    joins = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocab = joins["model"]["vocab"]
+    left, right = "|", "▁"
+    vocab.setdefault("|▁", len(vocab))
+    joins["model"]["merges"] = [[left, right], *joins["model"]["merges"]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(joins))
+    with pytest.raises(ValueError, match="joins the end of a record with the text behind it"):
+        Write(tokenizers.load(tmp_path, 1000, None), 64).encode(pairs)
+
+
+def real_lines():
+    """Every line of the real data sets, as texts."""
+    for folder in ("e2e", "gsm8k", "sst2"):
+        import glob
+
+        import pyarrow.parquet as pq
+        for path in sorted(glob.glob(f"{REAL}/{folder}/*")):
+            if path.endswith(".jsonl"):
+                for row in map(json.loads, open(path, encoding="utf-8")):
+                    yield from (value for value in row.values() if isinstance(value, str))
+            elif path.endswith(".parquet"):
+                for row in pq.read_table(path).to_pylist():
+                    yield from (value for value in row.values() if isinstance(value, str))
+            else:
+                yield from open(path, encoding="utf-8").read().splitlines()
+
+
+@needs_real
+def test_token_ids_of_a_sentencepiece_like_vocabulary_are_those_of_transformers(tmp_path):
+    """On every line of E2E, GSM8K and SST-2."""
+    ours = tokenizers.load(sentencepiece_like(tmp_path), 1000, None)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts = list(real_lines())
+    assert len(texts) > 20000
+    assert ours.encode_ordinary_batch(texts) == theirs(texts, add_special_tokens=False).input_ids
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path):
+    """Fewer tokens than rows are fine, as Qwen has them; more are another checkpoint's."""
+    folder = sentencepiece_like(tmp_path)
+    size = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
+    tokenizers.load(folder, size + 300, None)
+    with pytest.raises(ValueError, match="they belong to different checkpoints"):
+        tokenizers.load(folder, size - 1, None)
