@@ -3,6 +3,8 @@
     save_adapter(folder, model, base)       what was trained, as an ordinary LoRA with the same logits
     load_adapter(model, folder)             an adapter folder, ours or one that PEFT made, into a model without adapters
 
+The model is one of ours or one of `transformers`, whose modules keep their names.
+
 How each method becomes a PEFT adapter:
 
     LoRA, rsLoRA              a LoRA of rank r; GPT-2's q, k and v share one c_attn, so there of rank 2 r for q and v
@@ -11,7 +13,7 @@ How each method becomes a PEFT adapter:
     Delta-LoRA                a LoRA of rank 2 r: [A_T ; A_S] and [(1 + lambda) B_T | -lambda B_S]
     AdaLoRA                   a LoRA of the rank that each layer kept, E folded into B; layers of rank 0 are left out
     DyLoRA                    a LoRA of rank b, the cut
-    LoHa, LoKr                PEFT's own LOHA and LOKR on RoBERTa; on GPT-2, whose Conv1D those refuse, a LoRA
+    LoHa, LoKr                PEFT's own LOHA and LOKR; on GPT-2, whose Conv1D those refuse, a LoRA
 
 A classifier's folder is a SEQ_CLS adapter with the head in it.
 """
@@ -28,6 +30,7 @@ from checkpoints.files import check_keys, fingerprint, read_json, read_safetenso
 from checkpoints.weights import short
 from lora import LoRALinear
 from methods import adapt
+from model import Transformer
 
 PREFIX = "base_model.model."  # PEFT's, before every key
 # The first value is also what an absent key means. With others the adapter is no plain LoRA: PEFT's pissa, olora, corda
@@ -102,6 +105,26 @@ def adapters(model):
     return [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
 
 
+def linears(model, kinds):
+    """{name: linear} of the places for adapters: in our models those of the blocks, else all."""
+    blocks = "h." if isinstance(model, Transformer) else ""
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and name.startswith(blocks)}
+
+
+def trained_beside(model):
+    """{name: parameter} of what trains beside the adapters: a classifier's head."""
+    inside = {id(p) for _, layer in adapters(model) for p in layer.parameters()}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside}
+
+
+def task_of(model):
+    """PEFT's task_type."""
+    if isinstance(model, Transformer):
+        return "CAUSAL_LM" if model.causal else "SEQ_CLS" if model.classifier else None
+    ends = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
+    return next((task for end, task in ends.items() if type(model).__name__.endswith(end)), None)
+
+
 def no_wider(A, B):
     """(A, B) with the same product and a rank of at most min(d_in, d_out)."""
     d_in, d_out = A.shape[1], len(B)
@@ -114,29 +137,34 @@ def targets_of(model, modules):
     """PEFT's target_modules: the ends of the names ("attn.c_attn"), or the whole names where ends mean other modules
     too ("output.dense" is also the end of "attention.output.dense")."""
     ends = sorted({re.sub(r"^.*?\.\d+\.", "", module) for module in modules})
-    known = {family(model).module(name)[0] for name, m in model.named_modules()
-             if isinstance(m, (LoRALinear, torch.nn.Linear)) and name.startswith("h.")}
+    known = {family(model).module(name)[0] for name in linears(model, (torch.nn.Linear, LoRALinear))}
     meant = {module for module in known if any(module.endswith("." + end) for end in ends)}
     return ends if meant == set(modules) else sorted(modules)
 
 
 def save_adapter(folder, model, base, dropout=0.0):
-    """Write adapter_config.json and adapter_model.safetensors, with a classifier's head in it. Call it after
-    `calibrate` and before `merge`. ValueError for a value that is not finite."""
+    """Write adapter_config.json and adapter_model.safetensors, with a classifier's head in it: of our models always, of
+    others what has requires_grad beside the adapters. Call it after `calibrate` and before `merge`. ValueError for a
+    value that is not finite."""
+    folder = Path(folder)
     kinds = {layer.peft_type for _, layer in adapters(model)}
     with torch.no_grad():
         tensors, config = (peft_lora if kinds == {"LORA"} or family(model).conv1d else peft_own)(model)
     for name, t in tensors.items():
         if not t.isfinite().all():
             raise ValueError(f"the adapter holds NaN or inf in {name}: it is not written")
-    head = model.classifier
     if config["peft_type"] == "LORA":
         config["lora_dropout"] = dropout
-    config.update({"task_type": "SEQ_CLS" if head else "CAUSAL_LM" if model.causal else None,
-                   "base_model_name_or_path": str(base), "inference_mode": True,
-                   "modules_to_save": ["classifier", "score"] if head else None})
-    if head:
-        tensors.update({f"classifier.{key}": t.detach() for key, t in head.state_dict().items()})
+    if isinstance(model, Transformer):
+        head = {f"classifier.{key}": t for key, t in model.classifier.state_dict().items()} if model.classifier else {}
+        modules = ["classifier", "score"] * bool(head)
+    else:
+        head = {name: p.detach() for name, p in trained_beside(model).items()}
+        modules = sorted({name.rpartition(".")[0] for name in head})
+    config.update({"task_type": task_of(model), "base_model_name_or_path": str(base), "inference_mode": True,
+                   "modules_to_save": modules or None})
+    tensors.update(head)
+    folder.mkdir(parents=True, exist_ok=True)
     tensors = {PREFIX + name: t.float().cpu().contiguous() for name, t in tensors.items()}
     write(folder / "adapter_model.safetensors", lambda part: save_file(tensors, part, {"format": "pt"}))
     write_json(folder / "adapter_config.json", config)
@@ -192,17 +220,21 @@ def load_adapter(model, folder, dropout=0.0):
     folder, prefix = Path(folder), family(model).prefix
     path = folder / "adapter_model.safetensors"
     config, tensors, origin = read_adapter(folder)
-    if not any(name.startswith(prefix) for name in tensors):  # made on a bare model
+    if not any(name.startswith(prefix) for name in tensors):  # made on a bare model of ours
         tensors, origin = ({name if name.startswith("classifier.") else prefix + name: value
                             for name, value in names.items()} for names in (tensors, origin))
-    head, others = take_head(tensors, prefix)
+    ours = isinstance(model, Transformer)
+    if ours:
+        head, others = take_head(tensors, prefix)
+    else:
+        head, others = {name: tensors.pop(name) for name in list(tensors) if "lora_" not in name}, []
     if head:
-        check_keys(head, model.classifier.state_dict() if model.classifier else {}, f"{path}, head,",
-                   lambda name: origin.get(f"classifier.{name}", f"{PREFIX}classifier.{name}"))
+        wanted = {name: p for name, p in model.named_parameters()
+                  if (name.startswith("classifier.") if ours else name in head)}
+        check_keys(head, wanted, f"{path}, head,", lambda name: origin.get(name, PREFIX + name))
 
-    linears = {name: m for name, m in model.named_modules() if type(m) is torch.nn.Linear and name.startswith("h.")}
-    places, wanted = {}, {}
-    for name, linear in linears.items():
+    found, places, wanted = linears(model, torch.nn.Linear), {}, {}
+    for name, linear in found.items():
         module, third = family(model).module(name)
         if f"{module}.lora_A.weight" in tensors:
             places[name] = module, third
@@ -215,7 +247,7 @@ def load_adapter(model, folder, dropout=0.0):
         raise ValueError(f"{path} holds no adapter for this model")
     layers = {}
     for name, (module, third) in places.items():
-        linear, A, B = linears[name], tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"]
+        linear, A, B = found[name], tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"]
         scaling = peft_scaling(config, module, len(A), folder)
         if third is not None:
             trained, B = B.any(), B.chunk(3)[third]
@@ -230,25 +262,27 @@ def load_adapter(model, folder, dropout=0.0):
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    if head:
-        model.classifier.load_state_dict(head)
-    elif model.classifier or others:
+    for name, t in head.items():
+        with torch.no_grad():
+            model.get_parameter(name).copy_(t)
+        model.get_parameter(name).requires_grad_(True)
+    if ours and not head and (model.classifier or others):
         stays = "a fresh one is trained from scratch" if model.fresh_head else "the model's own stays"
         left_out = f" (left out: {', '.join(others)})" * bool(others)
         print(f"head     {folder} has no head for this task: {stays}{left_out}")
-    if model.classifier:
+    if ours and model.classifier:
         model.classifier.requires_grad_(True)
     return list(layers.values())
 
 
 def take_head(tensors, prefix):
     """Take the head out of the tensors of an adapter: (our classifier's, names of heads of other tasks). What lies
-    beside the prefix and is no factor is a head, but for lm_head, which is tied to the embedding."""
+    beside the prefix and is no factor is a head, but for lm_head, which no adapter changes."""
     beside = [name for name in tensors if "lora_" not in name and not name.startswith((prefix, "lm_head."))]
     kept = [name for name in beside if name.startswith("classifier.") and name.count(".") > 1]
     others = sorted({name.split(".")[0] for name in beside if name not in kept})
     taken = {name: tensors.pop(name) for name in beside}
-    return {name.removeprefix("classifier."): taken[name] for name in kept}, others
+    return {name: taken[name] for name in kept}, others
 
 
 def peft_scaling(config, module, rank, where):

@@ -6,8 +6,9 @@ import re
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 
-from model import GPT, Llama, RoBERTa
+from model import GPT, Llama, RoBERTa, Transformer
 
 
 class Family(NamedTuple):
@@ -165,6 +166,10 @@ FAMILIES = {
 }
 
 
+# Any other model, one of `transformers` say: its modules have their own names, and each linear stands alone.
+OTHER = Family(nn.Module, None, None, lambda name: (name, None), None, prefix="", tied={}, ignored="$^")
+
+
 def family(model):
-    """The Family of one of our models."""
-    return FAMILIES[model.config.model_type]
+    """The Family of a model."""
+    return FAMILIES[model.config.model_type] if isinstance(model, Transformer) else OTHER

@@ -222,7 +222,7 @@ def test_stdlib_splits_share_no_topic():
 ROW = {"meaning_representation": "name : A | food : B", "human_reference": "A serves B ."}
 
 
-def write_e2e(folder, rows=(ROW, ROW), splits=e2e.SPLITS):
+def write_e2e(folder, rows=(ROW, ROW), splits=e2e.NAMES):
     for split in splits:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -231,9 +231,9 @@ def test_e2e_from_jsonl_csv_and_parquet(tmp_path):
     """The three formats of --data-dir give the same pairs."""
     write_e2e(tmp_path)
     (tmp_path / "test.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "test.jsonl").read_bytes() + b"\r\n\n")
-    expected = {split: [tuple(ROW.values())] * 2 for split in e2e.SPLITS}
+    expected = {split: [tuple(ROW.values())] * 2 for split in e2e.NAMES}
     assert data.load("e2e", tmp_path) == expected
-    for split in e2e.SPLITS[:2]:
+    for split in e2e.NAMES[:2]:
         (tmp_path / f"{split}.jsonl").unlink()
     table = pyarrow.Table.from_pylist([ROW, ROW])
     pyarrow.csv.write_csv(table, tmp_path / "train.csv")
@@ -294,7 +294,7 @@ def test_an_empty_question_is_a_question(tmp_path):
     ("e2e", ROW), ("gsm8k", {"question": "1 + 1 ?", "answer": "#### 2"}), ("glue", {"sentence": "fine", "label": 1})])
 def test_a_datasets_file_shows_its_splits_when_it_is_run(tmp_path, monkeypatch, capsys, name, rows):
     """python -m data.e2e FOLDER, python -m data.glue sst2 FOLDER: how many rows, and the first."""
-    for split in e2e.SPLITS:
+    for split in e2e.NAMES:
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(rows) + "\n" for _ in range(4)))
     argv = ["sst2"] * (name == "glue") + [str(tmp_path)]
     monkeypatch.setattr("sys.argv", [name, *argv])
@@ -434,7 +434,7 @@ def parquet(rows):
 def test_datasets_of_the_hub_are_read_from_its_cache(no_network, tmp_path):
     """e2e, GLUE and gsm8k, laid out as on the hub, parquet in one part or several, give what --data-dir gives."""
     write_e2e(tmp_path)
-    hub_cache(no_network, e2e.HUB, {f"default/{s}/0000.parquet": parquet([ROW, ROW]) for s in e2e.SPLITS}, e2e.REVISION)
+    hub_cache(no_network, e2e.HUB, {f"default/{s}/0000.parquet": parquet([ROW, ROW]) for s in e2e.NAMES}, e2e.REVISION)
     assert data.load("e2e") == data.load("e2e", tmp_path)
     write_rows(tmp_path, train=SST2, validation=SST2[:3])
     hub_cache(no_network, glue.HUB, {"sst2/train-00000-of-00002.parquet": parquet(SST2[:25]),
@@ -471,13 +471,13 @@ def test_text_is_split_in_order_or_by_file(tmp_path):
     file = tmp_path / "book.txt"
     file.write_text("".join(f"{i % 10}" for i in range(100)))
     splits = data.load("text", file)
-    assert [len(splits[s][0][1]) for s in e2e.SPLITS] == [80, 10, 10]
-    assert "".join(splits[s][0][1] for s in e2e.SPLITS) == file.read_text()
+    assert [len(splits[s][0][1]) for s in e2e.NAMES] == [80, 10, 10]
+    assert "".join(splits[s][0][1] for s in e2e.NAMES) == file.read_text()
     with pytest.raises(ValueError, match="train.txt does not exist"):
         data.load("text", tmp_path)
-    for split in e2e.SPLITS:
+    for split in e2e.NAMES:
         (tmp_path / f"{split}.txt").write_text(split)
-    assert data.load("text", tmp_path) == {split: [("", split)] for split in e2e.SPLITS}
+    assert data.load("text", tmp_path) == {split: [("", split)] for split in e2e.NAMES}
     for content, message in ((b"one\ntwo\n\xff", "line 3: not UTF-8"), (b"\n \n", "is empty"), (b"ab", "too few")):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message):

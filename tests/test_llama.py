@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import REAL, batch, every_variant, needs_real, tiny_llama, tokens
+from conftest import REAL, batch, every_variant, factors, needs_real, tiny_llama, tokens
 from conftest import adapt as adapted
 from safetensors.torch import load_file, save_file
 
@@ -13,6 +13,7 @@ import lora
 from checkpoints import adapters, tokenizers
 from checkpoints.pretrained import from_pretrained, save_pretrained
 from data.tasks import Write
+from methods import METHODS
 from model import rotary
 
 transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
@@ -264,6 +265,86 @@ def test_the_adapter_folder_has_the_names_that_everybody_uses(tmp_path):
     assert config["task_type"] == "CAUSAL_LM" and not config["fan_in_fan_out"]
     assert "base_model.model.model.layers.3.self_attn.v_proj.lora_B.weight" in load_file(
         tmp_path / "adapter_model.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models of `transformers` as they are
+
+def their_bert(folder):
+    """A random tiny BertForSequenceClassification, saved by transformers."""
+    config = transformers.BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+                                     intermediate_size=40, max_position_embeddings=64, num_labels=3)
+    model = transformers.BertForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+OF_TRANSFORMERS = pytest.mark.parametrize("make, targets", [
+    (their_llama, ["q_proj", "v_proj", "down_proj"]), (their_bert, ["query", "value"]), (their_bert, ["attention.output.dense"])],
+    ids=["llama", "bert", "bert dense"])
+
+
+@OF_TRANSFORMERS
+@every_variant
+def test_adapters_on_models_of_transformers_are_saved_and_loaded(tmp_path, method, hparams, make, targets):
+    """The folder has the model's own module paths. PEFT over the same base, and load_adapter, give the logits of the
+    merged model; a head that trains travels along."""
+    peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
+    model, idx = make(tmp_path / "base"), torch.randint(3, 97, (2, 12))
+    layers = lora.apply(model, METHODS[method].adapter, targets, r=3, alpha=5, **hparams)
+    for p in factors(layers):
+        if p.std() < 0.05:
+            torch.nn.init.normal_(p, std=0.4)
+    if make is their_bert:
+        model.classifier.requires_grad_(True)
+        torch.nn.init.normal_(model.classifier.weight)
+
+    def batches():
+        model(idx)
+        yield torch.ones_like(idx, dtype=torch.bool), None
+    with torch.no_grad():
+        layers[0].prepare_merge(layers, layers[0].merges[0], batches)
+        adapters.save_adapter(tmp_path / "adapter", model, tmp_path / "base")
+        expected = lora.merge(model)(idx).logits
+        close = dict(rtol=0, atol=1e-4 * expected.abs().max().item())
+        base = type(model).from_pretrained(tmp_path / "base").eval()
+        plain = base(idx).logits
+        assert (plain - expected).abs().max() > 1e-2 * expected.abs().max()
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(idx).logits,
+                                   expected, **close)
+        if layers[0].peft_type == "LORA":
+            again = type(model).from_pretrained(tmp_path / "base").eval()
+            adapters.load_adapter(again, tmp_path / "adapter")
+            torch.testing.assert_close(again(idx).logits, expected, **close)
+            torch.testing.assert_close(lora.merge(again)(idx).logits, expected, **close)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    """A BERT's adapter on a Llama, and a head that the model lacks: nothing is changed."""
+    model = their_bert(tmp_path / "base")
+    lora.apply(model, lora.LoRALinear, ["query"], r=2, alpha=2)
+    model.classifier.requires_grad_(True)
+    adapters.save_adapter(tmp_path / "adapter", model, tmp_path / "base")
+    other = their_llama(tmp_path / "llama")
+    with pytest.raises(ValueError, match="holds unexpected .*classifier"):
+        adapters.load_adapter(other, tmp_path / "adapter")
+    assert not any(isinstance(m, lora.LoRALinear) for m in other.modules())
+
+
+@pytest.mark.parametrize("shortcut, fails", [("input", True), ("middle", True), ("block", False)])
+def test_their_gradient_checkpointing_fails_with_its_name(tmp_path, shortcut, fails):
+    """It runs blocks again out of order: ResLoRA's input and middle say so, block reads nothing of other layers."""
+    from reslora import ResLoRALinear
+    model = their_llama(tmp_path).train()
+    lora.apply(model, ResLoRALinear, ["q_proj", "v_proj"], r=3, alpha=5, shortcut=shortcut)
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    idx = torch.randint(0, 97, (2, 12))
+    if fails:
+        with pytest.raises(RuntimeError, match="checkpointing"):
+            model(idx, labels=idx).loss.backward()
+    else:
+        model(idx, labels=idx).loss.backward()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
