@@ -43,7 +43,7 @@ from checkpoints.pretrained import MODELS, ROOT, save_pretrained
 from data.tasks import Write
 from evaluation.plots import picture
 from methods import METHODS, adapt
-from model import GPT, GPTConfig, RoBERTa, RobertaConfig
+from model import GPT, GPTConfig, Llama, LlamaConfig, RoBERTa, RobertaConfig
 from settings import Parser, command, pick_device
 
 # name: (config, batch, tokens per text)
@@ -54,6 +54,12 @@ PRESETS = {
     "roberta-base": (RobertaConfig(), 8, 128),
     "roberta-large": (RobertaConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
                                     intermediate_size=4096), 8, 128),
+    "smollm2-135m": (LlamaConfig(), 8, 128),
+    "llama-1b": (LlamaConfig(128256, 2048, 8192, 16, 32, 8, 64, 131072, rope_theta=500000.0, rope_scaling={
+        "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192}), 4, 1024),  # Llama 3.2
+    "llama-7b": (LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128, 4096, rope_theta=10000.0, tie_word_embeddings=False),
+                 1, 1024),  # Llama 2
 }
 LABELS = 2
 # row: what it changes in the settings
@@ -72,10 +78,12 @@ FIRST_STEP = {  # a fresh process: imports, model from a folder, adapters, one s
             "model = from_pretrained(folder); lora.apply(model, lora.LoRALinear, ['q', 'v'], r=16, alpha=16)\n"
             "loss = lambda idx: model(idx, idx)[1]",
     PEER: "import torch; from peft import LoraConfig, get_peft_model\n"
-          "from transformers import GPT2LMHeadModel, logging\n"
+          "from transformers import AutoModelForCausalLM, logging\n"
           "logging.set_verbosity_error(); logging.disable_progress_bar()\n"
-          "model = get_peft_model(GPT2LMHeadModel.from_pretrained(folder), LoraConfig(r=16, lora_alpha=16,\n"
-          "    target_modules=['c_attn'], fan_in_fan_out=True))\n"
+          "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+          "gpt2 = model.config.model_type == 'gpt2'\n"
+          "model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, fan_in_fan_out=gpt2,\n"
+          "    target_modules=['c_attn'] if gpt2 else ['q_proj', 'v_proj']))\n"
           "loss = lambda idx: model(input_ids=idx, labels=idx).loss",
 }
 
@@ -104,14 +112,14 @@ def parse(argv):
     if "lora" not in args.rows:
         raise ValueError("--rows needs lora, with which the others are compared")
     config, batch, context = PRESETS[args.preset]
-    args.config, args.gpt = config, config.model_type == "gpt2"
+    args.config, args.causal = config, config.model_type != "roberta"
     args.batch_size, args.context = args.batch_size or batch, args.context or context
     limits = ("rounds", 1, 1000), ("batch_size", 1, 4096), ("context", 4, config.context), ("rank", 1, 256)
     for name, low, high in limits:
         if not low <= getattr(args, name) <= high:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is not in {low}..{high}")
-    if args.e2e and not args.gpt:
-        raise ValueError(f"--e2e is for a GPT, not for {args.preset}")
+    if args.e2e and config.model_type != "gpt2":
+        raise ValueError(f"--e2e is for a GPT-2, not for {args.preset}: the others' shapes come without a tokenizer")
     if args.peer and not all(map(importlib.util.find_spec, ("transformers", "peft"))):
         raise ValueError("--peer peft needs transformers and peft: pip install -r requirements-dev.txt")
     if args.e2e:
@@ -148,9 +156,9 @@ def wait(device):
 # What is measured: each row is a function without arguments
 
 def batch_of(args):
-    """(idx, targets) as our models take them: a GPT predicts every next token, a RoBERTa tells classes apart."""
+    """(idx, targets) as our models take them: a causal model predicts every next token, a RoBERTa the class."""
     idx = torch.randint(4, args.config.vocab_size, (args.batch_size, args.context))
-    if args.gpt:
+    if args.causal:
         return idx, torch.cat([idx[:, 1:], torch.full_like(idx[:, :1], -100)], 1)
     return idx, torch.randint(0, LABELS, (args.batch_size,))
 
@@ -192,10 +200,12 @@ def their_step(folder, args):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # its own, of its own code
-    if args.gpt:
-        off = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-        model = transformers.GPT2LMHeadModel.from_pretrained(folder, **off)
-        lora_config = LoraConfig(r=args.rank, lora_alpha=16, target_modules=["c_attn"], fan_in_fan_out=True)
+    if args.causal:
+        gpt2 = args.config.model_type == "gpt2"
+        off = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0) if gpt2 else {}
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **off)
+        lora_config = LoraConfig(r=args.rank, lora_alpha=16, fan_in_fan_out=gpt2,
+                                 target_modules=["c_attn"] if gpt2 else ["q_proj", "v_proj"])
     else:
         off = dict(hidden_dropout_prob=0, attention_probs_dropout_prob=0)
         model = transformers.RobertaForSequenceClassification.from_pretrained(folder, **off)
@@ -219,16 +229,19 @@ def floor(args):
     batches of them."""
     c, r, B, T = args.config, args.rank, args.batch_size, args.context
     C, L, heads, inner, hs = c.width, c.n_layer, c.n_head, c.inner, c.head_dim
-    N, half = B * T, 0.5 if args.gpt else 1  # a GPT's tokens look at half of the others
-    often = [(4 * L + 4 * L - 3, (N, C), (C, C)),  # q, k, v, o; their input gradients, but for the first q, k, v
-             (2 * L, (N, C), (C, inner)), (2 * L, (N, inner), (inner, C)),
-             # the six low-rank terms of q and of v: u = A x, B u, and the gradients of u, of x, of A and of B
-             (2 * L, (N, C), (C, r)), (2 * L, (N, r), (r, C)), (2 * L, (N, C), (C, r)), (2 * L - 2, (N, r), (r, C)),
-             (2 * L, (r, N), (N, C)), (2 * L, (C, N), (N, r)),
-             # scores and their gradient's; weighted values and the gradients of q, k, v, but for the first k
-             (half * 2 * L, (B * heads, T, hs), (B * heads, hs, T)),
-             (half * (4 * L - 1), (B * heads, T, T), (B * heads, T, hs))]
-    if args.gpt:
+    Q, V = heads * hs, c.n_kv_head * hs  # the outputs of q, and of k and v
+    N, half = B * T, 0.5 if args.causal else 1  # a GPT's tokens look at half of the others
+    gates = isinstance(c, LlamaConfig)
+    # forward, and the gradients of the inputs, which the first q, k, v have no use for
+    often = [(2 * L - 1, (N, C), (C, Q)), (4 * L - 2, (N, C), (C, V)), (2 * L, (N, Q), (Q, C)),
+             ((2 + 2 * gates) * L, (N, C), (C, inner)), (2 * L, (N, inner), (inner, C))]
+    for out in (Q, V):  # the six low-rank terms of q, of v: u = A x, B u, and the gradients of u, of x, of A and of B
+        often += [(L, (N, C), (C, r)), (L, (N, r), (r, out)), (L, (N, out), (out, r)), (L - 1, (N, r), (r, C)),
+                  (L, (r, N), (N, C)), (L, (out, N), (N, r))]
+    # scores and their gradient's; weighted values and the gradients of q, k, v, but for the first k
+    often += [(half * 2 * L, (B * heads, T, hs), (B * heads, hs, T)),
+              (half * (4 * L - 1), (B * heads, T, T), (B * heads, T, hs))]
+    if args.causal:
         asked = B * (T - 1)  # the last tokens have no next one
         often += [(1, (asked, C), (C, c.vocab_size)), (1, (asked, c.vocab_size), (c.vocab_size, C))]
     return often
@@ -335,7 +348,7 @@ def steps(base, args, folder):
     if args.peer:
         one, optimizer, model = their_step(folder, args)
         # transformers shifts a language model's labels itself
-        given = dict(input_ids=idx, labels=idx if args.gpt else targets)
+        given = dict(input_ids=idx, labels=idx if args.causal else targets)
         given = {key: t.to(args.device) for key, t in given.items()}
         rows[PEER] = lambda: one(given)
         measured[PEER] = model, optimizer
@@ -465,7 +478,8 @@ def bench(args):
     kept = read_json(args.out) if args.out.exists() else {}
     check_writable(args.out.parent)
     print(f"{args.preset}: {args.batch_size} x {args.context} tokens, r {args.rank}, {args.dtype}, {args.machine}")
-    base = (GPT(args.config) if args.gpt else RoBERTa(args.config, LABELS)).requires_grad_(False)
+    kind = {GPTConfig: GPT, LlamaConfig: Llama, RobertaConfig: RoBERTa}[type(args.config)]
+    base = kind(args.config, *[LABELS] * (kind is RoBERTa)).requires_grad_(False)
     said = shlex.join("FOLDER" if word == args.e2e else word for word in args.argv)
     found = {"command": f"python -m experiments.bench {said}", "torch": torch.__version__, "machine": args.machine,
              "batch": [args.batch_size, args.context], "rank": args.rank, "dtype": args.dtype, "rounds": args.rounds,
@@ -475,7 +489,7 @@ def bench(args):
         base = base.to(args.device)
         found["steps"] = steps(base, args, folder)
         found["inference"] = inference(base, args)
-        if args.gpt:
+        if args.causal:
             found["first step"] = first_steps(args, folder)
         if args.e2e:
             found["e2e"] = end_to_end(base, args, folder)

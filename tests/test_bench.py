@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoints.pretrained import save_pretrained
 from experiments import bench
-from model import GPT, GPTConfig, RoBERTa, RobertaConfig
+from model import GPT, GPTConfig, Llama, LlamaConfig, RoBERTa, RobertaConfig
 
 PRESETS = dict(bench.PRESETS)
 TINY = {"tiny": (GPTConfig(vocab_size=80, n_positions=16, n_embd=16, n_layer=2, n_head=2), 2, 8),
+        "smollm2-135m": (LlamaConfig(80, 16, 24, 2, 4, 2, 8, 16), 2, 8),
         "roberta-base": (RobertaConfig(vocab_size=80, max_position_embeddings=18, hidden_size=16, num_hidden_layers=2,
                                        num_attention_heads=2, intermediate_size=24), 2, 8)}
 
@@ -27,19 +28,26 @@ def small(monkeypatch):
 
 def made(preset, *flags):
     args = bench.parse(["--preset", preset, "--rank", "3", *flags])
-    return args, (GPT(args.config) if args.gpt else RoBERTa(args.config, 2)).requires_grad_(False)
+    return args, model_of(args.config).requires_grad_(False)
+
+
+def model_of(config):
+    return RoBERTa(config, 2) if isinstance(config, RobertaConfig) else (
+        GPT if isinstance(config, GPTConfig) else Llama)(config)
 
 
 @pytest.mark.parametrize("preset, heads, parameters", [
     ("gpt2-small", 12, 124_439_808), ("gpt2-medium", 16, 354_823_168),
-    ("roberta-large", 16, 355_359_744 - 1024 * 1025)])
+    ("roberta-large", 16, 355_359_744 - 1024 * 1025),
+    ("llama-1b", 32, 1_235_814_400), ("llama-7b", 32, 6_738_415_616)])
 def test_presets_have_the_sizes_of_the_published_models(preset, heads, parameters):
-    """As counted for the hub's checkpoints: GPT-2, GPT-2 medium, and RoBERTa large without its pooler."""
+    """As counted for the hub's checkpoints: GPT-2, GPT-2 medium, RoBERTa large without its pooler, Llama 3.2 1B and
+    Llama 2 7B."""
     config, batch, T = bench.PRESETS[preset]
     with torch.device("meta"):
-        model = GPT(config) if isinstance(config, GPTConfig) else RoBERTa(config, 2)
+        model = model_of(config)
     counted = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("classifier"))
-    assert (config.n_head, counted) == (heads, parameters) and T <= config.context and batch > 1
+    assert (config.n_head, counted) == (heads, parameters) and T <= config.context and batch >= 1
 
 
 @pytest.mark.parametrize("preset", TINY)
@@ -55,7 +63,7 @@ def test_a_lora_step_computes_the_floors_products_and_no_other(preset, monkeypat
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     linear = [(often, a, b) for often, a, b in bench.floor(args) if len(a) == 2]
     expected = sum(often * 2 * m * k * b[-1] for often, (m, k), b in linear)
-    if not args.gpt:  # two linears, 16 -> 16 and 16 -> 2, for 2 texts: forward, gradient of the input and of the weight
+    if not args.causal:  # linears 16 -> 16 and 16 -> 2, for 2 texts: forward, gradient of the input and of the weight
         expected += 3 * 2 * (2 * 16 * 16 + 2 * 16 * 2)
     assert counted == expected
 

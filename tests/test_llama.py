@@ -280,7 +280,8 @@ def their_bert(folder):
 
 
 OF_TRANSFORMERS = pytest.mark.parametrize("make, targets", [
-    (their_llama, ["q_proj", "v_proj", "down_proj"]), (their_bert, ["query", "value"]), (their_bert, ["attention.output.dense"])],
+    (their_llama, ["q_proj", "v_proj", "down_proj"]), (their_bert, ["query", "value"]),
+    (their_bert, ["attention.output.dense"])],
     ids=["llama", "bert", "bert dense"])
 
 

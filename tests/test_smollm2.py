@@ -1,4 +1,4 @@
-"""A real pretrained Llama: SmolLM2-135M, as `python -m experiments.smollm2 FOLDER` makes it. With SMOLLM2=FOLDER only."""
+"""A real pretrained Llama, SmolLM2-135M, as `python -m experiments.smollm2 FOLDER` makes it: set SMOLLM2 to it."""
 import json
 import os
 
