@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from checkpoints import hub, tokenizers, weights
 from checkpoints.configs import read_config
@@ -58,7 +59,7 @@ def from_pretrained(source, num_labels=None, labels=None, dtype=torch.float32):
     if num_labels is None and not kind.model.causal:
         sizes = [len(t) for key, t in state.items() if weights.short(key) == "classifier.out_proj.weight" and t.dim()]
         num_labels = sizes[0] if sizes else 0
-    with torch.device("meta"):  # no memory, no initial values: the file brings both
+    with torch.device("meta"), WithoutDrawing():  # no memory, no initial values: the file brings both
         model = kind.model(config) if kind.model.causal else kind.model(config, num_labels)
         expected = kind.to_hub(model.state_dict())
     head = "classifier." if num_labels else "lm_head."
@@ -87,6 +88,13 @@ def from_pretrained(source, num_labels=None, labels=None, dtype=torch.float32):
         state[key] = t.to(torch.float32 if fp32 else dtype).contiguous()
     model.load_state_dict(state, assign=True)
     return model
+
+
+class WithoutDrawing(TorchFunctionMode):
+    """Modules made inside have no random values. On the meta device torch would import 800 modules to draw none."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **(kwargs or {}))
 
 
 def fit_head(state, model, head, expected, others, source, where, named):
