@@ -55,6 +55,8 @@ def save_merged(folder, model, source, tokenizer):
         write(folder / name, lambda part, name=name: shutil.copyfile(source / name, part))
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
         tokenizer.save(folder, roberta=not model.causal)
+    if half:
+        print(f"merged   {folder} is in bfloat16, as the base is")
     if rounded:
         for p in model.parameters():
             p.data = p.data.bfloat16().to(p.dtype)

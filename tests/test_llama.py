@@ -2,6 +2,7 @@
 import copy
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -9,12 +10,17 @@ from conftest import REAL, batch, every_variant, factors, needs_real, tiny_llama
 from conftest import adapt as adapted
 from safetensors.torch import load_file, save_file
 
+import generate
 import lora
+import train
 from checkpoints import adapters, tokenizers
 from checkpoints.pretrained import from_pretrained, save_pretrained
+from data import restaurants
 from data.tasks import Write
+from evaluation import evaluate
+from experiments import vocabulary
 from methods import METHODS
-from model import rotary
+from model import Llama, LlamaConfig, rotary
 
 transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
 
@@ -514,3 +520,147 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path):
     tokenizers.load(folder, size + 300, None)
     with pytest.raises(ValueError, match="they belong to different checkpoints"):
         tokenizers.load(folder, size - 1, None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint folder in bf16 with its tokenizer: 2 layers, 32 channels, 4 heads that share 2 keys, 320 tokens."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(320, 32, 48, 2, 4, 2, 8, 256))
+    save_pretrained(model, folder, torch.bfloat16)
+    vocabulary.make([text for _, text in restaurants.load()["validation"]], 319, folder)
+    return folder
+
+
+def run(folder, out, *flags, steps=12):
+    """One run of train.py on the restaurants; its result."""
+    args = ["--model", folder, "--out", out, "--steps", steps, "--rank", 4, "--batch-size", 8, "--lr", 1e-2,
+            "--test-texts", 20, "--eval-every", 6, *flags]
+    return train.main(list(map(str, args)))
+
+
+@pytest.fixture(autouse=True)
+def few_texts(monkeypatch):
+    monkeypatch.setattr(evaluate, "EVAL_EXAMPLES", 16)
+    monkeypatch.setattr(evaluate, "SCORED", 4)
+
+
+def same(a, b):
+    return all(abs(a[name] - b[name]) <= 1e-4 * abs(b[name]) for name in a)
+
+
+@pytest.mark.parametrize("flags", [
+    ("--method", "lora", "--targets", "q,k,v,o,gate,up,down"), ("--method", "reslora", "--shortcut", "block"),
+    ("--method", "deltalora"), ("--method", "adalora", "--lr", ".05"), ("--method", "lokr")], ids=lambda f: f[1])
+def test_a_run_on_a_llama_merges_exactly_and_peft_loads_it(tmp_path, folder, flags, capsys):
+    """The loss falls, merged reports what unmerged does, PEFT over the same folder computes our merged logits, and
+    generate.py writes the same with the adapter merged and not."""
+    peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
+    result = run(folder, tmp_path / "run", *flags)
+    found = result["metrics"]
+    assert found["unmerged"]["loss"] < found["base"]["loss"] and same(found["merged"], found["unmerged"])
+    ours = from_pretrained(folder)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run").eval()
+    idx = torch.randint(0, 320, (2, 30))
+    if json.loads((tmp_path / "run/adapter_config.json").read_text())["peft_type"] == "LORA":
+        adapters.load_adapter(ours, tmp_path / "run")
+        with torch.no_grad():
+            expected = theirs(idx).logits
+            assert (ours(idx)[0] - expected).abs().max() < 1e-4 * expected.abs().max()
+        capsys.readouterr()
+        texts = []
+        for how in ([], ["--unmerged"]):
+            generate.main([str(tmp_path / "run"), "name : The Mill | food : Italian", "--max-new", "12", *how])
+            texts.append(capsys.readouterr().out)
+        assert texts[0] == texts[1] and texts[0].strip()
+
+
+def test_a_resumed_run_is_an_uninterrupted_one_with_checkpointing_too(tmp_path, folder):
+    """Of ResLoRA's middle: 6 steps and 6 more give the numbers of 12, and activation checkpointing those without."""
+    flags = "--method", "reslora", "--shortcut", "middle", "--dropout", "0.1"
+    whole = run(folder, tmp_path / "whole", *flags)
+    less = run(folder, tmp_path / "less", *flags, "--checkpoint-activations")
+    assert whole["metrics"] == less["metrics"]
+    run(folder, tmp_path / "parts", *flags, "--schedule", "constant", steps=6)
+    again = train.main(["--resume", "--out", str(tmp_path / "parts"), "--steps", "12"])
+    straight = run(folder, tmp_path / "straight", *flags, "--schedule", "constant")
+    for stage in ("base", "unmerged", "merged"):
+        assert same(again["metrics"][stage], straight["metrics"][stage])
+
+
+def test_a_run_goes_on_from_an_adapter(tmp_path, folder):
+    """--init-from: the report before training is that after the run that made the adapter."""
+    before = run(folder, tmp_path / "first", "--method", "lora", "--targets", "q,gate")
+    after = train.main(list(map(str, [
+        "--model", folder, "--out", tmp_path / "second", "--steps", 4, "--batch-size", 8, "--lr", 1e-3,
+        "--test-texts", 20, "--init-from", tmp_path / "first"])))
+    assert same(after["metrics"]["base"], before["metrics"]["merged"])
+
+
+def test_a_merged_bf16_base_is_saved_in_bf16_and_measured(tmp_path, folder, capsys):
+    """merged/ has the base's type, a line and a row of result.json say so, and what is saved computes that row."""
+    result = run(folder, tmp_path / "run", "--method", "lora", "--save-merged")
+    assert "merged is in bfloat16, as the base is" in capsys.readouterr().out
+    found = result["metrics"]
+    assert found["merged, saved in bfloat16"]["loss"] != found["merged"]["loss"]
+    merged = load_file(tmp_path / "run/merged/model.safetensors")
+    assert {t.dtype for t in merged.values()} == {torch.bfloat16}
+    again = run(tmp_path / "run/merged", tmp_path / "again", "--method", "lora", steps=1)
+    assert same(again["metrics"]["base"], found["merged, saved in bfloat16"])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/merged", dtype=torch.float32)
+    idx = torch.randint(0, 320, (2, 30))
+    with torch.no_grad():
+        ours = from_pretrained(tmp_path / "run/merged")(idx)[0]
+        torch.testing.assert_close(theirs(idx).logits, ours, rtol=0, atol=1e-5 * ours.abs().max().item())
+
+
+def test_a_report_on_a_part_of_the_test_split(tmp_path, folder, capsys):
+    """--test-texts: the same texts whatever the seed, and result.json says how many of how many. The base is measured
+    once for runs side by side, and again for another part or other data."""
+    first = run(folder, tmp_path / "a", steps=1)
+    assert "evaluate the base: the loss of 20 test examples" in capsys.readouterr().out
+    total = len(restaurants.load()["test"])
+    assert first["splits"]["test"] == f"test, 20 of {total} texts" and first["settings"]["test_texts"] == 20
+    second = run(folder, tmp_path / "b", "--seed", 3, steps=1)
+    assert f"evaluate the base: its report is that of {tmp_path / 'a/result.json'}" in capsys.readouterr().out
+    assert second["metrics"]["base"] == first["metrics"]["base"]
+    other = run(folder, tmp_path / "c", "--test-texts", 21, steps=1)
+    assert "its report" not in capsys.readouterr().out
+    assert other["metrics"]["base"] != first["metrics"]["base"]
+    (tmp_path / "a/result.json").write_text('{"metrics": 3}')  # a damaged neighbour is not this run's business
+    (tmp_path / "b/result.json").unlink()
+    third = run(folder, tmp_path / "d", steps=1)
+    assert third["metrics"]["base"] == first["metrics"]["base"]
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(model_type="gemma"), "model_type 'gemma' is not supported"),
+    (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_type 'yarn' is not supported"),
+    (dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5 is not supported"),
+    (dict(quantization_config={"quant_method": "gptq"}), "quantization_config"),
+    (dict(num_key_value_heads=3), "is no multiple of num_key_value_heads 3"), (dict(vocab_size=100), "has shape")])
+def test_bad_folders_end_in_one_line(tmp_path, folder, capsys, changes, message):
+    """Exit code 2, the reason, and nothing is written."""
+    bad = tmp_path / "bad"
+    shutil.copytree(folder, bad)
+    edit_config(bad, **changes)
+    with pytest.raises(SystemExit) as end:
+        run(bad, tmp_path / "out")
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_bf16_arithmetic_trains(tmp_path, folder):
+    """--dtype bfloat16: the base is in bf16, the run ends near that in fp32, and its adapter loads."""
+    exact = run(folder, tmp_path / "exact", "--method", "reslora")
+    found = run(folder, tmp_path / "run", "--method", "reslora", "--dtype", "bfloat16", "--save-merged")
+    assert abs(found["metrics"]["unmerged"]["loss"] / exact["metrics"]["unmerged"]["loss"] - 1) < 0.02
+    assert "merged, saved in bfloat16" not in found["metrics"]  # it is what merged measures already
+    full = run(folder, tmp_path / "full", "--method", "full", "--dtype", "bfloat16", "--lr", "1e-3")
+    assert full["metrics"]["trained"]["loss"] < full["metrics"]["base"]["loss"]
