@@ -247,18 +247,14 @@ def load_adapter(model, folder, dropout=0.0):
         raise ValueError(f"{path} holds no adapter for this model")
     layers = {}
     for name, (module, third) in places.items():
-        linear, A, B = found[name], tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"]
+        A, B = (tensors[f"{module}.lora_{factor}.weight"] for factor in "AB")
         scaling = peft_scaling(config, module, len(A), folder)
         if third is not None:
             trained, B = B.any(), B.chunk(3)[third]
             used = B.any(0) if trained else slice(None)  # not what peft_lora padded with zeros
             A, B = A[used], B[:, used]
         if len(A):
-            A, B = no_wider(A, B)
-            layers[name] = LoRALinear(linear, len(A), scaling * len(A), dropout).train(linear.training)
-            with torch.no_grad():
-                layers[name].lora_A.copy_(A)
-                layers[name].lora_B.copy_(B)
+            layers[name] = with_factors(found[name], *no_wider(A, B), scaling, dropout)
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
@@ -273,6 +269,15 @@ def load_adapter(model, folder, dropout=0.0):
     if ours and model.classifier:
         model.classifier.requires_grad_(True)
     return list(layers.values())
+
+
+@torch.no_grad()
+def with_factors(linear, A, B, scaling, dropout):
+    """A LoRA layer in the place of `linear`, with these factors."""
+    layer = LoRALinear(linear, len(A), scaling * len(A), dropout).train(linear.training)
+    layer.lora_A.copy_(A)
+    layer.lora_B.copy_(B)
+    return layer
 
 
 def take_head(tensors, prefix):

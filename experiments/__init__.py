@@ -18,7 +18,8 @@
     dylora_cuts.py        one DyLoRA cut at all ranks, beside truncated and trained LoRA
     difficulty.sh         how hard the embedded tasks are
     decoding_time.py      seconds for 128 tokens, with and without a cache, beside transformers
-    e2e_split.py          the E2E split of RESULTS.md from the public file
+    e2e_split.py          the E2E split of RESULTS.md, and the official one, from the public files
+    smollm2.py            SmolLM2-135M, a real pretrained Llama, as a folder, from a package of PyPI
     base.sh, base_roberta.sh                    the two shipped models, from scratch
     gpt2_medium_e2e.sh, roberta_base_glue.sh    the comparisons at the papers' sizes, for a GPU: not measured yet
 
