@@ -185,6 +185,16 @@ def small_roberta(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def small_llama(tmp_path_factory):
+    """A checkpoint folder in bf16 with its tokenizer: 2 layers, 32 channels, 4 heads that share 2 keys, 320 tokens."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    save_pretrained(Llama(LlamaConfig(320, 32, 48, 2, 4, 2, 8, 256)), folder, torch.bfloat16)
+    vocabulary.make([text for _, text in restaurants.load()["validation"]], 319, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A checkpoint folder as data/tiny-gpt is one: 2 layers, 16 channels, a vocabulary of 320."""
     folder = tmp_path_factory.mktemp("base")

@@ -18,9 +18,8 @@ from checkpoints.pretrained import from_pretrained, save_pretrained
 from data import restaurants
 from data.tasks import Write
 from evaluation import evaluate
-from experiments import vocabulary
 from methods import METHODS
-from model import Llama, LlamaConfig, rotary
+from model import rotary
 
 transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
 
@@ -525,15 +524,9 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A checkpoint folder in bf16 with its tokenizer: 2 layers, 32 channels, 4 heads that share 2 keys, 320 tokens."""
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    model = Llama(LlamaConfig(320, 32, 48, 2, 4, 2, 8, 256))
-    save_pretrained(model, folder, torch.bfloat16)
-    vocabulary.make([text for _, text in restaurants.load()["validation"]], 319, folder)
-    return folder
+@pytest.fixture
+def folder(small_llama):
+    return small_llama
 
 
 def run(folder, out, *flags, steps=12):

@@ -19,7 +19,7 @@ RUNS += sorted(METHODS.keys() - {run.split()[0] for run in RUNS} - {"head"})  # 
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, base, small_roberta):
+def runs(tmp_path_factory, base, small_roberta, small_llama):
     """{kind: folder} of the same runs in one process, with accumulation, and in two processes."""
     folder = tmp_path_factory.mktemp("processes")
     kinds = {"one": (8, 1, []), "accumulated": (2, 4, []), "two": (4, 1, ["--nproc-per-node", "2"]),
@@ -30,6 +30,8 @@ def runs(tmp_path_factory, base, small_roberta):
                  for i, run in enumerate(some)]
         lines += [f"--method lora --rank 3 --model {small_roberta} --context 64 --dataset {name} "
                   f"--out {folder}/{kind}/{name}" for name in ("reviews", "stdlib")]
+        lines += [f"--method reslora --shortcut middle --rank 3 --model {small_llama} --out {folder}/{kind}/llama "
+                  "--checkpoint-activations"]
         shared = f" --steps 9 --eval-every 5 --lr 1e-2 --batch-size {batch} --grad-accum {accumulate}"
         (folder / f"{kind}.txt").write_text("".join(line + shared + "\n" for line in lines))
         start = ["-m", "torch.distributed.run", *processes] if processes else []
@@ -63,9 +65,9 @@ def test_two_processes_end_where_one_ends(runs, i):
     compare(runs / "one" / str(i), runs / "two" / str(i))
 
 
-@pytest.mark.parametrize("dataset", ["reviews", "stdlib"])
-def test_two_processes_and_accumulation_for_a_roberta(runs, dataset):
-    """A head that is trained too; masked words, where all must mask the same ones."""
+@pytest.mark.parametrize("dataset", ["reviews", "stdlib", "llama"])
+def test_two_processes_and_accumulation_for_a_roberta_and_a_llama(runs, dataset):
+    """A head that is trained too; masked words, where all must mask the same ones; activation checkpointing."""
     for kind in ("two", "accumulated", "two-accumulated"):
         compare(runs / "one" / dataset, runs / kind / dataset)
 

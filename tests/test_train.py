@@ -525,7 +525,8 @@ def test_the_recipes_are_valid_and_can_be_changed_behind(recipe, monkeypatch):
     args = train.parse([f"@experiments/recipes/{recipe}", "--epochs", "2"])
     assert args.model in MODELS and args.epochs == 2 and args.targets in ("q,v", "q,k,v,o,gate,up,down")
     assert args.rank in (4, 8) or args.method == "rslora" and args.rank == 256  # its paper is about large ranks
-    assert args.method == ("deltalora" if "deltalora" in recipe else "reslora" if "reslora" in recipe else "lora")
+    assert args.method == next(name for name in ("deltalora", "reslora", "rslora", "lora")
+                               if name in recipe or name == "lora")
 
 
 # Resuming
