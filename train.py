@@ -23,7 +23,7 @@ from checkpoints import adapters, files, state
 from checkpoints.pretrained import MODELS, from_pretrained, locate
 from data import Dataset, about, step_batches
 from evaluation import plots
-from evaluation.evaluate import base_report, calibration_batches, report, to_device, validate
+from evaluation.evaluate import base_report, calibration_batches, in_fp32, report, to_device, validate
 from evaluation.printing import announce, print_examples, print_table
 from methods import METHODS
 
@@ -181,6 +181,8 @@ def merge(run, metrics):
     """Measure every way to merge that was asked for, each on a copy; merge by the first one; write the adapter."""
     args, model, adapter = run.args, run.model, run.adapter
     state.clear(args.out, state.RESULTS)  # those of another merge must not stand beside the new adapter
+    for layer in run.layers:
+        layer.weight.data = in_fp32(layer.weight.data)  # of a base in bf16: only saving rounds a merged W
     kept, *others = run.layers[0].merges
     for way in others:
         trial = copy.deepcopy(model)

@@ -40,10 +40,8 @@ def save_merged(folder, model, source, tokenizer):
     """The merged model as a checkpoint folder of its own, with the tokenizer of the folder it came from, and what its
     config.json said beside what we write anew. Texts end with the token that they were trained to end with.
 
-    A base in bfloat16 stays so: then the model's own weights are rounded too, as they are written, and True returned if
-    that changes what it computes."""
-    half = stored_dtype(source) == torch.bfloat16 or model.wte.weight.dtype == torch.bfloat16
-    rounded = half and model.wte.weight.dtype != torch.bfloat16
+    A base in bfloat16 stays so: the model's own weights are then rounded too, as they are written; returns True."""
+    half = torch.bfloat16 in (stored_dtype(source), model.wte.weight.dtype)
     labels = "id2label", "label2id", "num_labels", "problem_type"
     kept = {key: value for key, value in read_json(source / "config.json").items()
             if key not in (*labels, "dtype", "torch_dtype", "rope_parameters", "transformers_version")}
@@ -57,10 +55,9 @@ def save_merged(folder, model, source, tokenizer):
         tokenizer.save(folder, roberta=not model.causal)
     if half:
         print(f"merged   {folder} is in bfloat16, as the base is")
-    if rounded:
         for p in model.parameters():
             p.data = p.data.bfloat16().to(p.dtype)
-    return rounded
+    return half
 
 
 def changing(model):

@@ -5,6 +5,8 @@ dataset: a data.Dataset. device, amp: where the model is, and the autocast conte
 import math
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from checkpoints import files
 from data import epoch_batches, metrics
@@ -19,6 +21,22 @@ VALIDATED = 64  # texts decoded for a point of the curve, where decoded texts se
 DECODED = 32  # texts decoded at a time: the cache holds 2 L C numbers per token
 CALIBRATION = 16  # training batches that merging is calibrated on
 CALIBRATION_LABELLED = 128  # the same for a classifier: its texts are short, and few of their tokens count
+
+
+class InFp32(TorchFunctionMode):
+    """Inside, products with weights in bf16 are computed in fp32, one weight at a time: where a report compares models,
+    rounding must not be what differs."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (F.linear, F.linear_cross_entropy):
+            args = [in_fp32(value) for value in args]
+            kwargs = {name: in_fp32(value) for name, value in (kwargs or {}).items()}
+        return function(*args, **(kwargs or {}))
+
+
+def in_fp32(value):
+    """A bf16 tensor in fp32; anything else as it is."""
+    return value.float() if torch.is_tensor(value) and value.dtype == torch.bfloat16 else value
 
 
 def to_device(idx, device):
@@ -64,10 +82,11 @@ def decode(model, pairs, tokenizer, amp, max_new=96):
             [tokenizer.decode(texts[i]).strip() for i in range(len(prompts))])
 
 
-def measure(model, dataset, split, device, amp, first=None, scored=None):
-    """{metric: value} on a split, or on its `first` examples; metrics of decoded texts on its first `scored` rows."""
+def measure(model, dataset, split, device, amp, first=None, scored=None, exact=None):
+    """{metric: value} on a split, or on its `first` examples; metrics of decoded texts on its first `scored` rows.
+    exact: another context than amp, for the loss and for what is not decoded."""
     examples, pairs = dataset.examples[split][:first], dataset.pairs[split]
-    loss, logits = evaluate(model, examples, dataset.task, device, amp)
+    loss, logits = evaluate(model, examples, dataset.task, device, exact or amp)
     if dataset.labels:
         predicted = logits.squeeze(1) if len(dataset.labels) == 1 else logits.argmax(1)
         truth = torch.tensor([label for _, label in examples], dtype=predicted.dtype)
@@ -96,9 +115,10 @@ def report(model, dataset, device, amp, stage=None):
         decodes = hasattr(dataset.module, "score") and (every if dataset.metrics else SCORED)
         also = f", and {min(decodes, every)} texts are decoded" * bool(decodes)
         print(f"evaluate {stage}: the loss of {len(dataset.examples['test'])} test examples{also}", flush=True)
-    values = measure(model, dataset, "test", device, amp, scored=every if dataset.metrics else None)
+    exact = InFp32() if isinstance(amp, torch.autocast) else amp
+    values = measure(model, dataset, "test", device, amp, scored=every if dataset.metrics else None, exact=exact)
     for split in dataset.examples.keys() - {"train", "validation", "test"}:
-        more = measure(model, dataset, split, device, amp)
+        more = measure(model, dataset, split, device, amp, exact=exact)
         values.update({f"{name} ({split})": value for name, value in more.items()})
     return values
 
