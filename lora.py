@@ -30,6 +30,13 @@ class LoRALinear(nn.Module):
         # h = W x + b + s B u; the scale multiplies u, the smallest tensor here
         return F.linear(x, self.weight, self.bias) + F.linear(self.scaling * u, self.lora_B)
 
+    def __call__(self, x):
+        """`forward`. In a model in bf16 outside autocast, as `transformers` loads them, it is autocast here."""
+        if x.dtype.itemsize < 4 and not torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, x.dtype):
+                return super().__call__(x)
+        return super().__call__(x)
+
     def delta(self):
         """Delta W = s B A (d_out, d_in): what merging adds to W as it is now."""
         return self.scaling * (self.lora_B @ self.lora_A)

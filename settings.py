@@ -84,7 +84,7 @@ def parser(description):
     add("--seed", type=int, default=0, help="of the adapters' start, the order of the data and dropout (0)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="cpu, cuda, mps (cuda, else cpu)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the arithmetic (bfloat16 on cuda)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the arithmetic (bfloat16 if cuda has it)")
     add("--checkpoint-activations", action="store_true", help="compute them again in the backward: less memory, slower")
     add("--compile", action="store_true", help="torch.compile: a slow start, then faster on a GPU")
     add = parser.add_argument_group("run folder").add_argument
@@ -276,8 +276,16 @@ def pick_device(name, dtype):
     ready = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not ready.get(device.type, False) or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: this machine or this build of torch has none")
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        try:
+            torch.zeros(1, device=device) + 1
+        except RuntimeError as e:
+            card = torch.cuda.get_device_name(device)
+            raise ValueError(f"--device {name}: this build of torch cannot compute on {card}: {e}") from None
+    if dtype == "auto":  # before Ampere, capability 8, bf16 is emulated
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+        dtype = "bfloat16" if fast else "float32"
     return device, dtype, torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
@@ -290,8 +298,6 @@ def join(device):
     """Meet the other processes: gradients travel by nccl between GPUs, by gloo between CPUs. The first one writes."""
     if WORLD == 1 or dist.is_initialized():
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     # the others wait while the first one evaluates, however long that takes
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     if RANK:

@@ -152,8 +152,9 @@ class Run:
         # The adapters. A method's own flag that was not given has a default, which may depend on the number of steps.
         self.own = {name: getattr(args, name, flag.get("default")) for name, flag in METHODS[args.method].flags.items()}
         self.own = {name: value(args.steps) if callable(value) else value for name, value in self.own.items()}
-        self.model.to(args.device)
+        # made on the CPU, so that a seed gives the same adapter on every device
         self.adapter, self.layers = adapters.adapt_as(self.model, {**vars(args), **self.own})
+        self.model.to(args.device)
         self.model.recompute = self.adapter.recompute if args.checkpoint_activations else None
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         name_of = {module: name for name, module in self.model.named_modules()}

@@ -35,7 +35,8 @@ def print_examples(model, dataset, device, amp):
 
 def print_table(title, metrics):
     """{stage: {metric: value}} as a table."""
-    widths = {name: max(12, len(name) + 2) for name in metrics["base"]}
+    widths = {name: max(12, len(name) + 2) for values in metrics.values() for name in values}
     print(f"\n{title:28}" + "".join(f"{name:>{width}}" for name, width in widths.items()))
     for stage, values in metrics.items():
-        print(f"{stage:28}" + "".join(f"{value:{widths[name]}.4f}" for name, value in values.items()))
+        print(f"{stage:28}" + "".join(f"{values[name]:{width}.4f}" if name in values else " " * width
+                                       for name, width in widths.items()))

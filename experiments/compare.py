@@ -122,9 +122,13 @@ def slug(label):
 # One run
 
 def folder(flags):
-    """Of a run: the same flags, in whatever order, are the same run in every grid; the last of a flag counts."""
+    """Of a run: the same flags on the same kind of device, in whatever order, are the same run in every grid; the last
+    of a flag counts."""
     pairs = [pair.split() for pair in " ".join(map(str, flags)).split("--")]
     last = sorted({tuple(pair[:1]): pair for pair in pairs}.values())
+    device = next((pair[1] for pair in last if pair[:1] == ["device"]), "auto")
+    if device.startswith("cuda") or device == "auto" and torch.cuda.is_available():
+        last.append(["on", "cuda"])  # in bf16 unless --dtype says otherwise: another run than that of a CPU
     return ROOT / "out/compare" / hashlib.sha256(json.dumps(last).encode()).hexdigest()[:12]
 
 
@@ -249,6 +253,8 @@ def tidy(args, key, result, best):
         names = ("unmerged", "merged") if stage == "trained" else (stage,)  # full fine-tuning: nothing to merge
         row.update({f"{name} {metric}": round(value, 5) for name in names for metric, value in values.items()})
     row.update({name: round(value, 5) for name, value in result["also"].items()})
+    if settings["device"] != "cpu":
+        row.update(device=torch.device(settings["device"]).type, dtype=settings["dtype"])
     return {**row, "training seconds": result["seconds"]["training"], "run": out.name, "flags": shlex.join(flags)}
 
 

@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+if "gpu" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a test sees a GPU only with -m gpu; read by torch
 os.environ["OMP_NUM_THREADS"] = "1"  # for tensors this small threads cost more than they bring; read by torch
 
 import pytest

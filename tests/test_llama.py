@@ -91,6 +91,14 @@ def test_positions_are_read_from_old_and_new_config_files(tmp_path, style):
     assert found == expected and found.rope_theta == 500000.0 and found.rope_scaling == LLAMA3
 
 
+def test_rope_theta_is_that_of_the_newer_key(tmp_path):
+    """Where a file has both, rope_parameters goes before the top level, as in transformers."""
+    their_llama(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 50.0})
+    edit_config(tmp_path, rope_theta=10000.0)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert from_pretrained(tmp_path).config.rope_theta == theirs.config.rope_parameters["rope_theta"] == 50.0
+
+
 def test_rotary_positions_are_their_equation():
     """In float64 by complex numbers: channels i and i + hs / 2 of a head are one number, turned by position times
     theta^(-2 i / hs). So the product of q and k depends on their distance alone."""
@@ -114,7 +122,8 @@ def test_absent_keys_mean_what_they_mean_there(tmp_path):
     """Llama 2's config.json has no rope_theta, head_dim or attention_bias; Mistral v0.1's says nothing of heads'
     width; null key and value heads are as many as the heads. The window of a Mistral is where its context ends."""
     theirs = their_llama(tmp_path, num_key_value_heads=4)
-    edit_config(tmp_path, rope_parameters=None, head_dim=None, attention_bias=None, mlp_bias=None)
+    edit_config(tmp_path, rope_parameters=None, head_dim=None, attention_bias=None, mlp_bias=None,
+                tie_word_embeddings=None)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_key_value_heads": None}))
     idx = torch.randint(0, 97, (2, 20))
@@ -325,6 +334,33 @@ def test_adapters_on_models_of_transformers_are_saved_and_loaded(tmp_path, metho
             torch.testing.assert_close(lora.merge(again)(idx).logits, expected, **close)
 
 
+@OF_TRANSFORMERS
+@every_variant
+def test_models_of_transformers_in_bf16_train_and_merge(tmp_path, method, hparams, make, targets):
+    """Outside autocast: forward, gradients of fp32 factors, and a merge within bf16's rounding of the logits."""
+    model, idx = make(tmp_path / "base").bfloat16(), torch.randint(3, 97, (2, 12))
+    layers = lora.apply(model, METHODS[method].adapter, targets, r=3, alpha=5, **hparams)
+    for p in factors(layers):
+        if p.std() < 0.05:
+            torch.nn.init.normal_(p, std=0.2)
+    model(idx).logits.float().square().mean().backward()
+    grads = [p.grad for p in factors(layers)]
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads) and any(g.any() for g in grads)
+    model.eval()
+
+    def batches():
+        model(idx)
+        yield torch.ones_like(idx, dtype=torch.bool), None
+    with torch.no_grad():
+        layers[0].prepare_merge(layers, layers[0].merges[0], batches)
+        unmerged = model(idx).logits.float()
+        exact = all(layer.exact_merge for layer in layers)
+        merged = lora.merge(model).bfloat16()(idx).logits.float()  # Delta-LoRA's W is fp32 until here
+    assert merged.isfinite().all()
+    if exact and hparams.get("cut") is None:
+        assert (merged - unmerged).abs().max() < 0.06 * unmerged.abs().max()
+
+
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     """A BERT's adapter on a Llama, and a head that the model lacks: nothing is changed."""
     model = their_bert(tmp_path / "base")
@@ -374,6 +410,7 @@ def test_a_base_in_bf16_stays_so(tmp_path):
         assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32 and layer.weight.dtype == torch.bfloat16
         other.load_state_dict({**other.state_dict(), "lora_A": layer.lora_A, "lora_B": layer.lora_B})
     with torch.autocast("cpu", torch.bfloat16):
+        assert model.hidden(idx).dtype == torch.float32  # what the blocks write is summed in fp32
         loss = model(idx, targets)[1]
         loss.backward()
     assert loss.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in model.parameters()
