@@ -84,7 +84,7 @@ def parser(description):
     add("--seed", type=int, default=0, help="of the adapters' start, the order of the data and dropout (0)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="cpu, cuda, mps (cuda, else cpu)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the arithmetic (bfloat16 if cuda has it)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the arithmetic (cuda: bfloat16)")
     add("--checkpoint-activations", action="store_true", help="compute them again in the backward: less memory, slower")
     add("--compile", action="store_true", help="torch.compile: a slow start, then faster on a GPU")
     add = parser.add_argument_group("run folder").add_argument
