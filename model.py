@@ -49,6 +49,7 @@ class Attention(nn.Module):
         C, nh, nkv, self.head_dim = config.width, config.n_head, config.n_kv_head, config.head_dim
         if C % nh and self.head_dim == C // nh or nh % nkv:
             raise ValueError(f"{C} channels are no multiple of {nh} heads, or these of {nkv} heads of keys and values")
+        self.shared = nh // nkv  # so many heads share their keys and values
         self.q, self.k, self.v = (nn.Linear(C, n * self.head_dim, bias=qkv_bias) for n in (nh, nkv, nkv))
         self.o = nn.Linear(nh * self.head_dim, C, bias=o_bias)
         self.q_norm, self.k_norm = (norm(), norm()) if norm else (None, None)
@@ -65,12 +66,12 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh or nkv, T or S, hs)
         # Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): nh / nkv neighbouring heads share keys and
         # values. On a GPU, torch has a fast kernel for that in half precision and without a mask only.
-        grouped = k.size(1) < q.size(1)
+        grouped = self.shared > 1
         if grouped and q.is_cuda and (mask is not None or q.dtype.itemsize > 2):
-            k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
+            k, v = (t.repeat_interleave(self.shared, 1) for t in (k, v))
             grouped = False
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and x.size(1) > 1,
-                                           enable_gqa=grouped)
+        causal = mask is None and (cache is None or x.size(1) > 1)  # a single new token sees all that is there
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         return self.o(y.transpose(1, 2).flatten(2))
 
 

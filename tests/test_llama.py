@@ -15,11 +15,11 @@ import lora
 import train
 from checkpoints import adapters, tokenizers
 from checkpoints.pretrained import from_pretrained, save_pretrained
-from data import restaurants
+from data import Dataset, restaurants
 from data.tasks import Write
 from evaluation import evaluate
 from methods import METHODS
-from model import rotary
+from model import GPTConfig, LlamaConfig, rotary
 
 transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
 
@@ -500,6 +500,20 @@ def test_texts_begin_and_end_as_the_tokenizer_says(tmp_path, bos):
         tokenizers.load(folder, 1000, None)
 
 
+def test_the_end_of_a_text_is_what_the_files_of_a_llama_say(tmp_path, small_llama):
+    """A chat model has <|endoftext|> too, but ends its texts otherwise; a GPT-2 ends them with <|endoftext|>."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(small_llama / name, tmp_path)
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    file["added_tokens"].append({**file["added_tokens"][-1], "id": 320, "content": "<|im_end|>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": {"content": "<|im_end|>"}}))
+    for config, end in ((LlamaConfig(321), 320), (GPTConfig(321), 319)):
+        found = tokenizers.for_model(tmp_path, config)
+        assert found.bos == found.eos == end
+
+
 def test_a_record_and_its_text_are_encoded_as_one(tmp_path):
     """Apart, each would get a space of its own in front. The loss begins where the record ends, and decoding the rest
     gives the text. A tokenizer that joins the two is refused."""
@@ -640,6 +654,8 @@ def test_a_merged_bf16_base_is_saved_in_bf16_and_measured(tmp_path, folder, caps
     assert found["merged, saved in bfloat16"]["loss"] != found["merged"]["loss"]
     merged = load_file(tmp_path / "run/merged/model.safetensors")
     assert {t.dtype for t in merged.values()} == {torch.bfloat16}
+    config = json.loads((tmp_path / "run/merged/config.json").read_text())
+    assert config["bos_token_id"] == config["eos_token_id"] == 319  # <|endoftext|> begins and ends its texts
     again = run(tmp_path / "run/merged", tmp_path / "again", "--method", "lora", steps=1)
     assert same(again["metrics"]["base"], found["merged, saved in bfloat16"])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/merged", dtype=torch.float32)
@@ -656,6 +672,11 @@ def test_a_report_on_a_part_of_the_test_split(tmp_path, folder, capsys):
     assert "evaluate the base: the loss of 20 test examples" in capsys.readouterr().out
     total = len(restaurants.load()["test"])
     assert first["splits"]["test"] == f"test, 20 of {total} texts" and first["settings"]["test_texts"] == 20
+    rows = restaurants.load()["test"]
+    chosen = Dataset("restaurants", None, folder, from_pretrained(folder), 64, 20)
+    assert len(chosen.pairs["test"]) == len(chosen.examples["test"]) == 20 != len(chosen.pairs["validation"])
+    places = [rows.index(pair) for pair in chosen.pairs["test"]]
+    assert places == sorted(places) and places[-1] > total / 2  # from all over the split
     second = run(folder, tmp_path / "b", "--seed", 3, steps=1)
     assert f"evaluate the base: its report is that of {tmp_path / 'a/result.json'}" in capsys.readouterr().out
     assert second["metrics"]["base"] == first["metrics"]["base"]
