@@ -720,3 +720,11 @@ def test_bf16_arithmetic_trains(tmp_path, folder):
         assert abs(found["merged"]["loss"] - found["unmerged"]["loss"]) < 1e-5 * found["merged"]["loss"]
     full = run(folder, tmp_path / "full", "--method", "full", "--dtype", "bfloat16", "--lr", "1e-3")
     assert full["metrics"]["trained"]["loss"] < full["metrics"]["base"]["loss"]
+
+
+def test_a_base_with_a_fresh_head_is_measured_in_every_run(tmp_path, small_roberta, capsys):
+    """Each run has a head of its own, so what one measured says nothing of another."""
+    for seed in "0", "1":
+        train.main(["--model", str(small_roberta), "--dataset", "reviews", "--method", "head", "--context", "64",
+                    "--steps", "1", "--test-texts", "20", "--seed", seed, "--out", str(tmp_path / seed)])
+        assert "its report is that of" not in capsys.readouterr().out
