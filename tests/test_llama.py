@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import generate
 import lora
+import model
 import train
 from checkpoints import adapters, tokenizers
 from checkpoints.pretrained import from_pretrained, save_pretrained
@@ -624,12 +625,16 @@ def test_a_run_on_a_llama_merges_exactly_and_peft_loads_it(tmp_path, folder, fla
         assert texts[0] == texts[1] and texts[0].strip()
 
 
-def test_a_resumed_run_is_an_uninterrupted_one_with_checkpointing_too(tmp_path, folder):
+def test_a_resumed_run_is_an_uninterrupted_one_with_checkpointing_too(tmp_path, folder, monkeypatch):
     """Of ResLoRA's middle: 6 steps and 6 more give the numbers of 12, and activation checkpointing those without."""
     flags = "--method", "reslora", "--shortcut", "middle", "--dropout", "0.1"
+    blocks = []
+    monkeypatch.setattr("model.checkpoint", lambda block, *inputs, real=model.checkpoint, **more: (
+        blocks.append(block), real(block, *inputs, **more))[1])
     whole = run(folder, tmp_path / "whole", *flags)
+    assert not blocks
     less = run(folder, tmp_path / "less", *flags, "--checkpoint-activations")
-    assert whole["metrics"] == less["metrics"]
+    assert whole["metrics"] == less["metrics"] and len(blocks) == 2 * 12  # two blocks in each of 12 steps
     run(folder, tmp_path / "parts", *flags, "--schedule", "constant", steps=6)
     again = train.main(["--resume", "--out", str(tmp_path / "parts"), "--steps", "12"])
     straight = run(folder, tmp_path / "straight", *flags, "--schedule", "constant")
