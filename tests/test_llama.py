@@ -1,5 +1,6 @@
 """The Llama family against `transformers`: logits, gradients, names, config.json, tokenizers, and a base in bf16."""
 import copy
+import functools
 import json
 import math
 import shutil
@@ -10,6 +11,7 @@ from conftest import REAL, batch, every_variant, factors, needs_real, tiny_llama
 from conftest import adapt as adapted
 from safetensors.torch import load_file, save_file
 
+import data
 import generate
 import lora
 import model
@@ -18,7 +20,7 @@ from checkpoints import adapters, tokenizers
 from checkpoints.pretrained import from_pretrained, save_pretrained
 from data import Dataset, restaurants
 from data.tasks import Write
-from evaluation import evaluate
+from evaluation import evaluate, plots
 from methods import METHODS
 from model import GPTConfig, LlamaConfig, rotary
 
@@ -295,9 +297,8 @@ def their_bert(folder):
 
 
 OF_TRANSFORMERS = pytest.mark.parametrize("make, targets", [
-    (their_llama, ["q_proj", "v_proj", "down_proj"]), (their_bert, ["query", "value"]),
-    (their_bert, ["attention.output.dense"])],
-    ids=["llama", "bert", "bert dense"])
+    (their_llama, ["q_proj", "v_proj", "down_proj"]), (their_bert, ["query", "attention.output.dense"])],
+    ids=["llama", "bert"])
 
 
 @OF_TRANSFORMERS
@@ -588,10 +589,20 @@ def run(folder, out, *flags, steps=12):
     return train.main(list(map(str, args)))
 
 
+@functools.cache
+def part(*args, real=data.load):
+    """The first texts of each split."""
+    return {split: pairs[:200 if split == "train" else 60] for split, pairs in real(*args).items()}
+
+
 @pytest.fixture(autouse=True)
 def few_texts(monkeypatch):
+    monkeypatch.setattr(data, "load", lambda *args: dict(part(*args)))
     monkeypatch.setattr(evaluate, "EVAL_EXAMPLES", 16)
     monkeypatch.setattr(evaluate, "SCORED", 4)
+    monkeypatch.setattr(restaurants, "MAX_NEW", 12, raising=False)
+    monkeypatch.setattr(train, "print_examples", lambda *_: None)  # untrained models write to the end of their room
+    monkeypatch.setattr(plots, "draw_curve", lambda *_: None)
 
 
 def same(a, b):
@@ -600,7 +611,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("flags", [
     ("--method", "lora", "--targets", "q,k,v,o,gate,up,down"), ("--method", "reslora", "--shortcut", "block"),
-    ("--method", "deltalora"), ("--method", "adalora", "--lr", ".05"), ("--method", "lokr")], ids=lambda f: f[1])
+    ("--method", "deltalora"), ("--method", "adalora", "--lr", ".05")], ids=lambda f: f[1])
 def test_a_run_on_a_llama_merges_exactly_and_peft_loads_it(tmp_path, folder, flags, capsys):
     """The loss falls, merged reports what unmerged does, PEFT over the same folder computes our merged logits, and
     generate.py writes the same with the adapter merged and not."""
@@ -656,9 +667,13 @@ def test_a_merged_bf16_base_is_saved_in_bf16_and_measured(tmp_path, folder, caps
     result = run(folder, tmp_path / "run", "--method", "lora", "--save-merged")
     assert "merged is in bfloat16, as the base is" in capsys.readouterr().out
     found = result["metrics"]
-    assert found["merged, saved in bfloat16"]["loss"] != found["merged"]["loss"]
-    merged = load_file(tmp_path / "run/merged/model.safetensors")
+    merged, exact = load_file(tmp_path / "run/merged/model.safetensors"), from_pretrained(folder)
     assert {t.dtype for t in merged.values()} == {torch.bfloat16}
+    adapters.load_adapter(exact, tmp_path / "run")
+    W = lora.merge(exact).h[1].attn.q.weight
+    saved = merged["model.layers.1.self_attn.q_proj.weight"]
+    assert torch.equal(saved, W.bfloat16()) and not torch.equal(saved.float(), W)
+    assert not torch.equal(saved, load_file(folder / "model.safetensors")["model.layers.1.self_attn.q_proj.weight"])
     config = json.loads((tmp_path / "run/merged/config.json").read_text())
     assert config["bos_token_id"] == config["eos_token_id"] == 319  # <|endoftext|> begins and ends its texts
     again = run(tmp_path / "run/merged", tmp_path / "again", "--method", "lora", steps=1)
@@ -675,9 +690,9 @@ def test_a_report_on_a_part_of_the_test_split(tmp_path, folder, capsys):
     once for runs side by side, and again for another part or other data."""
     first = run(folder, tmp_path / "a", steps=1)
     assert "evaluate the base: the loss of 20 test examples" in capsys.readouterr().out
-    total = len(restaurants.load()["test"])
+    total = len(data.load("restaurants")["test"])
     assert first["splits"]["test"] == f"test, 20 of {total} texts" and first["settings"]["test_texts"] == 20
-    rows = restaurants.load()["test"]
+    rows = data.load("restaurants")["test"]
     chosen = Dataset("restaurants", None, folder, from_pretrained(folder), 256, 20)
     assert len(chosen.pairs["test"]) == len(chosen.examples["test"]) == 20 != len(chosen.pairs["validation"])
     places = [rows.index(pair) for pair in chosen.pairs["test"]]
@@ -685,7 +700,7 @@ def test_a_report_on_a_part_of_the_test_split(tmp_path, folder, capsys):
     second = run(folder, tmp_path / "b", "--seed", 3, steps=1)
     assert f"evaluate the base: its report is that of {tmp_path / 'a/result.json'}" in capsys.readouterr().out
     assert second["metrics"]["base"] == first["metrics"]["base"]
-    other = run(folder, tmp_path / "c", "--test-texts", 21, steps=1)
+    other = run(folder, tmp_path / "c", "--test-texts", 9, steps=1)
     assert "its report" not in capsys.readouterr().out
     assert other["metrics"]["base"] != first["metrics"]["base"]
     (tmp_path / "a/result.json").write_text('{"metrics": 3}')  # a damaged neighbour is not this run's business
@@ -718,12 +733,11 @@ def test_bf16_arithmetic_trains(tmp_path, folder):
     exact = run(folder, tmp_path / "exact", "--method", "reslora")
     found = run(folder, tmp_path / "run", "--method", "reslora", "--dtype", "bfloat16", "--save-merged")
     assert abs(found["metrics"]["unmerged"]["loss"] / exact["metrics"]["unmerged"]["loss"] - 1) < 0.02
-    assert found["metrics"]["merged, saved in bfloat16"]["loss"] != found["metrics"]["merged"]["loss"]
-    for method in ("reslora", "deltalora", "lokr"):
-        block = ["--shortcut", "block"] * (method == "reslora")
-        found = run(folder, tmp_path / method, "--method", method, *block, "--dtype", "bfloat16")["metrics"]
+    assert "merged, saved in bfloat16" in found["metrics"]
+    for method in ("lora", "deltalora"):
+        found = run(folder, tmp_path / method, "--method", method, "--dtype", "bfloat16", steps=3)["metrics"]
         assert abs(found["merged"]["loss"] - found["unmerged"]["loss"]) < 1e-5 * found["merged"]["loss"]
-    full = run(folder, tmp_path / "full", "--method", "full", "--dtype", "bfloat16", "--lr", "1e-3")
+    full = run(folder, tmp_path / "full", "--method", "full", "--dtype", "bfloat16", "--lr", "1e-3", steps=3)
     assert full["metrics"]["trained"]["loss"] < full["metrics"]["base"]["loss"]
 
 
