@@ -747,3 +747,10 @@ def test_a_base_with_a_fresh_head_is_measured_in_every_run(tmp_path, small_rober
         train.main(["--model", str(small_roberta), "--dataset", "reviews", "--method", "head", "--context", "64",
                     "--steps", "1", "--test-texts", "20", "--seed", seed, "--out", str(tmp_path / seed)])
         assert "its report is that of" not in capsys.readouterr().out
+
+
+def test_what_trains_is_fp32_whatever_the_arithmetic():
+    """A frozen base has the type of the arithmetic; weights that AdamW moves a little at a time are fp32."""
+    for method, dtype in (("lora", torch.bfloat16), ("deltalora", torch.bfloat16), ("full", torch.float32)):
+        assert train.parse(["--method", method, "--dtype", "bfloat16", "--device", "cpu"]).base_dtype == dtype
+        assert train.parse(["--method", method, "--device", "cpu"]).base_dtype == torch.float32
