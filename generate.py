@@ -200,7 +200,8 @@ def generate(args):
     args.max_new = args.max_new or data.about(dataset, "MAX_NEW", 96)
     if args.texts:
         for text in args.texts:
-            write_one(model, tokenizer, encode(tokenizer, text, dataset), args)
+            with args.amp:  # the adapter was merged outside of it
+                write_one(model, tokenizer, encode(tokenizer, text, dataset), args)
         return None
     if data.about(dataset, "PLAIN"):
         raise ValueError(f"{dataset} has no records to write for: give the beginnings of texts")
@@ -209,7 +210,8 @@ def generate(args):
     for record, text in data.load(dataset, where)[args.split]:
         of.setdefault(record, []).append(text)
     records = list(of)[:args.first]
-    texts, references = write_many(model, tokenizer, records, args, dataset), [of[record] for record in records]
+    with args.amp:
+        texts, references = write_many(model, tokenizer, records, args, dataset), [of[record] for record in records]
     rows = [json.dumps(dict(record=record, text=text, references=group)) + "\n"
             for record, text, group in zip(records, texts, references, strict=True)]
     write(args.out, lambda part: part.write_text("".join(rows), encoding="utf-8"))
@@ -225,10 +227,8 @@ def generate(args):
 
 def main(argv=None):
     """The command line: bad input is one line and exit code 2."""
-    def run(args):
-        with torch.inference_mode(), args.amp:
-            return generate(args)
-    return command("generate.py", parse, run, argv)
+    with torch.inference_mode():
+        return command("generate.py", parse, generate, argv)
 
 
 if __name__ == "__main__":

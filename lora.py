@@ -30,13 +30,6 @@ class LoRALinear(nn.Module):
         # h = W x + b + s B u; the scale multiplies u, the smallest tensor here
         return F.linear(x, self.weight, self.bias) + F.linear(self.scaling * u, self.lora_B)
 
-    def __call__(self, x):
-        """`forward`. In a model in bf16 outside autocast, as `transformers` loads them, it is autocast here."""
-        if x.dtype.itemsize < 4 and not torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, x.dtype):
-                return super().__call__(x)
-        return super().__call__(x)
-
     def delta(self):
         """Delta W = s B A (d_out, d_in): what merging adds to W as it is now."""
         return self.scaling * (self.lora_B @ self.lora_A)
@@ -65,6 +58,14 @@ class LoRALinear(nn.Module):
     def as_lora(self):
         """(A' (r', d_in), B' (d_out, r')) with W_merged = W_0 + scaling B' A', where W_0 is the pretrained weight."""
         return self.lora_A, self.lora_B
+
+    def __call__(self, x):
+        """`forward`, under autocast where x is in bf16 and autocast is off: the factors are fp32, which bf16 x do not
+        multiply. The models that `transformers` loads in bf16 need this."""
+        if x.dtype.itemsize < 4 and not torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, x.dtype):
+                return super().__call__(x)
+        return super().__call__(x)
 
     # The rest of the contract: LoRA needs none of it, other methods override what they need. layers: all of the model
     exact_merge = True  # False where merging approximates (ResLoRA's input and middle)

@@ -138,7 +138,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    causal, fresh_head, labels = False, False, None  # set by `from_pretrained`: is the head new, names of the classes
+    causal = False  # whether it can write
+    fresh_head, labels = False, None  # set by `from_pretrained`: whether the head is new, names of the classes
     recompute = None  # set for activation checkpointing: block -> the two contexts that torch.utils.checkpoint asks for
 
     def run(self, block, *inputs):
@@ -161,7 +162,7 @@ class Causal(Transformer):
         self.h = nn.ModuleList(block() for _ in range(config.n_layer))
         self.ln_f = norm()
         self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
-        initialise(self, 0.02 / math.sqrt(2 * config.n_layer))  # GPT-2's: shrinks with the root of their number
+        initialise(self, 0.02 / math.sqrt(2 * config.n_layer))  # as GPT-2: writers start smaller
 
     def hidden(self, idx, cache=None, pos=0):
         """(B, T) token ids -> (B, T, C), before the last norm.
