@@ -1,5 +1,6 @@
 """What the commands share: flags and their defaults, errors as one line with exit code 2, devices, processes."""
 import argparse
+import copy
 import math
 import os
 import re
@@ -311,6 +312,16 @@ def parallel(model, seed):
     if RANK:
         torch.manual_seed(hash((seed[0], RANK, seed[1])))
     return nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False) if WORLD > 1 else model
+
+
+def compiled(model):
+    """A model that shares every weight with `model`, and whose blocks are compiled where they are first called. Blocks
+    are alike, so two or three compilations serve all of them and batches of any length, but ResLoRA with pre_num -1,
+    where every block differs. `model` itself stays as it is: evaluation has other shapes and calibration needs hooks,
+    which compiled code does not call."""
+    torch._dynamo.config.recompile_limit = 256  # torch's 8 are too few for pre_num -1, and for the methods of a bench
+    shared = {id(p): p for p in model.parameters()}
+    return copy.deepcopy(model, {**shared, **{id(block): torch.compile(block, dynamic=True) for block in model.h}})
 
 
 def accumulating(forward, more):

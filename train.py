@@ -84,8 +84,7 @@ def fit(run):
     optimizer = make_optimizer(model, args)
     if args.resume:
         log.resume(model, optimizer)
-    forward = settings.parallel(model, seed=(args.seed, log.step))
-    forward = torch.compile(forward) if args.compile else forward
+    forward = settings.parallel(settings.compiled(model) if args.compile else model, seed=(args.seed, log.step))
     stream = step_batches(data.examples["train"], data.task, args.batch_size, args.grad_accum, args.seed, log.step,
                           settings.RANK, settings.WORLD)
     pending, tokens, clock = [], 0, time.time()

@@ -181,7 +181,7 @@ def our_step(model, adapter, layers, args):
     """(one optimizer step of train.py on given batches, its optimizer)"""
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = train.make_optimizer(model, args)
-    forward = torch.compile(model) if args.compile else model
+    forward = settings.compiled(model) if args.compile else model
     step = 0
     adapter.begin(layers, 10**6)
 

@@ -451,12 +451,12 @@ def test_compiled_training_is_training(tmp_path, base, monkeypatch):
     flags, traced = ["--method", "reslora", "--steps", "2"], []
     plain = train.main(command(base, tmp_path / "plain", *flags))["metrics"]
 
-    def trace(model, real=torch.compile):
-        traced.append(model)
-        return real(model, backend="eager")
+    def trace(block, real=torch.compile, **options):
+        traced.append(block)
+        return real(block, backend="eager", **options)
     monkeypatch.setattr(torch, "compile", trace)
     found = train.main(command(base, tmp_path / "compiled", *flags, "--compile"))["metrics"]
-    assert traced and torch._dynamo.utils.counters["stats"]["calls_captured"] > 0
+    assert len(traced) == 2 and torch._dynamo.utils.counters["stats"]["calls_captured"] > 0
     for stage, values in plain.items():
         assert found[stage]["loss"] == pytest.approx(values["loss"], abs=1e-4)
     assert weights(tmp_path / "plain").keys() == weights(tmp_path / "compiled").keys()
