@@ -27,6 +27,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from loss import vocabulary_loss, with_targets
+
 
 class Config:
     """What every config answers, whatever its family's config.json calls it. GPT-2 has names of its own."""
@@ -95,34 +97,6 @@ def initialise(module, writers=0.02):
             nn.init.normal_(p, std=writers if name.endswith(("o.weight", "down.weight")) else 0.02)
         elif name.endswith("bias"):
             nn.init.zeros_(p)
-
-
-def with_targets(x, targets):
-    """x (B, T, C), targets (B, T) -> the N rows of x with a target (N, C), and these targets (N,). Targets may stay on
-    the CPU: then it finds these positions without waiting for the GPU."""
-    targets = targets.flatten()
-    where = (targets != -100).nonzero().flatten()  # (N,)
-    x = x.flatten(0, 1).index_select(0, where.to(x.device, non_blocking=True))
-    return x, targets[where].to(x.device, non_blocking=True)
-
-
-CHUNK = 2**25  # logits at a time: 134 MB in fp32. 2,048 tokens of GPT-2 have 412 MB, and autograd holds them thrice.
-
-
-def vocabulary_loss(x, W, b, targets, label_smoothing=0.0):
-    """Mean cross entropy in nats of logits x W^T + b: x (N, C), W (V, C), b (V,) or None, targets (N,). NaN for N = 0.
-
-    torch's chunked loss computes the gradient of a chunk of logits while the chunk is there, so the logits (N, V) never
-    stand in memory as a whole. It has no label smoothing, and in bf16 it rounds the loss: there it is the plain one."""
-    if not len(x):
-        return x.sum() * math.nan
-    if not (label_smoothing or x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type)):
-        options = nn.LinearCrossEntropyOptions(allow_retain_graph=True, batch_chunk_size=max(1, CHUNK // len(W)),
-                                               chunking_method=None)
-        return F.linear_cross_entropy(x, W, targets, linear_bias=b, options=options)
-    z = F.linear(x, W, b)  # (N, V)
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    return F.cross_entropy(z, targets, label_smoothing=label_smoothing)
 
 
 class Block(nn.Module):

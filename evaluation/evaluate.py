@@ -28,7 +28,7 @@ class InFp32(TorchFunctionMode):
     rounding must not be what differs."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (F.linear, F.linear_cross_entropy):
+        if function is F.linear:
             args = [in_fp32(value) for value in args]
             kwargs = {name: in_fp32(value) for name, value in (kwargs or {}).items()}
         return function(*args, **(kwargs or {}))
@@ -40,7 +40,7 @@ def in_fp32(value):
 
 
 def to_device(idx, device):
-    """A copy that does not wait, where the device allows it. Targets stay on the CPU, see model.with_targets."""
+    """A copy that does not wait, where the device allows it. Targets stay on the CPU, see loss.with_targets."""
     return idx.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else idx.to(device)
 
 

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora
 from checkpoints.pretrained import from_pretrained, save_pretrained
 from experiments import bench
-from model import GPT, GPTConfig, RoBERTa, RobertaConfig, vocabulary_loss
+from loss import vocabulary_loss
+from model import GPT, GPTConfig, RoBERTa, RobertaConfig
 
 transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
 
@@ -85,7 +86,7 @@ def test_the_loss_is_that_of_the_positions_with_a_target(model):
 def test_the_vocabulary_loss_is_cross_entropy(eps, chunk, monkeypatch):
     """Loss and the gradients of x, W and b, in float64, are those of F.linear and F.cross_entropy, whatever the size of
     a chunk: a row, several with a rest, all. In fp32 it neither overflows nor underflows at logits of +-1000."""
-    monkeypatch.setattr("model.CHUNK", chunk)
+    monkeypatch.setattr("loss.CHUNK", chunk)
     x, W, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((7, 5), (50, 5), (50,)))
     targets = torch.randint(0, 50, (7,))
     for bias in (b, None):
@@ -97,21 +98,35 @@ def test_the_vocabulary_loss_is_cross_entropy(eps, chunk, monkeypatch):
         torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
     with torch.no_grad():
         torch.testing.assert_close(vocabulary_loss(x, W, None, targets, eps), theirs)
-    narrow = [t.detach().bfloat16().requires_grad_() for t in (x, W, b)]
-    for dtype, given in ((torch.float32, [t.detach().float().requires_grad_() for t in (x, W, b)]), (None, narrow)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
-            ours = vocabulary_loss(*given, targets, eps)
-        theirs = F.cross_entropy(F.linear(*narrow).float(), targets, label_smoothing=eps)
-        assert ours.dtype == torch.float32
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-        for found, t in zip(torch.autograd.grad(ours, given), torch.autograd.grad(theirs, narrow), strict=True):
-            torch.testing.assert_close(found.float(), t.float(), rtol=0.05, atol=0.01)
     x = torch.eye(5)[:2].mul(1000).requires_grad_()
     W = torch.tensor([[1.0, -1], [-1, 1], [0, 0]]) @ torch.eye(2, 5)
     ours, theirs = (f(x, torch.tensor([0, 0])) for f in (lambda x, t: vocabulary_loss(x, W, None, t, eps), lambda x, t:
                     F.cross_entropy(F.linear(x, W), t, label_smoothing=eps)))
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(torch.autograd.grad(ours, x), torch.autograd.grad(theirs, x))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32, True), (torch.float32, torch.bfloat16, True),
+                                    (torch.bfloat16, torch.bfloat16, False)], ids=str)
+def test_in_bf16_the_factors_are_rounded_and_the_logits_are_not(dtypes):
+    """Under autocast with W in fp32 or bf16, and on a model in bf16 without it: at logits near -70, where neighbours in
+    bf16 are half a nat apart, loss and gradients are those of fp32 products of the same factors."""
+    *kinds, autocast = dtypes
+    x, W, b = torch.randn(20, 8).bfloat16(), torch.randn(50, 8).bfloat16(), torch.full((50,), -70.0)
+    targets = torch.randint(0, 50, (20,))
+    exact = [t.float().requires_grad_() for t in (x, W, b)]
+    theirs = F.cross_entropy(F.linear(*exact), targets)
+    given = [t.to(kind).requires_grad_() for t, kind in zip((x, W, b), (*kinds, kinds[0]), strict=True)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours = vocabulary_loss(*given, targets)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    rounded = F.cross_entropy(F.linear(*exact).bfloat16().float(), targets)
+    assert (rounded - theirs).abs() > 1e-3  # what rounding the logits would cost
+    gradients = torch.autograd.grad(ours, given), torch.autograd.grad(theirs, exact)
+    for found, expected, t in zip(*gradients, given, strict=True):
+        assert found.dtype == t.dtype
+        torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=1e-4)
 
 
 def test_the_logits_of_a_batch_never_stand_whole_in_memory(monkeypatch):
@@ -126,7 +141,7 @@ def test_the_logits_of_a_batch_never_stand_whole_in_memory(monkeypatch):
             self.size = max([self.size, *(t.numel() for t in made if t.data_ptr() != model.wte.weight.data_ptr())])
             return out
 
-    monkeypatch.setattr("model.CHUNK", 5000)
+    monkeypatch.setattr("loss.CHUNK", 5000)
     model = GPT(GPTConfig(vocab_size=500, n_positions=16, n_embd=12, n_layer=1, n_head=2))
     lora.apply(model, lora.LoRALinear, ["q"], r=2, alpha=4)
     idx = torch.randint(0, 500, (6, 10))
@@ -135,7 +150,7 @@ def test_the_logits_of_a_batch_never_stand_whole_in_memory(monkeypatch):
     assert largest.size <= 5000
     x, W = torch.randn(4000, 4, requires_grad=True), torch.randn(500, 4)
     args, nothing = SimpleNamespace(device=torch.device("cpu")), torch.nn.ReLU()
-    monkeypatch.setattr("model.CHUNK", 500_000)
+    monkeypatch.setattr("loss.CHUNK", 500_000)
     found = bench.peak(lambda: vocabulary_loss(x, W, None, torch.zeros(4000, dtype=torch.long)), nothing,
                        torch.optim.SGD([x]), args)
     assert 4 * 500_000 < found < 1.2 * 4 * 500_000

@@ -81,7 +81,7 @@ def test_the_pages_keep_their_size():
     """A page is read in one sitting, the top level shows what there is, and a function fits a screen."""
     for name, most in {"README.md": 190, "lora.py": 170, "reslora.py": 290, "train.py": 264, "model.py": 400}.items():
         assert len((ROOT / name).read_text().splitlines()) <= most, name
-    assert len(list(ROOT.glob("*.py"))) <= 9
+    assert len(list(ROOT.glob("*.py"))) <= 10
     for file in sources():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.FunctionDef):
@@ -89,8 +89,8 @@ def test_the_pages_keep_their_size():
                 assert length <= 60 or (file.name, node.name) == ("settings.py", "parser"), f"{file}: {node.name}"
 
 
-ORDER = [{"lora", "model"}, {"reslora", "rslora", "deltalora", "baselines"}, {"methods"}, {"checkpoints"}, {"data"},
-         {"evaluation", "settings"}, {"train"}, {"generate"}, {"experiments"}]
+ORDER = [{"loss"}, {"lora", "model"}, {"reslora", "rslora", "deltalora", "baselines"}, {"methods"}, {"checkpoints"},
+         {"data"}, {"evaluation", "settings"}, {"train"}, {"generate"}, {"experiments"}]
 
 
 def sources():
@@ -109,7 +109,7 @@ def test_imports_run_one_way():
                      [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
             for name in {name.split(".")[0] for name in names} & level.keys() - {me}:
                 assert level[name] < level[me], f"{file} imports {name}"
-                assert level[me] != 1 or name == "lora", f"{file} imports {name}"
+                assert level[me] != 2 or name == "lora", f"{file} imports {name}"
 
 
 def test_experiments_import_each_other_without_a_circle():
