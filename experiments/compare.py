@@ -61,7 +61,7 @@ def parse(argv):
     add("--best-lr", action="store_true", help="all seeds only at the rate with the best validation of seed 0")
     add("--quick", action="store_true", help="one seed, at the rates that PATH.csv calls best, of ranks the first "
         "and the last; into out/quick")
-    add("--jobs", type=int, help="runs at a time, one thread each (cores; 1 on a GPU)")
+    add("--jobs", type=int, help="runs at a time, one thread each (one for each core, on a GPU at most 4)")
     add("--plot", choices=("rows", "rank", "lr", "step", "none"), default="rows",
         help="what the picture's axis is (rows)")
     add("--metric", default="merged loss", help="what it shows: a column of the csv (merged loss)")
@@ -187,21 +187,22 @@ def losses_on(out, dataset):
     """{"base" or "merged": loss on the validation split of another dataset} of a finished run."""
     import generate
     merged, settings, source = generate.load_run(out)
-    examples, task, base = before(dataset, source, settings["context"])
-    return {f"base loss on {dataset}": base, f"merged loss on {dataset}": loss_of(merged, examples, task)}
+    examples, task, base = before(dataset, source, settings["context"], settings["device"])
+    return {f"base loss on {dataset}": base,
+            f"merged loss on {dataset}": loss_of(merged, examples, task, settings["device"])}
 
 
-def loss_of(model, examples, task):
-    return evaluate.evaluate(model, examples, task, torch.device("cpu"), contextlib.nullcontext())[0]
+def loss_of(model, examples, task, device):
+    return evaluate.evaluate(model.to(device), examples, task, torch.device(device), contextlib.nullcontext())[0]
 
 
 @functools.cache
-def before(dataset, source, context):
+def before(dataset, source, context, device):
     """(64 examples, task, loss of the base on them): the same for all runs from one base."""
     base = from_pretrained(source)
     dataset = Dataset(dataset, None, source, base, context)
     examples = dataset.examples["validation"][:64]
-    return examples, dataset.task, loss_of(base, examples, dataset.task)
+    return examples, dataset.task, loss_of(base, examples, dataset.task, device)
 
 
 def validation(out):
@@ -278,7 +279,8 @@ def run_all(workers, args, keys, bar):
 def compare(args, setup=None):
     """Run what has not been run, write PATH.csv and PATH.png; returns the rows. setup: see `pool`."""
     import train
-    args.jobs = args.jobs or (1 if torch.cuda.is_available() else os.cpu_count())
+    # small models leave a GPU waiting for the CPU most of the time, so several runs share one
+    args.jobs = args.jobs or min(os.cpu_count(), 4 if torch.cuda.is_available() else math.inf)
     to, rates = args.to, {}
     for label, own in args.rows.items():
         asked = train.parse([*args.flags, *own])  # a mistake in a row is said before anything runs
