@@ -12,6 +12,7 @@ shapes: forward and input gradients of all linears (not of the first block's q, 
 and of the vocabulary, and the low-rank terms. Reading all weights twice from memory is timed beside it.
 """
 import copy
+import functools
 import importlib.util
 import itertools
 import json
@@ -31,6 +32,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -39,7 +41,7 @@ import settings
 import train
 from checkpoints import tokenizers
 from checkpoints.files import check_writable, read_json, write
-from checkpoints.pretrained import MODELS, ROOT, save_pretrained
+from checkpoints.pretrained import MODELS, ROOT, from_pretrained, save_pretrained
 from data.tasks import Write
 from evaluation.plots import picture
 from methods import METHODS, adapt
@@ -172,6 +174,7 @@ def adapted(base, change, args):
     own = {name: value(10**6) if callable(value) else value for name, value in own.items()}
     moves = method.trains_base or method.adapter.moves_weight
     model = copy.deepcopy(base, {} if moves else {id(p): p for p in base.parameters()}).requires_grad_(moves)
+    model = model.float() if method.trains_base else model  # as train.py: what trains is fp32
     if model.classifier and not moves:
         model.classifier = copy.deepcopy(base.classifier, {})
     return model, *adapt(model, {**own, **settings})
@@ -203,12 +206,12 @@ def their_step(folder, args):
     if args.causal:
         gpt2 = args.config.model_type == "gpt2"
         off = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0) if gpt2 else {}
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **off)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **off)
         lora_config = LoraConfig(r=args.rank, lora_alpha=16, fan_in_fan_out=gpt2,
                                  target_modules=["c_attn"] if gpt2 else ["q_proj", "v_proj"])
     else:
         off = dict(hidden_dropout_prob=0, attention_probs_dropout_prob=0)
-        model = transformers.RobertaForSequenceClassification.from_pretrained(folder, **off)
+        model = transformers.RobertaForSequenceClassification.from_pretrained(folder, dtype="auto", **off)
         lora_config = LoraConfig(r=args.rank, lora_alpha=16, target_modules=["query", "value"], task_type="SEQ_CLS")
     model = get_peft_model(model, lora_config).to(args.device).train()
     params = [p for p in model.parameters() if p.requires_grad]
@@ -253,23 +256,31 @@ def gflop(args):
 
 def floor_timers(base, args):
     """{row: a function that returns its seconds}: each shape of `floor`, timed up to four times and counted as often as
-    the step has it; and all weights read twice."""
+    the step has it; and all weights read twice. A GPU would wait for the CPU between small products, so it gets 32 of
+    them as one graph. There attention is that of torch's kernel, whose scores never leave the chip."""
+    gpu = args.device.type == "cuda"
     like = dict(dtype=torch.bfloat16 if args.dtype == "bfloat16" else torch.float32, device=args.device)
-    products = [(often, torch.randn(a, **like), torch.randn(*b[:-2], b[-1], b[-2], **like).transpose(-1, -2),
-                 torch.empty(*a[:-1], b[-1], **like)) for often, a, b in floor(args)]
+    work = []  # (how often a step has it, how often it is timed, the function that does it so often)
+    for often, a, b in floor(args):
+        if not gpu or len(a) == 2:
+            a, out = torch.randn(a, **like), torch.empty(*a[:-1], b[-1], **like)
+            b = torch.randn(*b[:-2], b[-1], b[-2], **like).transpose(-1, -2)
+            times = 32 if gpu else min(4, math.ceil(often))
+            multiply = functools.partial(repeat, times, functools.partial(torch.matmul, a, b, out=out))
+            work.append((often, times, as_graph(multiply) if gpu else multiply))
+    if gpu:
+        work.append((args.config.n_layer, 4, as_graph(functools.partial(repeat, 4, attention(args, like)))))
     weights = [p.detach().to(like["dtype"]) for p in base.parameters()]
 
-    def multiply():
-        total = 0.0
-        for often, a, b, out in products:
-            times = min(4, math.ceil(often))
+    def total():
+        seconds = 0.0
+        for often, times, function in work:
             wait(args.device)
             start = time.perf_counter()
-            for _ in range(times):
-                torch.matmul(a, b, out=out)
+            function()
             wait(args.device)
-            total += often / times * (time.perf_counter() - start)
-        return total
+            seconds += often / times * (time.perf_counter() - start)
+        return seconds
 
     def read():
         wait(args.device)
@@ -278,21 +289,54 @@ def floor_timers(base, args):
             w.sum()
         wait(args.device)
         return time.perf_counter() - start
-    return {"floor": multiply, "weights": read}
+    return {"floor": total, "weights": read}
+
+
+def repeat(times, function):
+    for _ in range(times):
+        function()
+
+
+def attention(args, like):
+    """A function: forward and backward of one block's attention, by torch's kernel."""
+    c, shape = args.config, (args.batch_size, args.context, args.config.head_dim)
+    q, k, v, g = (torch.randn(shape[0], heads, *shape[1:], **like, requires_grad=True)
+                  for heads in (c.n_head, c.n_kv_head, c.n_kv_head, c.n_head))
+
+    def run():
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=args.causal, enable_gqa=c.n_kv_head < c.n_head)
+        torch.autograd.grad(y, (q, k, v), g)
+    return run
+
+
+def as_graph(function):
+    """The same work as a CUDA graph: one launch for all of it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # the first calls allocate what a capture must not
+        repeat(3, function)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
 
 
 def peak(step, model, optimizer, args):
-    """Bytes of tensors at the highest point of a step: weights, optimizer, and what the step adds."""
+    """Bytes at the highest point of a step: weights, optimizer, and what the step adds. (of tensors, and on a GPU of
+    what is reserved for them, else None)"""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers(), *(
         t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)))}
     standing = sum(t.nbytes for t in tensors.values())
     if args.device.type == "cuda":
         wait(args.device)
-        before = torch.cuda.memory_allocated(args.device)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(args.device), torch.cuda.memory_reserved(args.device)
         torch.cuda.reset_peak_memory_stats(args.device)
         step()
         wait(args.device)
-        return standing + torch.cuda.max_memory_allocated(args.device) - before
+        return (standing + torch.cuda.max_memory_allocated(args.device) - before[0],
+                standing + torch.cuda.max_memory_reserved(args.device) - before[1])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     now = highest = 0
@@ -300,7 +344,7 @@ def peak(step, model, optimizer, args):
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
         highest = max(highest, now)
-    return standing + highest
+    return standing + highest, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,9 +401,10 @@ def steps(base, args, folder):
     for name in seconds:
         median = statistics.median(seconds[name])
         trains = name in measured
+        tensors, reserved = peak(rows[name], *measured[name], args) if trains else (None, None)
         table.append({
             "row": name, "ms": 1e3 * median, "tokens/s": args.batch_size * args.context / median if trains else None,
-            "peak GB": peak(rows[name], *measured[name], args) / 1e9 if trains else None,
+            "peak GB": tensors and tensors / 1e9, **({"reserved GB": reserved / 1e9} if reserved else {}),
             "trained": sum(p.numel() for p in measured[name][0].parameters() if p.requires_grad) if trains else None,
             "of lora": ratio(seconds[name], seconds["lora"]),
             "of peer": ratio(seconds[name], seconds[PEER]) if args.peer else None,
@@ -426,7 +471,8 @@ def first_steps(args, folder):
     found = {}
     for name, code in FIRST_STEP.items():
         if name == "ours" or args.peer:
-            code = (f"folder = {str(folder)!r}\n{code}\nidx = torch.randint(0, 60, (2, 8))\n"
+            code = (f"folder, device = {str(folder)!r}, {str(args.device)!r}\n{code}\nmodel.to(device)\n"
+                    "idx = torch.randint(0, 60, (2, 8)).to(device)\n"
                     "optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])\n"
                     "loss(idx).backward(); optimizer.step()")
             found[name] = []
@@ -443,11 +489,12 @@ def first_steps(args, folder):
 def print_table(found):
     floor_ms = next(row["ms"] for row in found["steps"] if row["row"] == "floor")
     print(f"\nfloor: {found['GFLOP']:,.1f} GFLOP at {found['GFLOP'] / floor_ms * 1e3:,.0f} GFLOP/s")
-    columns = {"ms": "{:,.1f}", "tokens/s": "{:,.0f}", "peak GB": "{:.2f}", "trained": "{:,}", "of lora": "{:.2f}",
-               "of peer": "{:.2f}", "of floor": "{:.2f}"}
+    columns = {"ms": "{:,.1f}", "tokens/s": "{:,.0f}", "peak GB": "{:.2f}", "reserved GB": "{:.2f}",
+               "trained": "{:,}", "of lora": "{:.2f}", "of peer": "{:.2f}", "of floor": "{:.2f}"}
+    columns = {name: form for name, form in columns.items() if any(row.get(name) for row in found["steps"])}
     print(f"{'':22}" + "".join(f"{name:>12}" for name in columns))
     for row in found["steps"]:
-        cells = ("" if row[name] is None else form.format(row[name]) for name, form in columns.items())
+        cells = ("" if row.get(name) is None else form.format(row[name]) for name, form in columns.items())
         print(f"{row['row']:22}" + "".join(f"{cell:>12}" for cell in cells))
     for name, (ms, of) in found["inference"].items():
         print(f"inference {name:12} {ms:12.1f} ms{of:11.2f} of the base")
@@ -479,14 +526,17 @@ def bench(args):
     check_writable(args.out.parent)
     print(f"{args.preset}: {args.batch_size} x {args.context} tokens, r {args.rank}, {args.dtype}, {args.machine}")
     kind = {GPTConfig: GPT, LlamaConfig: Llama, RobertaConfig: RoBERTa}[type(args.config)]
-    base = kind(args.config, *[LABELS] * (kind is RoBERTa)).requires_grad_(False)
+    with args.device:
+        base = kind(args.config, *[LABELS] * (kind is RoBERTa))
     said = shlex.join("FOLDER" if word == args.e2e else word for word in args.argv)
     found = {"command": f"python -m experiments.bench {said}", "torch": torch.__version__, "machine": args.machine,
              "batch": [args.batch_size, args.context], "rank": args.rank, "dtype": args.dtype, "rounds": args.rounds,
              "GFLOP": gflop(args)}
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(base, folder)
-        base = base.to(args.device)
+        dtype = settings.base_dtype(args.dtype)  # ours and the peer's: a frozen base is in the type of the arithmetic
+        save_pretrained(base, folder, dtype)
+        del base
+        base = from_pretrained(folder, dtype=dtype).requires_grad_(False).to(args.device)
         found["steps"] = steps(base, args, folder)
         found["inference"] = inference(base, args)
         if args.causal:

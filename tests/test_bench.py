@@ -142,7 +142,7 @@ def test_the_peak_is_the_highest_point_of_what_stands_in_memory():
             b = torch.empty(10**6)
             del a, b
     found = bench.peak(step, model, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), args)
-    assert found == 8_000_000 + 400
+    assert found == (8_000_000 + 400, None)
 
 
 @pytest.mark.parametrize("preset", TINY)
