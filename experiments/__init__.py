@@ -21,6 +21,7 @@
     e2e_split.py          the E2E split of RESULTS.md, and the official one, from the public files
     smollm2.py            SmolLM2-135M, a real pretrained Llama, as a folder, from a package of PyPI
     base.sh, base_roberta.sh                    the two shipped models, from scratch
+    gpu.sh                everything for one GPU, in parts, in one command: not run on one yet
     gpt2_medium_e2e.sh, roberta_base_glue.sh    the comparisons at the papers' sizes, for a GPU: not measured yet
 
 `python -m experiments.NAME` or `sh experiments/NAME.sh`; most take --quick, a few minutes on two cores. recipes/ holds

@@ -1,6 +1,8 @@
 """bench.py measures what it says."""
 import json
 import math
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoints.pretrained import save_pretrained
-from experiments import bench
+from experiments import bench, gpu
 from model import GPT, GPTConfig, Llama, LlamaConfig, RoBERTa, RobertaConfig
 
 PRESETS = dict(bench.PRESETS)
@@ -203,5 +205,43 @@ def test_the_peer_reads_the_same_texts(tmp_path, monkeypatch):
 def test_bad_input_is_one_line(capsys, flags, message):
     with pytest.raises(SystemExit) as e:
         bench.main(flags)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert e.value.code == 2 and len(said) == 1 and message in said[0]
+
+
+def test_the_plan_for_a_gpu_is_whole_at_toy_size(tmp_path, capsys, monkeypatch):
+    """Each measurement has a file of its own; one that is there is not repeated, one that fails is named at the end and
+    leaves what the others have; the tables are of what is there."""
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    args = gpu.parse(["--dry"])
+    files = [gpu.file_of(args, part, name) for part in args.plan for name in args.plan[part]]
+    assert len(set(files)) == len(files) > 15
+    assert list(args.plan) == re.findall(r"^    (\w+)  +[a-z]", gpu.__doc__, re.MULTILINE)
+    real = {name: row for name, row in bench.PRESETS.items() if not name.startswith(("toy", "tiny"))}
+    for function, *rest in (each for name in ("bench", "memory") for each in args.plan[name].values()):
+        assert function in (gpu.benched, gpu.fits) and rest[0] in real
+    args.to.mkdir(parents=True)
+    for part, name in (("parity", "rounding"), ("memory", "llama-7b, 1 x 1024, checkpointing"), ("syncs",
+                       "profile, lora")):
+        gpu.gpu(SimpleNamespace(**{**vars(args), "measure": (part, name)}))
+    found = json.loads(gpu.file_of(args, "parity", "rounding").read_text())["found"]
+    assert all(abs(row["ours"]) < 1e-5 < abs(row["logits in bf16"]) for row in found)
+    asked = []
+    monkeypatch.setattr(gpu, "measured", lambda args, part, name, end: asked.append(name) or name != "texts")
+    monkeypatch.setattr(gpu.shutil, "rmtree", lambda *_, **__: None)  # a dry run begins anew
+    with pytest.raises(ValueError, match="1 not measured, call again for these: methods: texts"):
+        gpu.gpu(SimpleNamespace(**{**vars(args), "parts": ["parity", "memory", "methods"]}))
+    assert "rounding" not in asked and "llama-7b, 1 x 1024, checkpointing" not in asked and "E2E" in asked
+    said = capsys.readouterr().out
+    assert "| rounding | -70 |" in said and (tmp_path / "out/gpu-dry.tar.gz").exists()
+    assert {"memory.csv", "parity.csv", "syncs.csv"} <= {file.name for file in args.to.iterdir()}
+
+
+@pytest.mark.parametrize("flags, message", [
+    ([], "--device cuda: this machine or this build of torch has none"), (["--dry", "speed"], "unknown part 'speed'"),
+    (["--dry", "--weights", "nowhere"], "nowhere is no folder")])
+def test_bad_input_of_the_measurements_for_a_gpu_is_one_line(capsys, flags, message):
+    with pytest.raises(SystemExit) as e:
+        gpu.main(flags)
     said = capsys.readouterr().err.strip().splitlines()
     assert e.value.code == 2 and len(said) == 1 and message in said[0]
