@@ -36,6 +36,8 @@ DEFAULTS = {
     "text": dict(steps=100, batch_size=16, lr=5e-3, full_lr=2e-3),
     "world": dict(steps=100, batch_size=32, lr=5e-3, full_lr=3e-3),
     "opinions": dict(steps=100, batch_size=32, lr=5e-3, full_lr=3e-3),
+    "pairs": dict(steps=100, batch_size=16, lr=5e-3, full_lr=2e-3, **dict.fromkeys(SMALL_START, 1e-2)),
+    "labels": dict(steps=200, batch_size=32, lr=3e-3, full_lr=1e-3, head_lr=1e-2, **dict.fromkeys(SMALL_START, 1e-2)),
     "reviews": dict(steps=500, batch_size=64, lr=3e-3, full_lr=1e-3, head_lr=1e-2,
                     **dict.fromkeys(SMALL_START, 1e-2)),
     # For real models: a first try. The papers train longer, their recipes are in experiments/recipes/.
@@ -67,7 +69,11 @@ def parser(description):
     add = parser.add_argument_group("model and data").add_argument
     add("--model", help=f"{', '.join(MODELS)}, a checkpoint folder or a hub id (the tiny one that fits the dataset)")
     add("--dataset", help=", ".join(data.DATASETS) + " (restaurants; with a RoBERTa by name, reviews)")
-    add("--data-dir", help="read the dataset from this folder (text: or file) instead of the hub")
+    add("--data-dir", help="read the dataset from this folder (pairs, labels, text: or file) instead of the hub")
+    add("--columns", type=lambda names: names.split(","), help="pairs: of prompt and completion; labels: of text and "
+        "label (see data/README.md)")
+    add("--metric", choices=tuple(data.pairs.METRICS), help="pairs: judge decoded texts, instead of the loss")
+    add("--regression", action="store_true", help="labels: a label is a number")
     add("--test-texts", type=int, help="report on so many texts of the test split, always the same ones (all)")
     add("--context", type=int, help="longest sequence in tokens (that of the model, at most 256)")
     add = parser.add_argument_group("optimisation").add_argument
@@ -134,6 +140,7 @@ def complete(args):
         args.dataset = "reviews" if "roberta" in Path(args.model or "").name else "restaurants"
     if args.dataset not in data.DATASETS:
         raise ValueError(f"unknown dataset {args.dataset!r}: choose from {', '.join(data.DATASETS)}")
+    check_data(args)
     check_method(args)
     fill_in(args)
     check_ranges(args)
@@ -143,6 +150,20 @@ def complete(args):
     # where the arithmetic is bf16 a frozen base is, too; weights that train are fp32
     args.base_dtype = base_dtype("float32" if METHODS[args.method].trains_base else args.dtype)
     return args
+
+
+def check_data(args):
+    """Refuse what is not for the dataset."""
+    for flag, datasets in (("columns", ("pairs", "labels")), ("metric", ("pairs",)), ("regression", ("labels",))):
+        if getattr(args, flag) and args.dataset not in datasets:
+            raise ValueError(f"--{flag} is for --dataset {' and '.join(datasets)}, not for {args.dataset}")
+    if args.columns and (len(args.columns) < 2 or args.dataset == "labels" and len(args.columns) > 3):
+        raise ValueError(f"--columns {','.join(args.columns)}: two names are needed" + ", or three" * (
+            args.dataset == "labels"))
+    labels = data.about(data.module(args.dataset, args.columns, args.metric, args.regression), "LABELS")
+    if len(labels) == 1 and args.label_smoothing:
+        raise ValueError(f"--label-smoothing {args.label_smoothing:g} is for classes, not for numbers as in "
+                         f"{args.dataset}")
 
 
 def check_method(args):
@@ -214,17 +235,13 @@ def check_folders(args, source):
                              "choose another --out")
 
 
-def check_model(args, model, source):
-    """Refuse what does not go with the model."""
-    labels = data.about(args.dataset, "LABELS")
+def check_model(args, model, source, labels):
+    """Refuse what does not go with the model, for data with these classes."""
     if not labels and model.fresh_head and not METHODS[args.method].trains_base:
         raise ValueError(f"--method {args.method} freezes the head, and {source} has none for masked tokens: choose a "
                          "checkpoint with one, or --method full")
     if not 4 <= args.context <= model.context:
         raise ValueError(f"--context {args.context} is not in 4..{model.context}, the model's")
-    if len(labels) == 1 and args.label_smoothing:
-        raise ValueError(f"--label-smoothing {args.label_smoothing:g} is for classes, not for numbers as in "
-                         f"{args.dataset}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

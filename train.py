@@ -21,7 +21,7 @@ import lora
 import settings
 from checkpoints import adapters, files, state
 from checkpoints.pretrained import MODELS, from_pretrained, locate
-from data import Dataset, about, step_batches
+from data import Dataset, step_batches
 from evaluation import plots
 from evaluation.evaluate import base_report, calibration_batches, in_fp32, report, to_device, validate
 from evaluation.printing import announce, print_examples, print_table
@@ -139,11 +139,12 @@ class Run:
         torch.manual_seed(args.seed)
         self.args, self.source = args, locate(args.model)
         settings.check_folders(args, self.source)
-        # The model, with a head for the labels of the data, and the data, encoded for this model
-        self.model = from_pretrained(self.source, labels=about(args.dataset, "LABELS"), dtype=args.base_dtype)
+        # The data, the model with a head for their labels, and the data encoded for this model
+        self.data = Dataset(args.dataset, args.data_dir, args.test_texts, args.columns, args.metric, args.regression)
+        self.model = from_pretrained(self.source, labels=self.data.labels, dtype=args.base_dtype)
         args.context = args.context or min(self.model.context, 256)
-        settings.check_model(args, self.model, self.source)
-        self.data = Dataset(args.dataset, args.data_dir, self.source, self.model, args.context, args.test_texts)
+        settings.check_model(args, self.model, self.source, self.data.labels)
+        self.data.encode(self.source, self.model, args.context)
         if args.epochs:
             per_epoch = len(self.data.examples["train"]) / (args.batch_size * args.grad_accum * settings.WORLD)
             args.steps = math.ceil(min(args.epochs * math.ceil(per_epoch), 10**8))

@@ -7,77 +7,104 @@ needs no files. Where texts are labelled a row is ((text,) or (a, b), label). It
     METRICS     how it is judged, all better high; the first one selects the checkpoint (without METRICS the loss does)
     SPLITS      {split: where it comes from}, for result.json
     score(pairs, texts) -> {metric: value} of decoded texts, and MAX_NEW, the tokens that a decoded text may have
-A new dataset is one such file and its name in GENERATED or FROM_FILES.
+A new dataset is one such file and its name in GENERATED or FROM_FILES. Data of one's own, `pairs` and `labels`, need
+none: what a file has at the top, an object has that knows the flags of the run.
 """
 import importlib
 import random
 
 from checkpoints import tokenizers
 from data import glue
+from data.labels import Labels
+from data.pairs import Pairs
 from data.tasks import Label, Mask, Write
 
 GENERATED = "restaurants", "reviews", "world", "opinions", "stdlib"  # load() needs no files
-FROM_FILES = "e2e", "gsm8k", "text", *(f"glue/{name}" for name in glue.TASKS)
+FROM_FILES = "pairs", "labels", "e2e", "gsm8k", "text", *(f"glue/{name}" for name in glue.TASKS)
 DATASETS = *GENERATED, *FROM_FILES
 
 
-def module(name):
-    """The file of a dataset, imported when it is needed; of a GLUE task an object with the same names in it."""
+def module(name, columns=None, metric=None, regression=False):
+    """The file of a dataset, imported when it is needed, or an object with the same names in it: a GLUE task, or data
+    of one's own, read as the flags say."""
     family, _, task = name.partition("/")
+    if name == "pairs":
+        return Pairs(columns, metric)
+    if name == "labels":
+        return Labels(columns, regression)
     return glue.TASKS[task] if task else importlib.import_module(f"data.{family}")
 
 
-def about(name, what, default=()):
-    """LABELS, PLAIN, METRICS, SPLITS, … of a dataset's file, or the default where it does not say."""
-    return getattr(module(name), what, default)
+def about(dataset, what, default=()):
+    """LABELS, PLAIN, METRICS, SPLITS, … of a dataset, by its name or what `module` gave, or the default where it does
+    not say."""
+    return getattr(module(dataset) if isinstance(dataset, str) else dataset, what, default)
 
 
-def load(name, data_dir=None):
-    """The splits of a dataset; ValueError for what is missing, empty or malformed, naming file and line."""
+def load(name, data_dir=None, source=None):
+    """The splits of a dataset; ValueError for what is missing, empty or malformed, naming file and line. source: what
+    `module` gave."""
     if data_dir and name in GENERATED:
         raise ValueError(f"dataset {name} is generated here: --data-dir {data_dir} is not for it")
-    splits = module(name).load() if name in GENERATED else module(name).load(data_dir)
+    source = source or module(name)
+    splits = source.load() if name in GENERATED else source.load(data_dir)
     for split, pairs in splits.items():
         if not pairs:
             raise ValueError(f"dataset {name}: the {split} split is empty")
     return splits
 
 
-def task(name, folder, model, context):
+def task(name, folder, model, context, source=None):
     """(tokenizer, task) of a dataset for a model whose checkpoint lies in `folder`; ValueError for a model that cannot
     do it."""
-    tokenizer, labels = tokenizers.for_model(folder, model.config), about(name, "LABELS")
+    source = source or name
+    tokenizer, labels = tokenizers.for_model(folder, model.config), about(source, "LABELS")
     if model.causal:
         return tokenizer, Write(tokenizer, context)
     if labels:
         return tokenizer, Label(tokenizer, context, len(labels))
-    if not about(name, "PLAIN"):
+    if not about(source, "PLAIN"):
         raise ValueError(f"dataset {name} wants text written, which a RoBERTa cannot: choose a GPT for it, or labelled "
                          "or plain texts for this model")
     return tokenizer, Mask(tokenizer, context)
 
 
 class Dataset:
-    """A dataset, read, and encoded for one model.
+    """A dataset as it is read; `encode` makes it that of a model. flags: see `module`.
 
-    pairs, examples: {split: rows}, as text and as tokens. cut: how many texts were too long. metric: what selects.
+    pairs, examples: {split: rows}, as text and as tokens. labels: names of the classes. metric: what selects. splits:
+    {split: what it is}. cut: how many texts were too long.
     """
 
-    def __init__(self, name, data_dir, folder, model, context, test_texts=None):
-        self.name, self.module, self.labels = name, module(name), about(name, "LABELS")
-        self.metrics = about(name, "METRICS")
+    def __init__(self, name, data_dir=None, test_texts=None, *flags):
+        self.name, self.module = name, module(name, *flags)
+        self.pairs = load(name, data_dir, self.module)
+        self.labels, self.metrics = about(self.module, "LABELS"), about(self.module, "METRICS")
         self.metric = self.metrics[0] if self.metrics else "loss"
-        self.tokenizer, self.task = task(name, folder, model, context)
-        self.pairs = load(name, data_dir)
-        self.splits = dict(about(name, "SPLITS", {split: split for split in ("train", "validation", "test")}))
+        self.splits = dict(about(self.module, "SPLITS", {split: split for split in ("train", "validation", "test")}))
         for split, pairs in self.pairs.items() if test_texts else ():
             if split not in ("train", "validation") and test_texts < len(pairs):
                 # the same texts in all runs, whatever their seed
                 self.pairs[split] = [pairs[i] for i in sorted(random.Random(0).sample(range(len(pairs)), test_texts))]
                 self.splits[split] = f"{self.splits[split]}, {test_texts} of {len(pairs)} texts"
-        encoded = {split: self.task.encode(pairs) for split, pairs in self.pairs.items()}
-        self.examples = {split: examples for split, (examples, _) in encoded.items()}
-        self.cut = sum(cut for _, cut in encoded.values())
+
+    def encode(self, folder, model, context):
+        """For a model whose checkpoint lies in `folder`. A record that leaves no room for its text is dropped, and
+        counted in `splits`."""
+        self.tokenizer, self.task = task(self.name, folder, model, context, self.module)
+        self.examples, self.cut = {}, 0
+        for split, pairs in self.pairs.items():
+            examples, cut = self.task.encode(pairs)
+            dropped = examples.count(None)
+            if dropped == len(examples):
+                raise ValueError(f"dataset {self.name}: every record of {split} leaves no room for its text in a "
+                                 f"context of {context} tokens")
+            if dropped:
+                self.splits[split] += f", {dropped} of {len(pairs)} dropped: longer than {context} tokens"
+                self.pairs[split] = [pair for pair, example in zip(pairs, examples, strict=True) if example]
+            self.examples[split] = [example for example in examples if example]
+            self.cut += cut
+        return self
 
 
 def epoch_batches(examples, batch_size, seed):

@@ -1,14 +1,21 @@
-"""Rows of a dataset, with line numbers: from FOLDER/SPLIT.jsonl, .csv, .tsv or .parquet, or from the hub.
+"""Rows of a dataset, with line numbers: from files, or from the hub.
 
-In all of them text is UTF-8, with or without a byte order mark, and every line in it ends in a line feed.
+A split is FOLDER/SPLIT.jsonl, .json (a list), .csv, .tsv or .parquet, or several parts of it as the hub names them:
+SPLIT-00000-of-00003.csv, …, or SPLIT/0000.parquet, …, in the folder or in its data/. In all of them text is UTF-8, with
+or without a byte order mark, and every line in it ends in a line feed.
 """
 import csv
 import json
+import math
+import random
 import re
 from pathlib import Path
 
 from checkpoints import hub
 from checkpoints.files import one_kind_of_line_end, read_text
+
+# what people call the splits of their own data
+ALSO = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
 def read_rows(folder, split):
@@ -16,28 +23,86 @@ def read_rows(folder, split):
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"data folder {folder} {'is a file' if folder.exists() else 'does not exist'}")
-    readers = {".jsonl": jsonl_rows, ".csv": csv_rows, ".tsv": csv_rows, ".parquet": parquet_rows}
-    files = [folder / (split + ending) for ending in readers if (folder / (split + ending)).is_file()][:1]
-    files = files or parquet_parts(folder, split)
+    files = files_of(folder, split)
     if not files:
-        raise ValueError(f"{folder} has no {split}.jsonl, {split}.csv, {split}.tsv or {split}.parquet")
-    rows = [row for file in files for row in readers[file.suffix](file)]
+        raise ValueError(f"{folder} has no {names_of(split)}")
+    return read_files(files)
+
+
+def read_files(files):
+    """[(where, row)] of files, one after another."""
+    rows = [row for file in files for row in READERS[file.suffix](file)]
     if not rows:
         raise ValueError(f"{files[0]} is empty")
     return rows
 
 
-def parquet_parts(folder, split):
-    """The parquet files of a split as the hub names them, in the folder or in its data/: SPLIT-00000-of-00003.parquet,
-    …, or SPLIT/0000.parquet, …"""
-    for pattern in (f"{split}-*-of-*.parquet", f"data/{split}-*-of-*.parquet", f"{split}/*.parquet"):
-        files = sorted(folder.glob(pattern))
-        of = re.search(r"-of-(\d+)", files[0].name) if files else None
-        if of and len(files) != int(of[1]):
-            raise ValueError(f"{folder} has {len(files)} of the {int(of[1])} parts of {split}: {files[0].name}, …")
-        if files:
-            return files
+def files_of(folder, split):
+    """The file of a split, or its parts."""
+    for ending in READERS:
+        if (folder / (split + ending)).is_file():
+            return [folder / (split + ending)]
+    for ending in READERS:
+        for pattern in (f"{split}-*-of-*{ending}", f"data/{split}-*-of-*{ending}", f"{split}/*{ending}"):
+            files = sorted(folder.glob(pattern))
+            of = re.search(r"-of-(\d+)", files[0].name) if files else None
+            if of and len(files) != int(of[1]):
+                raise ValueError(f"{folder} has {len(files)} of the {int(of[1])} parts of {split}: {files[0].name}, …")
+            if files:
+                return files
     return []
+
+
+def names_of(split):
+    """train.jsonl, .json, .csv, .tsv or .parquet"""
+    *endings, last = READERS
+    return f"{split}{', '.join(endings)} or {last}"
+
+
+def own_rows(path):
+    """{split: [(where, row)]} of somebody's own data: a file, which is train, or a folder with train, and validation
+    and test where they are there."""
+    if path is None:
+        raise ValueError("data of your own need --data-dir with a file or a folder")
+    path = Path(path)
+    if path.is_file():
+        if path.suffix not in READERS:
+            raise ValueError(f"{path} is none of {', '.join(READERS)}")
+        return {"train": read_files([path])}
+    if not path.is_dir():
+        raise ValueError(f"data folder {path} does not exist")
+    found = {split: next(filter(None, (files_of(path, name) for name in names)), [])
+             for split, names in ALSO.items()}
+    if not found["train"]:
+        raise ValueError(f"{path} has no {names_of('train')}")
+    return {split: read_files(files) for split, files in found.items() if files}
+
+
+def hold_out(splits):
+    """({split: rows}, {split: what it is}): where validation or test is missing, a tenth of train's different texts,
+    always the same ones, with all of their rows."""
+    missing = [split for split in ("validation", "test") if split not in splits]
+    texts = list(dict.fromkeys(text for text, _ in splits["train"]))
+    if len(texts) <= len(missing):
+        raise ValueError(f"{len(texts)} different texts to train on cannot be split into train, {', '.join(missing)}")
+    drawn = random.Random(0).sample(texts, len(missing) * max(1, len(texts) // 10))
+    place = {text: missing[i % len(missing)] for i, text in enumerate(drawn)}
+    rows = {"train": [], "validation": [], "test": [], **{s: r for s, r in splits.items() if s != "train"}}
+    for row in splits["train"]:
+        rows[place.get(row[0], "train")].append(row)
+    said = {"train": f"train without {' and '.join(missing)}" if missing else "train"}
+    return rows, {**said, **{split: "a tenth of train's texts" if split in missing else split
+                             for split in ("validation", "test")}}
+
+
+def text_of(row, column, where, empty=False):
+    """The text of a field: text as it is, a number or a truth as JSON writes it. ValueError for anything else."""
+    value = row.get(column)
+    if isinstance(value, float) and math.isfinite(value) and value.is_integer():
+        value = int(value)
+    if isinstance(value, (bool, int)) or isinstance(value, float) and math.isfinite(value):
+        row = {**row, column: json.dumps(value)}
+    return check_row(dict(row), (column,), where, empty)[column]
 
 
 def hub_rows(repo, patterns, revision=None):
@@ -87,6 +152,22 @@ def jsonl_rows(file):
         yield where, row
 
 
+def json_rows(file):
+    """A list of objects, which are counted. Some write an object a line into a .json."""
+    text = read_text(file)
+    if not text.lstrip().startswith("["):
+        yield from jsonl_rows(file)
+        return
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file}: not JSON ({e})") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}, item {number}: a JSON object is needed, not {type(row).__name__}")
+        yield f"{file}, item {number}", row
+
+
 def csv_rows(file):
     """The first line names the columns. It also says what stands between them: a comma, a tab, a semicolon or a |."""
     csv.field_size_limit(2**31 - 1)  # else a field may have 131,072 characters
@@ -115,8 +196,14 @@ def parquet_rows(file):
     import pyarrow
     import pyarrow.parquet
     try:
-        rows = pyarrow.parquet.read_table(file).to_pylist()
+        table = pyarrow.parquet.read_table(file)
+        if len(set(table.column_names)) < len(table.column_names):
+            raise ValueError("two columns have the same name")
+        rows = table.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as e:
         raise ValueError(f"{file} is damaged or no parquet file: {str(e).splitlines()[0]}") from None
     for number, row in enumerate(rows, 1):
         yield f"{file}, row {number}", row
+
+
+READERS = {".jsonl": jsonl_rows, ".json": json_rows, ".csv": csv_rows, ".tsv": csv_rows, ".parquet": parquet_rows}

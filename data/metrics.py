@@ -74,6 +74,12 @@ def nist(texts, references):
     return float(corpus_nist([[split(r).split() for r in group] for group in references], texts, 5))
 
 
+def same_text(texts, references):
+    """Share of the texts that are one of their references, but for spaces at the ends."""
+    return sum(text.strip() in [r.strip() for r in group] for text, group in zip(texts, references, strict=True)) / len(
+        texts)
+
+
 def rouge_l(texts, references):
     """Mean F1 of the longest common subsequence with the best reference (Lin 2004) by rouge-score, 0 to 1, no stems."""
     from rouge_score.rouge_scorer import RougeScorer

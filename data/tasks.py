@@ -23,7 +23,7 @@ class Write:
         self.tokenizer, self.context = tokenizer, context
 
     def encode(self, pairs):
-        """[(prompt, target)] -> [(ids, start)]: ids[start:] carry the loss."""
+        """[(prompt, target)] -> [(ids, start)]: ids[start:] carry the loss. None for a record that leaves no room."""
         tokenizer, context, examples, cut = self.tokenizer, self.context, [], 0
         prompts = tokenizer.encode_ordinary_batch([p + " ||" if p else "" for p, _ in pairs])
         # a text is encoded as a whole: some tokenizers put a space before whatever they are given
@@ -37,8 +37,8 @@ class Write:
                 raise ValueError("this tokenizer joins the end of a record with the text behind it, so that no "
                                  f"token is the first to predict: {pair[0][-30:]!r} || {pair[1][:30]!r}")
             if start >= context:
-                raise ValueError(f"a record of {start} tokens leaves no room for its text in a context of {context}: "
-                                 f"{tokenizer.decode(prompt)[:60]!r}…")
+                examples.append(None)
+                continue
             cut += len(ids) > context + 1
             examples.append((ids[:context + 1], start))
         return examples, cut

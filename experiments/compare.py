@@ -200,7 +200,7 @@ def loss_of(model, examples, task, device):
 def before(dataset, source, context, device):
     """(64 examples, task, loss of the base on them): the same for all runs from one base."""
     base = from_pretrained(source)
-    dataset = Dataset(dataset, None, source, base, context)
+    dataset = Dataset(dataset).encode(source, base, context)
     examples = dataset.examples["validation"][:64]
     return examples, dataset.task, loss_of(base, examples, dataset.task, device)
 

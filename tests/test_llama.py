@@ -693,7 +693,7 @@ def test_a_report_on_a_part_of_the_test_split(tmp_path, folder, capsys):
     total = len(data.load("restaurants")["test"])
     assert first["splits"]["test"] == f"test, 20 of {total} texts" and first["settings"]["test_texts"] == 20
     rows = data.load("restaurants")["test"]
-    chosen = Dataset("restaurants", None, folder, from_pretrained(folder), 256, 20)
+    chosen = Dataset("restaurants", None, 20).encode(folder, from_pretrained(folder), 256)
     assert len(chosen.pairs["test"]) == len(chosen.examples["test"]) == 20 != len(chosen.pairs["validation"])
     places = [rows.index(pair) for pair in chosen.pairs["test"]]
     assert places == sorted(places) and places[-1] > total / 2  # from all over the split

@@ -249,7 +249,7 @@ def test_cut_texts_are_counted_over_all_splits(base, monkeypatch):
         assert Write(tokenizer, context).encode([("a", "abc")])[1] == cut
     pairs = {"train": [("a", "abc " * 40)] * 3, "validation": [("a", "abc " * 40)], "test": [("a", "abc " * 40)] * 2}
     monkeypatch.setattr(data, "load", lambda *_: pairs)
-    assert data.Dataset("restaurants", None, base, from_pretrained(base), 32).cut == 6
+    assert data.Dataset("restaurants").encode(base, from_pretrained(base), 32).cut == 6
 
 
 def test_trained_parameters_are_counted(tmp_path, base):

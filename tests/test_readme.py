@@ -325,7 +325,7 @@ def test_a_new_dataset_is_a_file_and_its_name(tmp_path, small_roberta, monkeypat
     monkeypatch.setattr(data, "colours", module, raising=False)
     monkeypatch.setattr(data, "GENERATED", (*data.GENERATED, "colours"))
     monkeypatch.setattr(data, "DATASETS", (*data.DATASETS, "colours"))
-    monkeypatch.setattr(data, "load", lambda name, data_dir=None: module.load())
+    monkeypatch.setattr(data, "load", lambda name, data_dir=None, source=None: module.load())
     result = train.main(["--model", str(small_roberta), "--dataset", "colours", "--out", str(tmp_path), "--rank", "4",
                          "--epochs", "2"])
     assert result["metrics"]["merged"].keys() == {"loss", "accuracy"} and result["settings"]["batch_size"] == 32

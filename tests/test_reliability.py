@@ -220,10 +220,8 @@ def test_any_lines_of_jsonl(lines, base, tmp_path):
         assert "jsonl" in str(e) and "\n" not in str(e)
         return
     task = data.tasks.Write(tokenizers.load(base, 320), 64)
-    try:
-        examples, _ = task.encode(pairs["train"])
-    except ValueError as e:
-        assert "leaves no room" in str(e)
+    examples = [example for example in task.encode(pairs["train"])[0] if example]
+    if not examples:
         return
     idx, targets, _ = task.collate(examples)
     assert idx.shape == targets.shape and 0 <= idx.min() and idx.max() < 320

@@ -38,8 +38,8 @@ generated = functools.cache(data.load)
 
 def cut_down(monkeypatch, whole=False):
     """The splits cut down, and those of generators made once; unless `whole`, no text is decoded, no picture drawn."""
-    def load(name, data_dir=None, real=data.load):
-        splits = generated(name) if name in data.GENERATED and not data_dir else real(name, data_dir)
+    def load(name, data_dir=None, source=None, real=data.load):
+        splits = generated(name) if name in data.GENERATED and not data_dir else real(name, data_dir, source)
         return {split: pairs[:64 if split == "train" else 12] for split, pairs in splits.items()}
     monkeypatch.setattr(data, "load", load)
     if not whole:
