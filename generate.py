@@ -1,10 +1,13 @@
-"""Write with what was trained: the base and the adapter of a run folder, merged unless told otherwise.
+"""Write, or classify, with what was trained: the base and the adapter of a run folder, merged unless told otherwise.
 
     python generate.py out/<run> "name : The Mill | food : Italian | area : riverside"       streams to the terminal
+    python generate.py out/<run> "a text"          of a classifier: its label and the probabilities; two texts: "a || b"
     python generate.py out/<run> --dataset e2e --data-dir FOLDER --beams 10 --length-penalty .9
                                                    a whole split, with BLEU, NIST, ROUGE-L against all references
 """
 import json
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -17,6 +20,7 @@ from checkpoints.files import read_json, write
 from checkpoints.pretrained import from_pretrained, locate
 from checkpoints.weights import fingerprint_weights
 from data import metrics
+from data.tasks import Label
 from evaluation import decoding
 from methods import METHODS
 from settings import Parser, base_dtype, command, pick_device
@@ -24,14 +28,14 @@ from settings import Parser, base_dtype, command, pick_device
 NONE = type(None)  # of full fine-tuning, or not given
 SETTINGS = dict(model=[str], method=[str], dataset=[str], base_weights=[str], rs=[bool], rank=[int, NONE],
                 alpha=[float, int, NONE], dropout=[float, int, NONE], targets=[str, NONE], data_dir=[str, NONE],
-                init_from=[str, NONE], steps=[int])
+                init_from=[str, NONE], steps=[int], context=[int])
 
 
 def parse(argv):
     """Flags -> a namespace; ValueError for what does not fit together."""
     parser = Parser("generate.py", __doc__, files=False)
     parser.add_argument("run", type=Path, help="a run folder of train.py")
-    parser.add_argument("texts", nargs="*", help="records, or beginnings where the run learned plain text")
+    parser.add_argument("texts", nargs="*", help="records, beginnings of plain texts, or texts to classify")
     add = parser.add_argument_group("instead of texts").add_argument
     add("--dataset", help="write for every record of a split (that of the run)")
     add("--split", choices=("train", "validation", "test"), help="(test)")
@@ -88,7 +92,8 @@ def load_run(folder, unmerged=False, cut=None, base=None, dtype=torch.float32):
     the method's own layers with the weights that the run kept. base: where the base is, if it has moved. ValueError for
     a folder without a finished run.
     """
-    settings = read_json(folder / "result.json").get("settings")
+    result = read_json(folder / "result.json")
+    settings = result.get("settings")
     if not isinstance(settings, dict):
         raise ValueError(f"{folder / 'result.json'} holds no settings of a run")
     for name, kinds in SETTINGS.items():
@@ -103,8 +108,10 @@ def load_run(folder, unmerged=False, cut=None, base=None, dtype=torch.float32):
     lacking += [name for name in method.flags if name not in settings]
     if method.adapter and lacking and not settings.get("init_from"):
         raise ValueError(f"{folder / 'result.json'}: a run of {settings['method']} needs {lacking[0]}")
-    if data.about(settings["dataset"], "LABELS"):
-        raise ValueError(f"{folder} classifies {settings['dataset']}: it writes no texts")
+    labels = result.get("labels") or []
+    if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels) or bool(labels) != bool(
+            data.about(settings["dataset"], "LABELS")):
+        raise ValueError(f"{folder / 'result.json'}: labels {labels!r} are no labels of a run")
     if unmerged and settings.get("merge_at"):
         raise ValueError(f"{folder} was merged while it trained (merge_at {settings['merge_at']}) by an older version: "
                          "only the merged adapter is left, drop --unmerged")
@@ -116,7 +123,8 @@ def load_run(folder, unmerged=False, cut=None, base=None, dtype=torch.float32):
         raise ValueError(f"{e}" if base else f"{e}; if the base has moved, --model gives its new place") from None
     if fingerprint_weights(source) != settings["base_weights"]:
         raise ValueError(f"{source} has other weights than those that {folder} was trained on")
-    model = from_pretrained(source, dtype=torch.float32 if method.trains_base else dtype)
+    with redirect_stdout(StringIO()):  # a head that the base lacks comes with the run
+        model = from_pretrained(source, labels=labels, dtype=torch.float32 if method.trains_base else dtype)
     if method.adapter and not unmerged and cut is None:
         adapters.load_adapter(model, folder)
         lora.merge(model)
@@ -177,6 +185,19 @@ def write_many(model, tokenizer, records, args, dataset):
     return [texts[i] for i in range(len(records))]
 
 
+def classify(model, tokenizer, texts, context, args):
+    """Print the label of each text, or of two texts with || between them, and the probabilities; of a regression the
+    number."""
+    task = Label(tokenizer, context, len(model.labels))
+    examples, _ = task.encode([(text.split(" || ", 1), 0) for text in texts])
+    for text, example in zip(texts, examples, strict=True):
+        with args.amp:
+            logits = model(task.collate([example])[0].to(args.device))[0][0].float()  # (L,)
+        said = f"{logits.item():.4f}" if len(logits) == 1 else model.labels[logits.argmax()] + "  (" + ", ".join(
+            f"{name} {p:.4f}" for name, p in zip(model.labels, logits.softmax(0).tolist(), strict=True)) + ")"
+        print(f"{text}\n  -> {said}" if len(texts) > 1 else said)
+
+
 def judge(dataset, records, texts, references):
     """{metric: value}: the dataset's own, and where a record has references those of machine translation."""
     scorer = data.about(dataset, "score", None)
@@ -191,13 +212,23 @@ def judge(dataset, records, texts, references):
 def generate(args):
     """From flags to texts; returns the metrics of a split, else None."""
     model, settings, source = load_run(args.run, args.unmerged, args.cut, args.model, base_dtype(args.dtype))
+    if model.classifier:
+        if not args.texts:
+            raise ValueError(f"{args.run} is a classifier: give it texts")
+        tokenizer = tokenizers.for_model(source, model.config)
+        classify(model.to(args.device), tokenizer, args.texts, settings["context"], args)
+        return None
     dataset = args.dataset or settings["dataset"]
     if dataset not in data.DATASETS or data.about(dataset, "LABELS"):
         raise ValueError(f"--dataset {dataset} is not one of texts to write: choose "
                          + ", ".join(name for name in data.DATASETS if not data.about(name, "LABELS")))
+    if dataset == settings["dataset"]:  # read as the run read it
+        of_run = data.module(dataset, settings.get("columns"), settings.get("metric"))
+    else:
+        of_run = data.module(dataset)
     model.to(args.device)
     tokenizer = tokenizers.for_model(source, model.config)
-    args.max_new = args.max_new or data.about(dataset, "MAX_NEW", 96)
+    args.max_new = args.max_new or data.about(of_run, "MAX_NEW", 96)
     if args.texts:
         for text in args.texts:
             with args.amp:  # the adapter was merged outside of it
@@ -207,7 +238,7 @@ def generate(args):
         raise ValueError(f"{dataset} has no records to write for: give the beginnings of texts")
     of = {}  # record -> its references
     where = args.data_dir or (settings.get("data_dir") if dataset == settings["dataset"] else None)
-    for record, text in data.load(dataset, where)[args.split]:
+    for record, text in data.load(dataset, where, of_run)[args.split]:
         of.setdefault(record, []).append(text)
     records = list(of)[:args.first]
     with args.amp:
@@ -217,7 +248,7 @@ def generate(args):
     write(args.out, lambda part: part.write_text("".join(rows), encoding="utf-8"))
     for record, text in list(zip(records, texts, strict=True))[:3]:
         print(f"{record}\n  -> {text}")
-    scores = judge(dataset, records, texts, references)
+    scores = judge(of_run, records, texts, references)
     sizes = f"{len(records)} records, {sum(map(len, references))} references"
     print(f"\n{dataset} ({args.split}): {sizes}; texts in {args.out}")
     print("".join(f"{name:>10}" for name in scores))

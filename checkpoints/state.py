@@ -90,7 +90,8 @@ FREE = "model", "data_dir", "init_from", "save_merged", "compile", "checkpoint_a
 
 def difference(before, now, free=FREE):
     """In words, how the settings of a run differ from those that it began with; None if they do not."""
-    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key) and key not in free]
+    keys = [key for key in sorted(before.keys() | now.keys()) if key not in free
+            and (before.get(key) or None) != (now.get(key) or None)]  # an older version had fewer flags
     changed = {"base_weights": f"the model {now.get('model')} has other weights than it began with",
                "base_files": f"the model {now.get('model')} has another config.json or tokenizer than it began with",
                "data": f"the data of {now.get('dataset')} have changed since it began",

@@ -196,10 +196,10 @@ def parquet_rows(file):
     import pyarrow
     import pyarrow.parquet
     try:
-        table = pyarrow.parquet.read_table(file)
-        if len(set(table.column_names)) < len(table.column_names):
+        columns = pyarrow.parquet.read_schema(file).names
+        if len(set(columns)) < len(columns):
             raise ValueError("two columns have the same name")
-        rows = table.to_pylist()
+        rows = pyarrow.parquet.read_table(file).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as e:
         raise ValueError(f"{file} is damaged or no parquet file: {str(e).splitlines()[0]}") from None
     for number, row in enumerate(rows, 1):

@@ -241,7 +241,7 @@ def test_a_setting_that_is_missing_or_of_another_kind(tmp_path, base, capsys):
 
 
 def test_folders_that_are_no_run(run, tmp_path, base, capsys, small_roberta):
-    """Nothing there, no finished run, a damaged one, a classifier, a base that has changed since."""
+    """Nothing there, no finished run, a damaged one, a classifier without texts, a base that has changed since."""
     assert "result.json does not exist" in refused(capsys, tmp_path, RECORD)
     (tmp_path / "result.json").write_text("{}")
     assert "holds no settings of a run" in refused(capsys, tmp_path, RECORD)
@@ -253,7 +253,10 @@ def test_folders_that_are_no_run(run, tmp_path, base, capsys, small_roberta):
     assert "resume.safetensors does not exist" in refused(capsys, tmp_path / "run", RECORD, "--unmerged")
     flags = command(small_roberta, tmp_path / "label", "--dataset", "reviews")
     train.main(flags)
-    assert "classifies reviews: it writes no texts" in refused(capsys, tmp_path / "label", RECORD)
+    assert "is a classifier: give it texts" in refused(capsys, tmp_path / "label")
+    said = json.loads((tmp_path / "label/result.json").read_text())
+    (tmp_path / "label/result.json").write_text(json.dumps({**said, "labels": [1]}))
+    assert "labels [1] are no labels of a run" in refused(capsys, tmp_path / "label", "a text")
     shutil.copytree(base, tmp_path / "base")
     train.main(command(tmp_path / "base", tmp_path / "other"))
     model = from_pretrained(base)
