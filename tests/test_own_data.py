@@ -3,11 +3,14 @@ import csv
 import json
 import math
 import random
+import re
+import shlex
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from conftest import ROOT
 
 import data
 import generate
@@ -283,3 +286,19 @@ def test_flags_that_do_not_fit_are_a_line(tmp_path, capsys, flags, message):
         train.main([*flags, "--out", str(tmp_path / "out")])
     said = capsys.readouterr().err.strip().splitlines()
     assert e.value.code == 2 and len(said) == 1 and message in said[0] and not (tmp_path / "out").exists()
+
+
+def test_the_page_on_own_data_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    """Its files and its commands, with few steps."""
+    page = (ROOT / "data/README.md").read_text()
+    for name, text in re.findall(r"^`(\S+)`:\n\n```\w+\n(.*?)```", page, re.MULTILINE | re.DOTALL):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "book.txt").write_text("It was the best of times , it was the worst of times . " * 99)
+    monkeypatch.chdir(tmp_path)
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    assert len(commands) == 6
+    for command in commands:
+        _, script, *flags = shlex.split(command)
+        (train if script == "train.py" else generate).main([*flags, *["--steps", "2"] * (script == "train.py"), *(
+            ["--max-new", "3"] if "capitals" in command and script == "generate.py" else [])])
+    assert capsys.readouterr().out.count("everything is in") == 3
