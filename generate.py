@@ -204,8 +204,13 @@ def judge(dataset, records, texts, references):
     pairs = [(record, group[0]) for record, group in zip(records, references, strict=True)]
     scores = scorer(pairs, texts) if scorer else {}
     if not data.about(dataset, "METRICS"):
-        scores.update(BLEU=metrics.bleu(texts, references), NIST=metrics.nist(texts, references),
-                     ROUGE_L=metrics.rouge_l(texts, references))
+        found = {"BLEU": metrics.bleu, "NIST": metrics.nist, "ROUGE_L": metrics.rouge_l, "CIDEr": metrics.cider,
+                 "METEOR": metrics.meteor}
+        found = {name: measure(texts, references) for name, measure in found.items()}
+        scores.update({name: value for name, value in found.items() if value is not None})
+        for name, lack in (("CIDEr", "pip install pycocoevalcap"), ("METEOR", "python -m nltk.downloader wordnet")):
+            if found[name] is None:
+                print(f"note     {name} is left out: {lack}")
     return scores
 
 

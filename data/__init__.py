@@ -14,24 +14,26 @@ import importlib
 import random
 
 from checkpoints import tokenizers
-from data import glue
+from data import glue, sets
 from data.labels import Labels
 from data.pairs import Pairs
 from data.tasks import Label, Mask, Write
 
 GENERATED = "restaurants", "reviews", "world", "opinions", "stdlib"  # load() needs no files
-FROM_FILES = "pairs", "labels", "e2e", "gsm8k", "text", *(f"glue/{name}" for name in glue.TASKS)
+FROM_FILES = "pairs", "labels", "e2e", "gsm8k", "text", *sets.SETS, *(f"glue/{name}" for name in glue.TASKS)
 DATASETS = *GENERATED, *FROM_FILES
 
 
 def module(name, columns=None, metric=None, regression=False):
     """The file of a dataset, imported when it is needed, or an object with the same names in it: a GLUE task, or data
-    of one's own, read as the flags say."""
+    of one's own, read as the flags say, or a row of sets.py."""
     family, _, task = name.partition("/")
     if name == "pairs":
         return Pairs(columns, metric)
     if name == "labels":
         return Labels(columns, regression)
+    if name in sets.SETS:
+        return sets.SETS[name]
     return glue.TASKS[task] if task else importlib.import_module(f"data.{family}")
 
 

@@ -52,26 +52,80 @@ def perplexity(loss):
     return math.exp(min(loss, 700))  # e^709 is the last that a float holds
 
 
-# Generated texts, each beside a list of references. METEOR and CIDEr, which E2E also reports, are left out: the
-# official ones need Java or data from the network, and other versions give other numbers.
+# Generated texts, each beside a list of references.
+
+def grouped(splits):
+    """{prompt: all its targets} of {split: [(prompt, target)]}"""
+    of = {}
+    for prompt, target in (pair for pairs in splits.values() for pair in pairs):
+        of.setdefault(prompt, []).append(target)
+    return of
+
+
+def beside(pairs, texts, of):
+    """(texts, references): the first text of each prompt, and all targets `of` it."""
+    first = {}
+    for (prompt, _), text in zip(pairs, texts, strict=True):
+        first.setdefault(prompt, text)
+    return list(first.values()), [of[prompt] for prompt in first]
+
+
+def streams(references):
+    """As sacrebleu wants them: the first reference of each text, the second of each, …; None where there is none."""
+    return [[group[i] if i < len(group) else None for group in references] for i in range(max(map(len, references)))]
+
 
 def bleu(texts, references):
     """BLEU-4 of the corpus by sacrebleu (Post 2018, arXiv:1804.08771), 0 to 100, tokenised by 13a, case kept."""
     import sacrebleu
-    most = max(map(len, references))
-    streams = [[group[i] if i < len(group) else None for group in references] for i in range(most)]
-    return sacrebleu.corpus_bleu(texts, streams, force=True).score  # force: our texts are tokenised, do not warn
+    # force: our texts are tokenised, do not warn
+    return sacrebleu.corpus_bleu(texts, streams(references), force=True).score
+
+
+def ter(texts, references):
+    """Translation edit rate of the corpus by sacrebleu (Snover et al. 2006): edits in percent of the words of a
+    reference, 0 is perfect."""
+    import sacrebleu
+    return sacrebleu.corpus_ter(texts, streams(references)).score
+
+
+def words(text):
+    """A text as BLEU's 13a splits it."""
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+    return Tokenizer13a()(text).split()
 
 
 def nist(texts, references):
     """NIST-5 of the corpus by nltk (Doddington 2002), 0 for nothing in common, tokenised as for BLEU."""
     from nltk.translate.nist_score import corpus_nist
-    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-    split = Tokenizer13a()
-    texts = [split(text).split() for text in texts]
+    texts = [words(text) for text in texts]
     if not any(len(text) >= 5 for text in texts):
         return 0.0  # nltk divides by the number of 5-grams
-    return float(corpus_nist([[split(r).split() for r in group] for group in references], texts, 5))
+    return float(corpus_nist([[words(r) for r in group] for group in references], texts, 5))
+
+
+def cider(texts, references):
+    """CIDEr of the corpus (Vedantam et al. 2015, arXiv:1411.5726) by pycocoevalcap, 0 to 10, split and lower-cased as
+    for BLEU's 13a: E2E's own script splits nearly so. None where pycocoevalcap is not installed, which is optional."""
+    try:
+        from pycocoevalcap.cider.cider import Cider
+    except ImportError:
+        return None
+    told = {i: [" ".join(words(text)).lower()] for i, text in enumerate(texts)}
+    asked = {i: [" ".join(words(text)).lower() for text in group] for i, group in enumerate(references)}
+    return float(Cider().compute_score(asked, told)[0])
+
+
+def meteor(texts, references):
+    """Mean METEOR (Banerjee and Lavie 2005) with the best reference, by nltk, 0 to 1. None where nltk has no WordNet,
+    for synonyms. The official one is in Java and gives other numbers."""
+    from nltk.translate.meteor_score import meteor_score
+    try:
+        scores = [meteor_score([words(r) for r in group], words(text))
+                  for text, group in zip(texts, references, strict=True)]
+    except LookupError:
+        return None
+    return sum(scores) / len(scores)
 
 
 def same_text(texts, references):
@@ -86,6 +140,15 @@ def rouge_l(texts, references):
     scorer = RougeScorer(["rougeL"])
     scores = [scorer.score_multi(group, text)["rougeL"].fmeasure for text, group in zip(texts, references, strict=True)]
     return sum(scores) / len(scores)
+
+
+def rouge(texts, references):
+    """Mean F1 of ROUGE-1, -2 and -L with the best reference by rouge-score, 0 to 1, with stems, as for summaries."""
+    from rouge_score.rouge_scorer import RougeScorer
+    names = "rouge1", "rouge2", "rougeL"
+    scorer = RougeScorer(names, use_stemmer=True)
+    scores = [scorer.score_multi(group, text) for text, group in zip(texts, references, strict=True)]
+    return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
 
 
 METRICS = {f.__name__: f for f in (accuracy, f1, matthews, pearson, spearman)}  # of labels

@@ -27,6 +27,7 @@ class Pairs:
         rows = {split: [self.row(row, where) for where, row in table] for split, table in
                 files.own_rows(data_dir).items()}
         rows, self.SPLITS = files.hold_out(rows)
+        self.completions = metrics.grouped(rows)
         return rows
 
     def row(self, row, where):
@@ -46,11 +47,8 @@ class Pairs:
 
     def judge(self, pairs, texts):
         """{metric: value}; a text is judged by all completions of its prompt."""
-        references = {}
-        for prompt, completion in pairs:
-            references.setdefault(prompt, []).append(completion)
         name, measure = METRICS[self.metric]
-        return {name: measure(texts, [references[prompt] for prompt, _ in pairs])}
+        return {name: measure(*metrics.beside(pairs, texts, self.completions))}
 
 
 def turns(messages, where):

@@ -83,7 +83,7 @@ def test_a_split_is_written_scored_and_kept(run, capsys, monkeypatch):
     monkeypatch.setattr(data, "load", load)
     one, out = written(capsys, folder, "--batch-size", "1", "--max-new", "9", "--out", folder / "one.jsonl")
     many, _ = written(capsys, folder, "--batch-size", "5", "--max-new", "9")
-    assert one == many and set(one) == {"slots", "names", "BLEU", "NIST", "ROUGE_L"}
+    assert one == many and {"slots", "names", "BLEU", "NIST", "ROUGE_L"} <= set(one)
     rows = [json.loads(line) for line in open(folder / "predictions-test.jsonl")]
     assert rows == [json.loads(line) for line in open(folder / "one.jsonl")]
     test = load("restaurants")["test"]

@@ -1,0 +1,174 @@
+"""The papers' sets that are nothing but prompt, completion and a metric, a row of a table each.
+
+    svamp        word problems, a number (Patel et al. 2021, arXiv:2103.07191)
+    mathqa       word problems, one of five letters (Amini et al. 2019, arXiv:1905.13319)
+    metamathqa   worked solutions, tested on GSM8K (Yu et al. 2023, arXiv:2309.12284)
+    webnlg       triples and sentences that say them (Gardent et al. 2017, WebNLG challenge)
+    xsum         an article and its summary in one sentence (Narayan et al. 2018, arXiv:1808.08745)
+
+From the Hugging Face hub, or with --data-dir from a folder with the splits and the hub's columns. Where a set has no
+validation split, a tenth of train, at most 500 rows, is held out.
+"""
+import random
+import re
+from dataclasses import dataclass, field
+
+from data import files, metrics
+from data.gsm8k import final_number
+
+PARQUET = "refs/convert/parquet"  # where the hub keeps the conversion of a set that is a script
+
+
+@dataclass
+class Set:
+    """Stands in for a dataset's file, hence the capitals."""
+    HUB: str
+    FILES: dict  # {split: its files there}
+    rows: object  # (row, where) -> [(prompt, target)]
+    judge: object  # (texts, their references) -> {metric: value}
+    METRICS: tuple = ()
+    MAX_NEW: int = 96
+    REVISION: str = None
+    SPLITS: dict = field(default_factory=dict)
+
+    def tables(self, data_dir):
+        """{split: [(where, row)]}"""
+        if data_dir is None:
+            return files.hub_rows(self.HUB, self.FILES, self.REVISION)
+        return {split: files.read_rows(data_dir, split) for split in self.FILES}
+
+    def load(self, data_dir=None):
+        """{split: [(prompt, target)]}; ValueError, with file and line, for a row that is not as the hub's."""
+        found = {split: [pair for where, row in table for pair in self.rows(row, where)]
+                 for split, table in self.tables(data_dir).items()}
+        self.SPLITS = {split: split for split in ("train", "validation", "test")}
+        if "validation" not in found:
+            train = found["train"]
+            held = set(random.Random(0).sample(range(len(train)), min(500, max(1, len(train) // 10))))
+            found = {"train": [row for i, row in enumerate(train) if i not in held],
+                     "validation": [train[i] for i in sorted(held)], "test": found["test"]}
+            self.SPLITS.update(train=f"train without {len(held)} rows", validation=f"{len(held)} rows of train")
+        self.targets = metrics.grouped(found)
+        return found
+
+    def score(self, pairs, texts):
+        """{metric: value}; a text is judged by all targets of its prompt."""
+        return self.judge(*metrics.beside(pairs, texts, self.targets))
+
+
+def svamp(row, where):
+    files.check_row(row, ("Body", "Question"), where)
+    number = last_number(files.text_of(row, "Answer", where))
+    if number is None:
+        raise ValueError(f"{where}: Answer must be a number, not {row['Answer']!r}")
+    end = "" if row["Body"].rstrip()[-1] in ".,!?" else "."
+    return [(f"{row['Body'].rstrip()}{end} {row['Question']}", f"{number:g}")]
+
+
+def mathqa(row, where):
+    files.check_row(row, ("Problem", "options", "correct"), where)
+    if row["correct"].strip() not in tuple("abcde"):
+        raise ValueError(f"{where}: correct must be a letter of a to e, not {row['correct']!r}")
+    return [(f"{row['Problem']} {row['options']}", row["correct"].strip())]
+
+
+def metamathqa(row, where):
+    """Of train; the rows of test are GSM8K's."""
+    columns = ("question", "answer") if "answer" in row else ("query", "response")
+    return [tuple(files.check_row(row, columns, where)[c] for c in columns)]
+
+
+def webnlg(row, where):
+    """One pair for each reference; in train a row has one, its target."""
+    triples, references = row.get("input"), row.get("references") or [row.get("target")]
+    for name, texts in (("input", triples), ("references", references)):
+        if not isinstance(texts, list) or not texts:
+            raise ValueError(f"{where}: {name} must be a list of texts, not {texts!r}")
+        for text in texts:
+            files.check_row({name: text}, (name,), where)
+    return [(" && ".join(triples), text) for text in references]
+
+
+def xsum(row, where):
+    files.check_row(row, ("document", "summary"), where)
+    return [(row["document"], row["summary"])]
+
+
+def last_number(text):
+    """The last number of a text, or None: "1,200 apples" is 1200.0."""
+    numbers = re.findall(r"-?(?:\d[\d,]*)?\.?\d+", text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def solution(text):
+    """The number of a solution: that after the last "The answer is", or "####"."""
+    said = re.findall(r"The answer is:?\s*\$?(-?[\d,]*\.?\d+)", text)
+    return float(said[-1].replace(",", "")) if said else final_number(text)
+
+
+def letter(text):
+    found = re.search(r"\b[a-e]\b", text)
+    return found and found[0]
+
+
+def exact(read):
+    """A judge: the share of texts out of which `read` takes the same as out of a target."""
+    def judge(texts, references):
+        right = [read(text) in map(read, group) for text, group in zip(texts, references, strict=True)]
+        return {"exact_match": sum(right) / len(right)}
+    return judge
+
+
+def translated(texts, references):
+    """BLEU and TER of WebNLG's challenge."""
+    return {"bleu": metrics.bleu(texts, references), "ter": metrics.ter(texts, references)}
+
+
+class MetaMathQA(Set):
+    """Trained on its own rows, tested on GSM8K's."""
+
+    def tables(self, data_dir):
+        if data_dir is not None:
+            return {split: files.read_rows(data_dir, split) for split in ("train", "test")}
+        return {**super().tables(None), **files.hub_rows("openai/gsm8k", {"test": "main/test-*.parquet"})}
+
+
+class WebNLG(Set):
+    """Its test split has categories that train has not: their scores stand beside those of all."""
+
+    def tables(self, data_dir):
+        tables = super().tables(data_dir)
+        seen = {row.get("category") for _, row in tables["train"]}
+        self.unseen = {self.rows(row, where)[0][0] for where, row in tables["test"] if row.get("category") not in seen}
+        return tables
+
+    def score(self, pairs, texts):
+        """Of all, and of seen and unseen categories where there are both."""
+        found = super().score(pairs, texts)
+        for name, wanted in (("seen", False), ("unseen", True)):
+            part = [i for i, (prompt, _) in enumerate(pairs) if (prompt in self.unseen) == wanted]
+            if 0 < len(part) < len(pairs):
+                scores = super().score([pairs[i] for i in part], [texts[i] for i in part])
+                found.update({f"{metric} ({name})": value for metric, value in scores.items()})
+        return found
+
+
+NAMES = "train", "validation", "test"
+SETS = {
+    "svamp": Set("ChilleD/SVAMP", {s: f"data/{s}-*.parquet" for s in ("train", "test")}, svamp, exact(last_number),
+                 ("exact_match",), 16),
+    "mathqa": Set("regisss/math_qa", {s: f"data/{s}-*.parquet" for s in NAMES}, mathqa, exact(letter),
+                  ("exact_match",), 8),
+    "metamathqa": MetaMathQA("meta-math/MetaMathQA", {"train": "default/train/*.parquet"}, metamathqa,
+                             exact(solution), ("exact_match",), 256, PARQUET),
+    "webnlg": WebNLG("GEM/web_nlg", {s: f"en/{s}/*.parquet" for s in NAMES}, webnlg, translated, (), 96, PARQUET),
+    "xsum": Set("EdinburghNLP/xsum", {s: f"default/{s}/*.parquet" for s in NAMES}, xsum, metrics.rouge, (), 64,
+                PARQUET),
+}
+
+
+if __name__ == "__main__":
+    import sys
+
+    for split, pairs in SETS[sys.argv[1]].load(*sys.argv[2:]).items():
+        print(f"{split:10} {len(pairs):6} pairs; {pairs[0]}")

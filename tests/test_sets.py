@@ -1,0 +1,138 @@
+"""The papers' sets: rows as the hub has them, and scores as the reference implementations give them."""
+import json
+import os
+import random
+
+import pytest
+
+import data
+from data import metrics, sets
+
+REAL = os.environ.get("REAL_DATA")
+ROWS = {  # one row of each split, as the hub's
+    "svamp": [{"ID": "chal-1", "Body": "Dan has 8 pens and lost 2 pens.", "Question": "How many has he?",
+               "Equation": "( 8.0 - 2.0 )", "Answer": "6.0", "Type": "Subtraction"}],
+    "mathqa": [{"Problem": "a train runs 100 m in 5 s . its speed ?", "Rationale": "100 / 5 = 20", "correct": "c",
+                "options": "a ) 5 , b ) 10 , c ) 20 , d ) 50 , e ) none", "annotated_formula": "divide(100, 5)",
+                "linear_formula": "divide(n0,n1)|", "category": "physics"}],
+    "metamathqa": [{"type": "GSM_Rephrased", "query": "What is 2 + 2?", "original_question": "What is 2 + 2?",
+                    "response": "2 + 2 = 4.\n#### 4\nThe answer is: 4"}],
+    "webnlg": [{"input": ["A | capital | B", "B | country | C"], "target": "B, in C, is the capital of A.",
+                "references": [], "category": "City", "webnlg_id": "train/City/1"}],
+    "xsum": [{"document": "A long article. It goes on.", "summary": "An article.", "id": "1"}]}
+PAIR = {"svamp": ("Dan has 8 pens and lost 2 pens. How many has he?", "6"),
+        "mathqa": ("a train runs 100 m in 5 s . its speed ? a ) 5 , b ) 10 , c ) 20 , d ) 50 , e ) none", "c"),
+        "metamathqa": ("What is 2 + 2?", "2 + 2 = 4.\n#### 4\nThe answer is: 4"),
+        "webnlg": ("A | capital | B && B | country | C", "B, in C, is the capital of A."),
+        "xsum": ("A long article. It goes on.", "An article.")}
+# texts, and how many of them are right
+TEXTS = {"svamp": (["6", "It is 6.0 .", "1 or 7", "none"], 2), "mathqa": (["c", "c ) 20", "a", "20"], 2),
+         "metamathqa": (["So #### 4", "The answer is: 4.0", "The answer is: $5", "4"], 2)}
+
+
+def folder(tmp_path, name, rows):
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", sets.SETS)
+def test_a_row_of_the_hub_is_a_prompt_and_its_target(tmp_path, name):
+    """Ten rows a split; where the hub has no validation split a tenth of train is held out, and the splits say so."""
+    found = data.load(name, folder(tmp_path, name, ROWS[name] * 10))
+    assert found["test"] == [PAIR[name]] * 10
+    own = "validation" in sets.SETS[name].FILES
+    assert [len(found[split]) for split in ("train", "validation")] == ([10, 10] if own else [9, 1])
+    assert data.about(name, "SPLITS")["validation"] == ("validation" if own else "1 rows of train")
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_right_answer_is_the_number_or_the_letter_that_it_ends_with(tmp_path, name):
+    data.load(name, folder(tmp_path, name, ROWS[name] * 10))
+    texts, right = TEXTS[name]
+    for text, expected in zip(texts, [1.0] * right + [0.0] * (len(texts) - right), strict=True):
+        assert data.module(name).score([PAIR[name]], [text]) == {"exact_match": expected}, text
+
+
+def test_metamathqa_is_tested_on_gsm8k(tmp_path):
+    folder(tmp_path, "metamathqa", ROWS["metamathqa"] * 10)
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "1 + 1 ?", "answer": "1 + 1 = 2\n#### 2"}))
+    found = data.load("metamathqa", tmp_path)
+    assert found["test"] == [("1 + 1 ?", "1 + 1 = 2\n#### 2")]
+    assert data.module("metamathqa").score(found["test"], ["... The answer is: 2"]) == {"exact_match": 1.0}
+
+
+def test_webnlg_is_judged_by_all_references_and_by_category(tmp_path):
+    """A record with several references is one record; scores of seen and unseen categories are those of their parts."""
+    folder(tmp_path, "webnlg", ROWS["webnlg"] * 3)
+    test = [{"input": [f"A{i} | capital | B"], "target": "x", "category": "City" if i % 2 else "Airport",
+             "references": [f"B is the capital of A{i} .", f"the capital of A{i} is B ."]} for i in range(6)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in test))
+    pairs = data.load("webnlg", tmp_path)["test"]
+    assert len(pairs) == 12
+    texts = [f"the capital of A{i // 2} is {'B' if i % 3 else 'C'} ." for i in range(12)]
+    found = data.module("webnlg").score(pairs, texts)
+    references = [row["references"] for row in test]
+    assert found["bleu"] == metrics.bleu(texts[::2], references) and found["ter"] == metrics.ter(texts[::2], references)
+    for name, part in (("unseen", slice(0, None, 2)), ("seen", slice(1, None, 2))):
+        assert found[f"bleu ({name})"] == metrics.bleu(texts[::2][part], references[part])
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("svamp", {"Answer": "six"}, "line 1: Answer must be a number, not 'six'"),
+    ("svamp", {"Body": ""}, "line 1: Body must be text"),
+    ("mathqa", {"correct": "f"}, "line 1: correct must be a letter"),
+    ("webnlg", {"input": "A | b | C"}, "line 1: input must be a list of texts"),
+    ("webnlg", {"target": None}, "line 1: references must be text, not None"),
+    ("xsum", {"summary": None}, "line 1: summary must be text"),
+    ("metamathqa", {"query": 3}, "line 1: query must be text")])
+def test_a_bad_row_is_named(tmp_path, name, change, message):
+    with pytest.raises(ValueError, match=message):
+        data.load(name, folder(tmp_path, name, [{**ROWS[name][0], **change}] * 3))
+
+
+@pytest.mark.skipif(not REAL, reason="REAL_DATA: a folder with svamp/ and webnlg/")
+def test_the_real_sets(tmp_path):
+    """As released: SVAMP's 700 and 300, WebNLG's references."""
+    found = data.load("svamp", f"{REAL}/svamp")
+    assert [len(found[split]) for split in ("train", "validation", "test")] == [630, 70, 300]
+    assert all(float(target) >= 0 for _, target in found["test"])
+    found = data.load("webnlg", f"{REAL}/webnlg")
+    assert len(found["train"]) == 1702 and len({prompt for prompt, _ in found["test"]}) <= 108 < len(found["test"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+def words(seed, n):
+    rng = random.Random(seed)
+    return [" ".join(rng.choice("the a cat dog sat on mat hat and red".split()) for _ in range(rng.randint(4, 12)))
+            for _ in range(n)]
+
+
+def test_scores_are_those_of_the_reference_implementations():
+    """Of a prediction file with one to three references each."""
+    texts, many = words(0, 30), [words(i, 3)[:1 + i % 3] for i in range(30)]
+    import sacrebleu
+    padded = [[group[i] if i < len(group) else None for group in many] for i in range(3)]
+    assert metrics.ter(texts, many) == pytest.approx(sacrebleu.TER().corpus_score(texts, padded).score, abs=1e-3)
+    from rouge_score import rouge_scorer
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    best = [[max((scorer.score(r, text)[name] for r in group), key=lambda s: s.fmeasure).fmeasure for name in
+             ("rouge1", "rouge2", "rougeL")] for text, group in zip(texts, many, strict=True)]
+    means = [sum(column) / 30 for column in zip(*best, strict=True)]
+    assert list(metrics.rouge(texts, many).values()) == pytest.approx(means, abs=1e-3)
+    Cider = pytest.importorskip("pycocoevalcap.cider.cider").Cider
+    expected, _ = Cider().compute_score(dict(enumerate(many)), {i: [text] for i, text in enumerate(texts)})
+    assert metrics.cider(texts, many) == pytest.approx(expected, abs=1e-3) and expected > 0
+
+
+def test_a_score_that_is_not_at_hand_is_named(monkeypatch, capsys):
+    """CIDEr without pycocoevalcap, METEOR without WordNet: a line each, no number."""
+    import generate
+    monkeypatch.setattr(metrics, "cider", lambda *_: None)
+    monkeypatch.setattr(metrics, "meteor", lambda *_: None)
+    scores = generate.judge("e2e", ["r"], ["a b c d e"], [["a b c d e"]])
+    said = capsys.readouterr().out
+    assert scores.keys() == {"BLEU", "NIST", "ROUGE_L"}
+    assert "CIDEr is left out: pip install pycocoevalcap" in said and "METEOR is left out" in said
