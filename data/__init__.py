@@ -22,6 +22,7 @@ from data.tasks import Label, Mask, Write
 GENERATED = "restaurants", "reviews", "world", "opinions", "stdlib"  # load() needs no files
 FROM_FILES = "pairs", "labels", "e2e", "gsm8k", "text", *sets.SETS, *(f"glue/{name}" for name in glue.TASKS)
 DATASETS = *GENERATED, *FROM_FILES
+BLOCK = 10000  # texts encoded at a time: what is in between of 400,000 texts would take half a gigabyte
 
 
 def module(name, columns=None, metric=None, regression=False):
@@ -96,7 +97,11 @@ class Dataset:
         self.tokenizer, self.task = task(self.name, folder, model, context, self.module)
         self.examples, self.cut = {}, 0
         for split, pairs in self.pairs.items():
-            examples, cut = self.task.encode(pairs)
+            examples = []
+            for start in range(0, len(pairs), BLOCK):
+                some, cut = self.task.encode(pairs[start:start + BLOCK])
+                examples += some
+                self.cut += cut
             dropped = examples.count(None)
             if dropped == len(examples):
                 raise ValueError(f"dataset {self.name}: every record of {split} leaves no room for its text in a "
@@ -105,7 +110,6 @@ class Dataset:
                 self.splits[split] += f", {dropped} of {len(pairs)} dropped: longer than {context} tokens"
                 self.pairs[split] = [pair for pair, example in zip(pairs, examples, strict=True) if example]
             self.examples[split] = [example for example in examples if example]
-            self.cut += cut
         return self
 
 
