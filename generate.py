@@ -146,7 +146,7 @@ def load_run(folder, unmerged=False, cut=None, base=None, dtype=torch.float32):
 
 def encode(tokenizer, text, dataset):
     """A record, or the beginning of a plain text -> the prompt as the run saw it."""
-    text = text if data.about(dataset, "PLAIN") else text + " ||"
+    text = text if data.about(dataset, "PLAIN") else text + data.about(dataset, "BETWEEN", " ||")
     return [tokenizer.bos, *tokenizer.encode_ordinary(text)]
 
 

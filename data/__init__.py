@@ -7,6 +7,7 @@ needs no files. Where texts are labelled a row is ((text,) or (a, b), label). It
     METRICS     how it is judged, all better high; the first one selects the checkpoint (without METRICS the loss does)
     SPLITS      {split: where it comes from}, for result.json
     score(pairs, texts) -> {metric: value} of decoded texts, and MAX_NEW, the tokens that a decoded text may have
+    options     {prompt: (texts, number of the right one)}, and BETWEEN, where the likeliest of several is chosen
 A new dataset is one such file and its name in GENERATED or FROM_FILES. Data of one's own, `pairs` and `labels`, need
 none: what a file has at the top, an object has that knows the flags of the run.
 """
@@ -63,7 +64,7 @@ def task(name, folder, model, context, source=None):
     source = source or name
     tokenizer, labels = tokenizers.for_model(folder, model.config), about(source, "LABELS")
     if model.causal:
-        return tokenizer, Write(tokenizer, context)
+        return tokenizer, Write(tokenizer, context, about(source, "BETWEEN", " ||"))
     if labels:
         return tokenizer, Label(tokenizer, context, len(labels))
     if not about(source, "PLAIN"):

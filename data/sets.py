@@ -5,6 +5,8 @@
     metamathqa   worked solutions, tested on GSM8K (Yu et al. 2023, arXiv:2309.12284)
     webnlg       triples and sentences that say them (Gardent et al. 2017, WebNLG challenge)
     xsum         an article and its summary in one sentence (Narayan et al. 2018, arXiv:1808.08745)
+    hellaswag    how a text goes on, one of four endings (Zellers et al. 2019, arXiv:1905.07830): trained to write the
+                 right one, judged by the likeliest; hellaswag-generated writes its number, as ResLoRA's paper does
 
 From the Hugging Face hub, or with --data-dir from a folder with the splits and the hub's columns. Where a set has no
 validation split, a tenth of train, at most 500 rows, is held out.
@@ -94,6 +96,38 @@ def xsum(row, where):
     return [(row["document"], row["summary"])]
 
 
+def hellaswag(row, where):
+    """The text and its ending, cleaned as by lm-evaluation-harness."""
+    query, endings, label = swag(row, where)
+    return [(query, endings[label])]
+
+
+def swag(row, where):
+    """(text, its four endings, the number of the right one)"""
+    files.check_row(row, ("activity_label", "ctx_a"), where)
+    files.check_row(row, ("ctx_b",), where, empty=True)
+    endings, label = row.get("endings"), files.text_of(row, "label", where)
+    if not isinstance(endings, list) or len(endings) != 4:
+        raise ValueError(f"{where}: endings must be a list of four texts, not {endings!r:.60}")
+    if label not in tuple("0123"):
+        raise ValueError(f"{where}: label must be a number of 0 to 3, not {label!r}")
+    for text in endings:
+        files.check_row({"endings": text}, ("endings",), where)
+    query = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return cleaned(query), [cleaned(text) for text in endings], int(label)
+
+
+def cleaned(text):
+    """Without the marks of WikiHow's pages."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def hellaswag_generated(row, where):
+    query, endings, label = swag(row, where)
+    listed = " ".join(f"{i}) {text}" for i, text in enumerate(endings, 1))
+    return [(f"{query} {listed}", f"The answer is {label + 1}.")]
+
+
 def last_number(text):
     """The last number of a text, or None: "1,200 apples" is 1200.0."""
     numbers = re.findall(r"-?(?:\d[\d,]*)?\.?\d+", text)
@@ -153,6 +187,32 @@ class WebNLG(Set):
         return found
 
 
+class HellaSwag(Set):
+    """Its test split has no labels: validation is reported."""
+
+    def tables(self, data_dir):
+        tables = (files.hub_rows(self.HUB, self.FILES, self.REVISION) if data_dir is None else
+                  {split: files.read_rows(data_dir, split) for split in self.FILES})
+        return {"train": tables["train"], "test": tables["validation"]}
+
+    def load(self, data_dir=None):
+        found = super().load(data_dir)
+        self.SPLITS["test"] = "validation"
+        return found
+
+
+class Choices(HellaSwag):
+    """Judged by which ending is the likeliest: options is {prompt: (endings, number of the right one)}."""
+    BETWEEN = ""  # the ending follows its text as in a text
+    score = None
+
+    def tables(self, data_dir):
+        tables = super().tables(data_dir)
+        rows = (swag(row, where) for table in tables.values() for where, row in table)
+        self.options = {query: (endings, label) for query, endings, label in rows}
+        return tables
+
+
 NAMES = "train", "validation", "test"
 SETS = {
     "svamp": Set("ChilleD/SVAMP", {s: f"data/{s}-*.parquet" for s in ("train", "test")}, svamp, exact(last_number),
@@ -164,6 +224,10 @@ SETS = {
     "webnlg": WebNLG("GEM/web_nlg", {s: f"en/{s}/*.parquet" for s in NAMES}, webnlg, translated, (), 96, PARQUET),
     "xsum": Set("EdinburghNLP/xsum", {s: f"default/{s}/*.parquet" for s in NAMES}, xsum, metrics.rouge, (), 64,
                 PARQUET),
+    "hellaswag": Choices("Rowan/hellaswag", {s: f"default/{s}/*.parquet" for s in NAMES[:2]}, hellaswag, None,
+                         ("acc_norm", "acc"), 96, PARQUET),
+    "hellaswag-generated": HellaSwag("Rowan/hellaswag", {s: f"default/{s}/*.parquet" for s in NAMES[:2]},
+                                     hellaswag_generated, exact(last_number), ("exact_match",), 8, PARQUET),
 }
 
 

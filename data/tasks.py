@@ -16,18 +16,20 @@ class Write:
 
     A record becomes <bos> prompt || target <eos>, in GPT-2 both <|endoftext|>, and its target is cut at the context.
     Plain text is cut into consecutive pieces. Each overlaps the last by one token, so every token but the first is
-    predicted once.
+    predicted once. between: what stands between record and text.
     """
 
-    def __init__(self, tokenizer, context):
-        self.tokenizer, self.context = tokenizer, context
+    between = " ||"
+
+    def __init__(self, tokenizer, context, between=between):
+        self.tokenizer, self.context, self.between = tokenizer, context, between
 
     def encode(self, pairs):
         """[(prompt, target)] -> [(ids, start)]: ids[start:] carry the loss. None for a record that leaves no room."""
         tokenizer, context, examples, cut = self.tokenizer, self.context, [], 0
-        prompts = tokenizer.encode_ordinary_batch([p + " ||" if p else "" for p, _ in pairs])
+        prompts = tokenizer.encode_ordinary_batch([p + self.between if p else "" for p, _ in pairs])
         # a text is encoded as a whole: some tokenizers put a space before whatever they are given
-        texts = tokenizer.encode_ordinary_batch([f"{p} || {t}" if p else t for p, t in pairs])
+        texts = tokenizer.encode_ordinary_batch([f"{p}{self.between} {t}" if p else t for p, t in pairs])
         for prompt, text, pair in zip(prompts, texts, pairs, strict=True):
             ids, start = [tokenizer.bos, *text, tokenizer.eos], 1 + len(prompt)
             if not pair[0]:
@@ -35,7 +37,7 @@ class Write:
                 continue
             if text[:len(prompt)] != prompt:
                 raise ValueError("this tokenizer joins the end of a record with the text behind it, so that no "
-                                 f"token is the first to predict: {pair[0][-30:]!r} || {pair[1][:30]!r}")
+                                 f"token is the first to predict: {pair[0][-30:]!r}{self.between} {pair[1][:30]!r}")
             if start >= context:
                 examples.append(None)
                 continue

@@ -12,6 +12,7 @@ from checkpoints import files
 from data import epoch_batches, metrics
 from data.tasks import Label
 from evaluation import decoding
+from loss import with_targets
 
 EVAL_EXAMPLES = 128  # validation texts for a point of the curve; the report uses the whole test split
 EVAL_LABELLED = 1000  # the same where texts are classified: an accuracy needs more of them
@@ -64,9 +65,9 @@ def evaluate(model, examples, task, device, amp):
 
 
 @torch.inference_mode()
-def decode(model, pairs, tokenizer, amp, max_new=96):
+def decode(model, pairs, tokenizer, amp, max_new=96, between=" ||"):
     """(prompts, greedy texts): the text of each record, or the continuation of a plain text's beginning."""
-    prompts = [tokenizer.encode_ordinary(record + " ||" if record else text[:400]) for record, text in pairs]
+    prompts = [tokenizer.encode_ordinary(record + between if record else text[:400]) for record, text in pairs]
     begin = min(32, model.context // 2 - 1)  # tokens of a plain text
     prompts = [p if record else p[:begin] for p, (record, _) in zip(prompts, pairs, strict=True)]
     model.eval()
@@ -82,6 +83,40 @@ def decode(model, pairs, tokenizer, amp, max_new=96):
             [tokenizer.decode(texts[i]).strip() for i in range(len(prompts))])
 
 
+@torch.inference_mode()
+def log_likelihoods(model, examples, task, device, amp):
+    """[log P(target | prompt)] of examples of a Write task, in nats."""
+    model.eval()
+    found = torch.zeros(len(examples))
+    near = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
+    for i in range(0, len(near), EVAL_BATCH):
+        rows = near[i:i + EVAL_BATCH]
+        idx, targets, _ = task.collate([examples[j] for j in rows])
+        which = torch.arange(len(rows))[:, None].expand_as(targets)[targets != -100]  # (N,): whose token it is
+        with amp:
+            x, asked = with_targets(model.hidden(to_device(idx, device)), targets)
+            nats = F.cross_entropy(model.head(x).float(), asked, reduction="none").cpu()
+        found[rows] = found.new_zeros(len(rows)).index_add(0, which, -nats)
+    model.train()
+    return found.tolist()
+
+
+def choose(model, dataset, pairs, device, amp):
+    """{"acc_norm", "acc"}: how often the right one of several texts is the likeliest, by the sum of its tokens' log
+    probabilities, and by that sum divided by its characters."""
+    rows = [(prompt, *dataset.module.options[prompt]) for prompt, _ in pairs]
+    encoded, _ = dataset.task.encode([(prompt, text) for prompt, texts, _ in rows for text in texts])
+    encoded = [(ids[:-1] if ids[-1] == dataset.tokenizer.eos else ids, start) for ids, start in encoded]
+    scores = iter(log_likelihoods(model, encoded, dataset.task, device, amp))
+    right = {"acc_norm": 0, "acc": 0}
+    for _, texts, label in rows:
+        sums = [next(scores) for _ in texts]
+        by_character = [s / len(text) for s, text in zip(sums, texts, strict=True)]
+        right["acc_norm"] += by_character.index(max(by_character)) == label
+        right["acc"] += sums.index(max(sums)) == label
+    return {name: hits / len(rows) for name, hits in right.items()}
+
+
 def measure(model, dataset, split, device, amp, first=None, scored=None, exact=None):
     """{metric: value} on a split, or on its `first` examples; metrics of decoded texts on its first `scored` rows.
     exact: another context than amp, for the loss and for what is not decoded."""
@@ -95,6 +130,8 @@ def measure(model, dataset, split, device, amp, first=None, scored=None, exact=N
     values = {"loss": loss, "perplexity": metrics.perplexity(loss)}  # of a RoBERTa: for masked tokens
     scorer = getattr(dataset.module, "score", None)
     scored = SCORED if scored is None else scored
+    if hasattr(dataset.module, "options") and scored:
+        values.update(choose(model, dataset, pairs[:scored], device, exact or amp))
     if scorer and scored:
         max_new = getattr(dataset.module, "MAX_NEW", 96)
         values.update(scorer(pairs[:scored], decode(model, pairs[:scored], dataset.tokenizer, amp, max_new)[1]))
@@ -112,7 +149,7 @@ def report(model, dataset, device, amp, stage=None):
     `stage` says it in words."""
     every = len(dataset.pairs["test"])
     if stage:
-        decodes = hasattr(dataset.module, "score") and (every if dataset.metrics else SCORED)
+        decodes = (every if dataset.metrics else SCORED) if getattr(dataset.module, "score", None) else 0
         also = f", and {min(decodes, every)} texts are decoded" * bool(decodes)
         print(f"evaluate {stage}: the loss of {len(dataset.examples['test'])} test examples{also}", flush=True)
     exact = InFp32() if isinstance(amp, torch.autocast) else amp

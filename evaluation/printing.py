@@ -29,7 +29,8 @@ def print_examples(model, dataset, device, amp):
                                (dataset.labels[row.argmax()], dataset.labels[truth]))
             print(f"{' / '.join(texts)}\n  -> {predicted} ({true})")
     elif isinstance(dataset.task, Write):
-        for prompt, text, (record, reference) in zip(*decode(model, pairs, dataset.tokenizer, amp), pairs, strict=True):
+        written = decode(model, pairs, dataset.tokenizer, amp, between=dataset.task.between)
+        for prompt, text, (record, reference) in zip(*written, pairs, strict=True):
             print(f"\n{prompt}\n  -> {text}" + f"\n  ref {reference}" * bool(record))
 
 

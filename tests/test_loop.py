@@ -221,7 +221,8 @@ def test_three_examples_are_shown_from_all_over_the_test_split(monkeypatch, caps
     task = Write.__new__(Write)
     for n, shown in ((90, [0, 30, 60]), (100, [0, 33, 66]), (2, [0, 1]), (4, [0, 1, 2])):
         pairs = [(f"record {i}", f"text {i}") for i in range(n)]
-        monkeypatch.setattr(printing, "decode", lambda model, some, *_: ([p for p, _ in some], ["written"] * len(some)))
+        monkeypatch.setattr(printing, "decode", lambda model, some, *_, between: ([p for p, _ in some],
+                                                                                  ["written"] * len(some)))
         dataset = Namespace(pairs={"test": pairs}, labels=(), task=task, tokenizer=None)
         printing.print_examples(None, dataset, None, None)
         lines = capsys.readouterr().out.split("\n")

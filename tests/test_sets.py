@@ -2,11 +2,16 @@
 import json
 import os
 import random
+from contextlib import nullcontext
 
 import pytest
+import torch
 
 import data
+import train
+from checkpoints.pretrained import from_pretrained
 from data import metrics, sets
+from evaluation import evaluate
 
 REAL = os.environ.get("REAL_DATA")
 ROWS = {  # one row of each split, as the hub's
@@ -20,11 +25,17 @@ ROWS = {  # one row of each split, as the hub's
     "webnlg": [{"input": ["A | capital | B", "B | country | C"], "target": "B, in C, is the capital of A.",
                 "references": [], "category": "City", "webnlg_id": "train/City/1"}],
     "xsum": [{"document": "A long article. It goes on.", "summary": "An article.", "id": "1"}]}
+SWAG = {"ind": 1, "activity_label": "Making tea", "ctx_a": "A pot [title] stands here.", "ctx_b": "he",
+        "source_id": "x", "endings": ["pours it.", "eats  the pot.", "sings [step] loud.", "goes."], "label": "2", "split": "val"}
+ROWS |= {"hellaswag": [SWAG], "hellaswag-generated": [SWAG]}
 PAIR = {"svamp": ("Dan has 8 pens and lost 2 pens. How many has he?", "6"),
         "mathqa": ("a train runs 100 m in 5 s . its speed ? a ) 5 , b ) 10 , c ) 20 , d ) 50 , e ) none", "c"),
         "metamathqa": ("What is 2 + 2?", "2 + 2 = 4.\n#### 4\nThe answer is: 4"),
         "webnlg": ("A | capital | B && B | country | C", "B, in C, is the capital of A."),
-        "xsum": ("A long article. It goes on.", "An article.")}
+        "xsum": ("A long article. It goes on.", "An article."),
+        "hellaswag": ("Making tea: A pot. stands here. He", "sings loud."),
+        "hellaswag-generated": ("Making tea: A pot. stands here. He 1) pours it. 2) eats the pot. 3) sings loud. "
+                                "4) goes.", "The answer is 3.")}
 # texts, and how many of them are right
 TEXTS = {"svamp": (["6", "It is 6.0 .", "1 or 7", "none"], 2), "mathqa": (["c", "c ) 20", "a", "20"], 2),
          "metamathqa": (["So #### 4", "The answer is: 4.0", "The answer is: $5", "4"], 2)}
@@ -41,9 +52,40 @@ def test_a_row_of_the_hub_is_a_prompt_and_its_target(tmp_path, name):
     """Ten rows a split; where the hub has no validation split a tenth of train is held out, and the splits say so."""
     found = data.load(name, folder(tmp_path, name, ROWS[name] * 10))
     assert found["test"] == [PAIR[name]] * 10
-    own = "validation" in sets.SETS[name].FILES
+    own = "validation" in sets.SETS[name].FILES and "hellaswag" not in name
     assert [len(found[split]) for split in ("train", "validation")] == ([10, 10] if own else [9, 1])
     assert data.about(name, "SPLITS")["validation"] == ("validation" if own else "1 rows of train")
+
+
+def test_hellaswag_is_judged_by_the_likeliest_ending(tmp_path, base):
+    """acc and acc_norm of ten rows, by hand: each ending alone behind its text, the sum of its log probabilities."""
+    rows = [{**SWAG, "ctx_a": f"A pot {i} stands", "label": i % 4, "endings": words(i, 4)} for i in range(10)]
+    dataset = data.Dataset("hellaswag", folder(tmp_path, "hellaswag", rows)).encode(base, from_pretrained(base), 64)
+    model = from_pretrained(base)
+    with torch.no_grad():
+        model.wte.weight.mul_(5)
+    found = evaluate.choose(model, dataset, dataset.pairs["test"], torch.device("cpu"), nullcontext())
+    hits = {"acc_norm": 0, "acc": 0}
+    for row in rows:
+        query = f"Making tea: {row['ctx_a']} He"
+        scores = []
+        for ending in row["endings"]:
+            ids = [319, *dataset.tokenizer.encode_ordinary(f"{query} {ending}")]
+            start = 1 + len(dataset.tokenizer.encode_ordinary(query))
+            logp = model(torch.tensor([ids]))[0][0].log_softmax(1)
+            scores.append(sum(logp[t - 1, ids[t]].item() for t in range(start, len(ids))))
+        for name, values in (("acc", scores), ("acc_norm", [s / len(e) for s, e in zip(scores, row["endings"],
+                                                                                       strict=True)])):
+            hits[name] += max(range(4), key=values.__getitem__) == row["label"]
+    assert found == {name: n / 10 for name, n in hits.items()} and found["acc"] != found["acc_norm"]
+
+
+def test_a_run_on_hellaswag_selects_by_acc_norm(tmp_path, base):
+    rows = [{**SWAG, "ctx_a": f"A pot {i} stands", "label": str(i % 4)} for i in range(20)]
+    result = train.main(["--dataset", "hellaswag", "--data-dir", str(folder(tmp_path, "hellaswag", rows)), "--model",
+                         str(base), "--rank", "2", "--steps", "2", "--batch-size", "4", "--out", str(tmp_path / "out")])
+    assert result["selected"]["by"] == "validation acc_norm"
+    assert result["metrics"]["merged"].keys() >= {"loss", "acc", "acc_norm"}
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -84,6 +126,9 @@ def test_webnlg_is_judged_by_all_references_and_by_category(tmp_path):
     ("mathqa", {"correct": "f"}, "line 1: correct must be a letter"),
     ("webnlg", {"input": "A | b | C"}, "line 1: input must be a list of texts"),
     ("webnlg", {"target": None}, "line 1: references must be text, not None"),
+    ("hellaswag", {"endings": ["a"]}, "line 1: endings must be a list of four texts"),
+    ("hellaswag", {"label": ""}, "line 1: label must be text"),
+    ("hellaswag", {"label": 4}, "line 1: label must be a number of 0"),
     ("xsum", {"summary": None}, "line 1: summary must be text"),
     ("metamathqa", {"query": 3}, "line 1: query must be text")])
 def test_a_bad_row_is_named(tmp_path, name, change, message):
