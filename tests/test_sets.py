@@ -25,7 +25,7 @@ ROWS = {  # one row of each split, as the hub's
     "webnlg": [{"input": ["A | capital | B", "B | country | C"], "target": "B, in C, is the capital of A.",
                 "references": [], "category": "City", "webnlg_id": "train/City/1"}],
     "xsum": [{"document": "A long article. It goes on.", "summary": "An article.", "id": "1"}]}
-SWAG = {"ind": 1, "activity_label": "Making tea", "ctx_a": "A pot [title] stands here.", "ctx_b": "he",
+SWAG = {"activity_label": "Making tea", "ctx_a": "A pot [title] stands here.", "ctx_b": "he",
         "source_id": "x", "endings": ["pours it.", "eats  the pot.", "sings [step] loud.", "goes."], "label": "2", "split": "val"}
 ROWS |= {"hellaswag": [SWAG], "hellaswag-generated": [SWAG]}
 PAIR = {"svamp": ("Dan has 8 pens and lost 2 pens. How many has he?", "6"),
