@@ -11,13 +11,38 @@ def fetch(repo, patterns, repo_type="model", revision=None, cache_dir=None):
     downloaded nor found in the cache. A hub that cannot be reached costs at most 5 seconds, not the client's
     retries."""
     from huggingface_hub import constants, snapshot_download  # slow to import, and a local folder needs neither
-    offline = constants.HF_HUB_OFFLINE or not reachable(f"{constants.ENDPOINT}/api/{repo_type}s/{repo}")
+    away = offline(repo, repo_type)
     try:
         return Path(snapshot_download(repo, repo_type=repo_type, revision=revision, allow_patterns=patterns,
-                                      cache_dir=cache_dir, local_files_only=offline))
+                                      cache_dir=cache_dir, local_files_only=away))
     except (OSError, ValueError):
+        # `datasets` keeps files without the name of their revision
+        kept = Path(cache_dir or constants.HF_HUB_CACHE, f"{repo_type}s--{repo.replace('/', '--')}", "snapshots")
+        for folder in sorted(kept.glob("*"), key=lambda folder: -folder.stat().st_mtime) if away else ():
+            if all(any(folder.glob(pattern)) for pattern in patterns):
+                return folder
         raise
     except Exception as e:  # a connection lost on the way: the client's network layer has errors of its own
+        raise OSError(f"{repo}: {e}") from e
+
+
+def offline(repo, repo_type):
+    """Whether the hub is not to be asked, or does not answer."""
+    from huggingface_hub import constants
+    return constants.HF_HUB_OFFLINE or not reachable(f"{constants.ENDPOINT}/api/{repo_type}s/{repo}")
+
+
+def tables(repo, patterns, revision=None, first=None):
+    """{split: [row as a dict]} of a dataset on the hub by `datasets`, which keeps it in its cache; patterns: {split:
+    its files}. first: only so many rows, streamed, so that no more is downloaded. OSError or ValueError for what is not
+    to be had."""
+    import datasets
+    try:
+        found = datasets.load_dataset(repo, data_files=patterns, revision=revision, streaming=bool(first))
+        return {split: list(found[split].take(first)) if first else found[split].to_list() for split in patterns}
+    except (OSError, ValueError):
+        raise
+    except Exception as e:  # `datasets` and its network layer have errors of their own
         raise OSError(f"{repo}: {e}") from e
 
 

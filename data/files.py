@@ -105,9 +105,13 @@ def text_of(row, column, where, empty=False):
     return check_row(dict(row), (column,), where, empty)[column]
 
 
-def hub_rows(repo, patterns, revision=None):
-    """{split: [(where, row)]} from the parquet files, {split: pattern}, of a dataset on the Hugging Face hub."""
+def hub_rows(repo, patterns, revision=None, first=None):
+    """{split: [(where, row)]} of a dataset on the Hugging Face hub; patterns: {split: its files there}. first: only so
+    many rows of each. Where the hub cannot be reached, from the files that are in its cache on this machine."""
     try:
+        if not hub.offline(repo, "dataset"):
+            return {split: [(f"{repo}, {split}, row {number}", row) for number, row in enumerate(rows, 1)]
+                    for split, rows in hub.tables(repo, patterns, revision, first).items()}
         folder = hub.fetch(repo, list(patterns.values()), "dataset", revision)
     except (OSError, ValueError) as e:
         raise ValueError(f"dataset {repo} is not to be had from the hub ({type(e).__name__}): give --data-dir a folder "
@@ -116,7 +120,8 @@ def hub_rows(repo, patterns, revision=None):
     for split, parts in files.items():
         if not parts:
             raise ValueError(f"dataset {repo} of the hub has no {patterns[split]}, where its {split} split should be")
-    return {split: [row for part in parts for row in parquet_rows(part)] for split, parts in files.items()}
+    return {split: [row for part in parts for row in READERS[part.suffix](part)][:first]
+            for split, parts in files.items()}
 
 
 def check_row(row, columns, where, empty=False):

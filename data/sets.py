@@ -7,9 +7,11 @@
     xsum         an article and its summary in one sentence (Narayan et al. 2018, arXiv:1808.08745)
     hellaswag    how a text goes on, one of four endings (Zellers et al. 2019, arXiv:1905.07830): trained to write the
                  right one, judged by the likeliest; hellaswag-generated writes its number, as ResLoRA's paper does
+    openorca     answers of GPT-4, the first 20,000, judged by perplexity, as rsLoRA's paper does (Mukherjee et al. 2023,
+                 arXiv:2306.02707)
 
 From the Hugging Face hub, or with --data-dir from a folder with the splits and the hub's columns. Where a set has no
-validation split, a tenth of train, at most 500 rows, is held out.
+validation or test split, a tenth of train, at most 500 rows, is held out for each.
 """
 import random
 import re
@@ -27,35 +29,37 @@ class Set:
     HUB: str
     FILES: dict  # {split: its files there}
     rows: object  # (row, where) -> [(prompt, target)]
-    judge: object  # (texts, their references) -> {metric: value}
+    judge: object = None  # (texts, their references) -> {metric: value}
     METRICS: tuple = ()
     MAX_NEW: int = 96
     REVISION: str = None
+    FIRST: int = None  # so many rows of each split
     SPLITS: dict = field(default_factory=dict)
 
     def tables(self, data_dir):
         """{split: [(where, row)]}"""
         if data_dir is None:
-            return files.hub_rows(self.HUB, self.FILES, self.REVISION)
-        return {split: files.read_rows(data_dir, split) for split in self.FILES}
+            return files.hub_rows(self.HUB, self.FILES, self.REVISION, self.FIRST)
+        return {split: files.read_rows(data_dir, split)[:self.FIRST] for split in self.FILES}
 
     def load(self, data_dir=None):
         """{split: [(prompt, target)]}; ValueError, with file and line, for a row that is not as the hub's."""
         found = {split: [pair for where, row in table for pair in self.rows(row, where)]
                  for split, table in self.tables(data_dir).items()}
-        self.SPLITS = {split: split for split in ("train", "validation", "test")}
-        if "validation" not in found:
+        self.SPLITS = {split: split for split in NAMES}
+        for split in [split for split in ("validation", "test") if split not in found]:
             train = found["train"]
             held = set(random.Random(0).sample(range(len(train)), min(500, max(1, len(train) // 10))))
-            found = {"train": [row for i, row in enumerate(train) if i not in held],
-                     "validation": [train[i] for i in sorted(held)], "test": found["test"]}
-            self.SPLITS.update(train=f"train without {len(held)} rows", validation=f"{len(held)} rows of train")
+            found[split] = [train[i] for i in sorted(held)]
+            found["train"] = [row for i, row in enumerate(train) if i not in held]
+            self.SPLITS[split] = f"{len(held)} rows of train"
+            self.SPLITS["train"] = f"{len(found['train'])} rows of train"
         self.targets = metrics.grouped(found)
-        return found
+        return {split: found[split] for split in NAMES}
 
     def score(self, pairs, texts):
         """{metric: value}; a text is judged by all targets of its prompt."""
-        return self.judge(*metrics.beside(pairs, texts, self.targets))
+        return self.judge(*metrics.beside(pairs, texts, self.targets)) if self.judge else {}
 
 
 def svamp(row, where):
@@ -89,6 +93,12 @@ def webnlg(row, where):
         for text in texts:
             files.check_row({name: text}, (name,), where)
     return [(" && ".join(triples), text) for text in references]
+
+
+def openorca(row, where):
+    files.check_row(row, ("question", "response"), where)
+    files.check_row(row, ("system_prompt",), where, empty=True)
+    return [(f"{row['system_prompt']}\n{row['question']}".strip(), row["response"])]
 
 
 def xsum(row, where):
@@ -191,8 +201,7 @@ class HellaSwag(Set):
     """Its test split has no labels: validation is reported."""
 
     def tables(self, data_dir):
-        tables = (files.hub_rows(self.HUB, self.FILES, self.REVISION) if data_dir is None else
-                  {split: files.read_rows(data_dir, split) for split in self.FILES})
+        tables = super().tables(data_dir)
         return {"train": tables["train"], "test": tables["validation"]}
 
     def load(self, data_dir=None):
@@ -224,6 +233,7 @@ SETS = {
     "webnlg": WebNLG("GEM/web_nlg", {s: f"en/{s}/*.parquet" for s in NAMES}, webnlg, translated, (), 96, PARQUET),
     "xsum": Set("EdinburghNLP/xsum", {s: f"default/{s}/*.parquet" for s in NAMES}, xsum, metrics.rouge, (), 64,
                 PARQUET),
+    "openorca": Set("Open-Orca/OpenOrca", {"train": "1M-GPT4-Augmented.parquet"}, openorca, FIRST=20000),
     "hellaswag": Choices("Rowan/hellaswag", {s: f"default/{s}/*.parquet" for s in NAMES[:2]}, hellaswag, None,
                          ("acc_norm", "acc"), 96, PARQUET),
     "hellaswag-generated": HellaSwag("Rowan/hellaswag", {s: f"default/{s}/*.parquet" for s in NAMES[:2]},

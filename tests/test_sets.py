@@ -2,10 +2,16 @@
 import json
 import os
 import random
+import subprocess
+import sys
 from contextlib import nullcontext
 
+import fake_hub
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+from conftest import ROOT
 
 import data
 import train
@@ -25,14 +31,16 @@ ROWS = {  # one row of each split, as the hub's
     "webnlg": [{"input": ["A | capital | B", "B | country | C"], "target": "B, in C, is the capital of A.",
                 "references": [], "category": "City", "webnlg_id": "train/City/1"}],
     "xsum": [{"document": "A long article. It goes on.", "summary": "An article.", "id": "1"}]}
-SWAG = {"activity_label": "Making tea", "ctx_a": "A pot [title] stands here.", "ctx_b": "he",
-        "source_id": "x", "endings": ["pours it.", "eats  the pot.", "sings [step] loud.", "goes."], "label": "2", "split": "val"}
+SWAG = {"activity_label": "Making tea", "ctx_a": "A pot [title] stands here.", "ctx_b": "he", "source_id": "x",
+        "endings": ["pours it.", "eats  the pot.", "sings [step] loud.", "goes."], "label": "2", "split": "val"}
+ROWS["openorca"] = [{"id": "1", "system_prompt": "Be kind.", "question": "Who?", "response": "You."}]
 ROWS |= {"hellaswag": [SWAG], "hellaswag-generated": [SWAG]}
 PAIR = {"svamp": ("Dan has 8 pens and lost 2 pens. How many has he?", "6"),
         "mathqa": ("a train runs 100 m in 5 s . its speed ? a ) 5 , b ) 10 , c ) 20 , d ) 50 , e ) none", "c"),
         "metamathqa": ("What is 2 + 2?", "2 + 2 = 4.\n#### 4\nThe answer is: 4"),
         "webnlg": ("A | capital | B && B | country | C", "B, in C, is the capital of A."),
         "xsum": ("A long article. It goes on.", "An article."),
+        "openorca": ("Be kind.\nWho?", "You."),
         "hellaswag": ("Making tea: A pot. stands here. He", "sings loud."),
         "hellaswag-generated": ("Making tea: A pot. stands here. He 1) pours it. 2) eats the pot. 3) sings loud. "
                                 "4) goes.", "The answer is 3.")}
@@ -51,10 +59,11 @@ def folder(tmp_path, name, rows):
 def test_a_row_of_the_hub_is_a_prompt_and_its_target(tmp_path, name):
     """Ten rows a split; where the hub has no validation split a tenth of train is held out, and the splits say so."""
     found = data.load(name, folder(tmp_path, name, ROWS[name] * 10))
-    assert found["test"] == [PAIR[name]] * 10
-    own = "validation" in sets.SETS[name].FILES and "hellaswag" not in name
-    assert [len(found[split]) for split in ("train", "validation")] == ([10, 10] if own else [9, 1])
-    assert data.about(name, "SPLITS")["validation"] == ("validation" if own else "1 rows of train")
+    assert set(found["test"]) == {PAIR[name]}
+    sizes = {3: [10, 10, 10], 2: [9, 1, 10], 1: [8, 1, 1]}[1 if name == "openorca" else 2 if name in (
+        "svamp", "metamathqa", "hellaswag", "hellaswag-generated") else 3]
+    assert [len(found[split]) for split in ("train", "validation", "test")] == sizes
+    assert data.about(name, "SPLITS")["validation"] == ("validation" if sizes[0] == 10 else "1 rows of train")
 
 
 def test_hellaswag_is_judged_by_the_likeliest_ending(tmp_path, base):
@@ -181,3 +190,44 @@ def test_a_score_that_is_not_at_hand_is_named(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert scores.keys() == {"BLEU", "NIST", "ROUGE_L"}
     assert "CIDEr is left out: pip install pycocoevalcap" in said and "METEOR is left out" in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hub
+
+LOAD = """import sys
+from data import sets
+try:
+    print({split: (len(rows), rows[0]) for split, rows in sets.SETS[sys.argv[1]].load().items()})
+except ValueError as e:
+    print(e)"""
+
+
+def from_hub(name, address, cache):
+    """The splits of a set in a fresh process, or the error."""
+    hub = {"HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run([sys.executable, "-c", LOAD, name], cwd=ROOT, capture_output=True, text=True, timeout=100,
+                          env={**os.environ, **hub})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("name, file", [
+    ("svamp", "data/{}-00000-of-00001.parquet"), ("xsum", "default/{}/0000.parquet"),
+    ("openorca", "1M-GPT4-Augmented.parquet")])
+def test_a_set_comes_from_the_hub_and_afterwards_from_its_cache(tmp_path, name, file):
+    """By `datasets`, of a revision where there is one; without the hub the files that it has kept, at once; where there
+    are none, and after a stream, which keeps nothing, one line."""
+    for split in sets.SETS[name].FILES:
+        path = tmp_path / "repo" / file.format(split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[name] * 30), path)
+    with fake_hub.serve(tmp_path / "repo") as (address, asked):
+        found = from_hub(name, address, tmp_path / "cache")
+    sizes = {"svamp": (27, 3, 30), "xsum": (30, 30, 30), "openorca": (25, 3, 2)}[name]
+    assert found == str(dict(zip(("train", "validation", "test"), ((n, PAIR[name]) for n in sizes), strict=True)))
+    assert any("refs%2Fconvert%2Fparquet" in path for path in asked) == (name == "xsum")
+    again = from_hub(name, address, tmp_path / "cache")
+    gone = f"dataset {sets.SETS[name].HUB} is not to be had from the hub (LocalEntryNotFoundError): give --data-dir a"
+    assert again.startswith(gone) if name == "openorca" else again == found
+    assert from_hub(name, address, tmp_path / "empty").startswith(gone)
