@@ -7,8 +7,8 @@
     xsum         an article and its summary in one sentence (Narayan et al. 2018, arXiv:1808.08745)
     hellaswag    how a text goes on, one of four endings (Zellers et al. 2019, arXiv:1905.07830): trained to write the
                  right one, judged by the likeliest; hellaswag-generated writes its number, as ResLoRA's paper does
-    openorca     answers of GPT-4, the first 20,000, judged by perplexity, as rsLoRA's paper does (Mukherjee et al. 2023,
-                 arXiv:2306.02707)
+    openorca     answers of GPT-4 (Mukherjee et al. 2023, arXiv:2306.02707): the first 20,000, streamed, judged by
+                 perplexity, as rsLoRA's paper does
 
 From the Hugging Face hub, or with --data-dir from a folder with the splits and the hub's columns. Where a set has no
 validation or test split, a tenth of train, at most 500 rows, is held out for each.
