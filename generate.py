@@ -246,6 +246,13 @@ def generate(args):
     for record, text in data.load(dataset, where, of_run)[args.split]:
         of.setdefault(record, []).append(text)
     records = list(of)[:args.first]
+    fits = [record for record in records if len(encode(tokenizer, record, dataset)) < model.context]
+    if not fits:
+        raise ValueError(f"no record of {args.split} leaves room for a text in a context of {model.context} tokens")
+    if len(fits) < len(records):
+        print(f"note     {len(records) - len(fits)} of {len(records)} records leave no room in a context of "
+              f"{model.context} tokens: left out")
+    records = fits
     with args.amp:
         texts, references = write_many(model, tokenizer, records, args, dataset), [of[record] for record in records]
     rows = [json.dumps(dict(record=record, text=text, references=group)) + "\n"

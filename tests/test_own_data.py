@@ -272,6 +272,19 @@ def test_a_prompt_that_leaves_no_room_is_dropped_and_counted(tmp_path, base):
         data.Dataset("pairs", tmp_path).encode(base, from_pretrained(base), 32)
 
 
+def test_generate_leaves_out_what_leaves_no_room(tmp_path, base, capsys):
+    rows = [{"prompt": f"p {i} " + "x " * (300 * (i == 3)), "completion": "c"} for i in range(6)]
+    for split in ("train", "validation", "test"):
+        jsonl(tmp_path / f"{split}.jsonl", rows)
+    run(tmp_path / "out", "--model", base, "--dataset", "pairs", "--data-dir", tmp_path)
+    said = ask(capsys, tmp_path / "out", "--max-new", 3)
+    assert "1 of 6 records leave no room in a context of 256 tokens: left out" in said and "5 records, 5 ref" in said
+    jsonl(tmp_path / "test.jsonl", rows[3:4])
+    with pytest.raises(SystemExit):
+        generate.main([str(tmp_path / "out"), "--max-new", "3"])
+    assert "no record of test leaves room for a text" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--columns", "a,b"], "--columns is for --dataset pairs and labels, not for restaurants"),
     (["--metric", "bleu"], "--metric is for --dataset pairs"),
