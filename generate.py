@@ -206,10 +206,10 @@ def judge(dataset, records, texts, references):
     if not data.about(dataset, "METRICS"):
         found = {"BLEU": metrics.bleu, "NIST": metrics.nist, "ROUGE_L": metrics.rouge_l, "CIDEr": metrics.cider,
                  "METEOR": metrics.meteor}
-        found = {name: measure(texts, references) for name, measure in found.items()}
+        found = {name: measure(texts, references) for name, measure in found.items() if name.lower() not in scores}
         scores.update({name: value for name, value in found.items() if value is not None})
         for name, lack in (("CIDEr", "pip install pycocoevalcap"), ("METEOR", "python -m nltk.downloader wordnet")):
-            if found[name] is None:
+            if found.get(name, 0) is None:
                 print(f"note     {name} is left out: {lack}")
     return scores
 

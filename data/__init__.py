@@ -21,7 +21,7 @@ from data.pairs import Pairs
 from data.tasks import Label, Mask, Write
 
 GENERATED = "restaurants", "reviews", "world", "opinions", "stdlib"  # load() needs no files
-FROM_FILES = "pairs", "labels", "e2e", "gsm8k", "text", *sets.SETS, *(f"glue/{name}" for name in glue.TASKS)
+FROM_FILES = "pairs", "labels", "text", *sets.SETS, *(f"glue/{name}" for name in glue.TASKS)
 DATASETS = *GENERATED, *FROM_FILES
 BLOCK = 10000  # texts encoded at a time: what is in between of 400,000 texts would take half a gigabyte
 

@@ -1,5 +1,9 @@
 """The papers' sets that are nothing but prompt, completion and a metric, a row of a table each.
 
+    e2e          restaurant records and what crowd workers wrote about them (Novikova et al. 2017, arXiv:1706.09254;
+                 CC BY-SA 4.0); the record is used as the dataset writes it
+    gsm8k        grade school mathematics, a question and a worked solution that ends with "#### 42" (Cobbe et al. 2021,
+                 arXiv:2110.14168)
     svamp        word problems, a number (Patel et al. 2021, arXiv:2103.07191)
     mathqa       word problems, one of five letters (Amini et al. 2019, arXiv:1905.13319)
     metamathqa   worked solutions, tested on GSM8K (Yu et al. 2023, arXiv:2309.12284)
@@ -18,7 +22,6 @@ import re
 from dataclasses import dataclass, field
 
 from data import files, metrics
-from data.gsm8k import final_number
 
 PARQUET = "refs/convert/parquet"  # where the hub keeps the conversion of a set that is a script
 
@@ -35,6 +38,10 @@ class Set:
     REVISION: str = None
     FIRST: int = None  # so many rows of each split
     SPLITS: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.judge is None:
+            self.score = None  # nothing is decoded
 
     def tables(self, data_dir):
         """{split: [(where, row)]}"""
@@ -59,7 +66,19 @@ class Set:
 
     def score(self, pairs, texts):
         """{metric: value}; a text is judged by all targets of its prompt."""
-        return self.judge(*metrics.beside(pairs, texts, self.targets)) if self.judge else {}
+        return self.judge(*metrics.beside(pairs, texts, self.targets))
+
+
+def texts_of(*columns):
+    """rows of a set whose columns hold prompt and target as they are."""
+    return lambda row, where: [tuple(files.check_row(row, columns, where)[c] for c in columns)]
+
+
+def gsm8k(row, where):
+    files.check_row(row, ("question", "answer"), where)
+    if not re.fullmatch(r"(?s).*####\s*\$?-?[\d,]{,30}\.?\d+\s*", row["answer"]):
+        raise ValueError(f"{where}: answer must end with #### and a number, not {row['answer'][-30:]!r}")
+    return [(row["question"], row["answer"])]
 
 
 def svamp(row, where):
@@ -80,8 +99,7 @@ def mathqa(row, where):
 
 def metamathqa(row, where):
     """Of train; the rows of test are GSM8K's."""
-    columns = ("question", "answer") if "answer" in row else ("query", "response")
-    return [tuple(files.check_row(row, columns, where)[c] for c in columns)]
+    return gsm8k(row, where) if "answer" in row else texts_of("query", "response")(row, where)
 
 
 def webnlg(row, where):
@@ -99,11 +117,6 @@ def openorca(row, where):
     files.check_row(row, ("question", "response"), where)
     files.check_row(row, ("system_prompt",), where, empty=True)
     return [(f"{row['system_prompt']}\n{row['question']}".strip(), row["response"])]
-
-
-def xsum(row, where):
-    files.check_row(row, ("document", "summary"), where)
-    return [(row["document"], row["summary"])]
 
 
 def hellaswag(row, where):
@@ -141,6 +154,12 @@ def hellaswag_generated(row, where):
 def last_number(text):
     """The last number of a text, or None: "1,200 apples" is 1200.0."""
     numbers = re.findall(r"-?(?:\d[\d,]*)?\.?\d+", text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def final_number(text):
+    """The number after the last ####, or None; "$1,200" and "1200.0" are equal."""
+    numbers = re.findall(r"####\s*\$?(-?[\d,]*\.?\d+)", text)
     return float(numbers[-1].replace(",", "")) if numbers else None
 
 
@@ -224,6 +243,10 @@ class Choices(HellaSwag):
 
 NAMES = "train", "validation", "test"
 SETS = {
+    "e2e": Set("tuetschek/e2e_nlg", {s: f"default/{s}/*.parquet" for s in NAMES},
+               texts_of("meaning_representation", "human_reference"), REVISION=PARQUET),
+    "gsm8k": Set("openai/gsm8k", {s: f"main/{s}-*.parquet" for s in ("train", "test")}, gsm8k, exact(final_number),
+                 ("exact_match",), 256),
     "svamp": Set("ChilleD/SVAMP", {s: f"data/{s}-*.parquet" for s in ("train", "test")}, svamp, exact(last_number),
                  ("exact_match",), 16),
     "mathqa": Set("regisss/math_qa", {s: f"data/{s}-*.parquet" for s in NAMES}, mathqa, exact(letter),
@@ -231,8 +254,8 @@ SETS = {
     "metamathqa": MetaMathQA("meta-math/MetaMathQA", {"train": "default/train/*.parquet"}, metamathqa,
                              exact(solution), ("exact_match",), 256, PARQUET),
     "webnlg": WebNLG("GEM/web_nlg", {s: f"en/{s}/*.parquet" for s in NAMES}, webnlg, translated, (), 96, PARQUET),
-    "xsum": Set("EdinburghNLP/xsum", {s: f"default/{s}/*.parquet" for s in NAMES}, xsum, metrics.rouge, (), 64,
-                PARQUET),
+    "xsum": Set("EdinburghNLP/xsum", {s: f"default/{s}/*.parquet" for s in NAMES},
+                texts_of("document", "summary"), metrics.rouge, (), 64, PARQUET),
     "openorca": Set("Open-Orca/OpenOrca", {"train": "1M-GPT4-Augmented.parquet"}, openorca, FIRST=20000),
     "hellaswag": Choices("Rowan/hellaswag", {s: f"default/{s}/*.parquet" for s in NAMES[:2]}, hellaswag, None,
                          ("acc_norm", "acc"), 96, PARQUET),
@@ -244,5 +267,6 @@ SETS = {
 if __name__ == "__main__":
     import sys
 
-    for split, pairs in SETS[sys.argv[1]].load(*sys.argv[2:]).items():
+    name, *folder = sys.argv[1:] or ["e2e"]
+    for split, pairs in SETS[name].load(*folder).items():
         print(f"{split:10} {len(pairs):6} pairs; {pairs[0]}")

@@ -24,7 +24,7 @@ from conftest import REAL, ROOT, hub_cache, needs_real
 import data
 from checkpoints import hub, tokenizers
 from checkpoints.pretrained import from_pretrained
-from data import e2e, glue, gsm8k, opinions, restaurants, reviews, text, world
+from data import glue, opinions, restaurants, reviews, sets, text, world
 from data.tasks import Label, Mask, Write
 from experiments import vocabulary
 
@@ -222,7 +222,7 @@ def test_stdlib_splits_share_no_topic():
 ROW = {"meaning_representation": "name : A | food : B", "human_reference": "A serves B ."}
 
 
-def write_e2e(folder, rows=(ROW, ROW), splits=e2e.NAMES):
+def write_e2e(folder, rows=(ROW, ROW), splits=sets.NAMES):
     for split in splits:
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -231,9 +231,9 @@ def test_e2e_from_jsonl_csv_and_parquet(tmp_path):
     """The three formats of --data-dir give the same pairs."""
     write_e2e(tmp_path)
     (tmp_path / "test.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "test.jsonl").read_bytes() + b"\r\n\n")
-    expected = {split: [tuple(ROW.values())] * 2 for split in e2e.NAMES}
+    expected = {split: [tuple(ROW.values())] * 2 for split in sets.NAMES}
     assert data.load("e2e", tmp_path) == expected
-    for split in e2e.NAMES[:2]:
+    for split in sets.NAMES[:2]:
         (tmp_path / f"{split}.jsonl").unlink()
     table = pyarrow.Table.from_pylist([ROW, ROW])
     pyarrow.csv.write_csv(table, tmp_path / "train.csv")
@@ -293,12 +293,11 @@ def test_an_empty_question_is_a_question(tmp_path):
 @pytest.mark.parametrize("name, rows", [
     ("e2e", ROW), ("gsm8k", {"question": "1 + 1 ?", "answer": "#### 2"}), ("glue", {"sentence": "fine", "label": 1})])
 def test_a_datasets_file_shows_its_splits_when_it_is_run(tmp_path, monkeypatch, capsys, name, rows):
-    """python -m data.e2e FOLDER, python -m data.glue sst2 FOLDER: how many rows, and the first."""
-    for split in e2e.NAMES:
+    """python -m data.sets e2e FOLDER, python -m data.glue sst2 FOLDER: how many rows, and the first."""
+    for split in sets.NAMES:
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(rows) + "\n" for _ in range(4)))
-    argv = ["sst2"] * (name == "glue") + [str(tmp_path)]
-    monkeypatch.setattr("sys.argv", [name, *argv])
-    runpy.run_module(f"data.{name}", run_name="__main__")
+    monkeypatch.setattr("sys.argv", [name, "sst2" if name == "glue" else name, str(tmp_path)])
+    runpy.run_module("data.glue" if name == "glue" else "data.sets", run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["train", "validation", "test"]
     assert [int(line.split()[1]) for line in lines] == ([4, 4, 4] if name == "e2e" else [3, 1, 4])
@@ -408,15 +407,15 @@ def test_gsm8k_is_judged_by_its_final_number(tmp_path):
     """The number after ####, however written; a file without one is refused with its line."""
     for answer, number in (("so 3 + 4 = 7\n#### 7", 7), ("#### $1,200.50 ", 1200.5), ("#### -3", -3), ("it is 7", None),
                            ("#### 1\n#### 2", 2)):
-        assert gsm8k.final_number(answer) == number
+        assert sets.final_number(answer) == number
     rows = [{"question": f"What is {i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(20)]
     write_rows(tmp_path, train=rows, test=rows[:2])
     found = data.load("gsm8k", tmp_path)
     assert [len(found[s]) for s in ("train", "validation", "test")] == [18, 2, 2]
     assert not set(found["train"]) & set(found["validation"])
     answers = [answer for _, answer in found["test"]]
-    assert gsm8k.score(found["test"], answers) == {"exact_match": 1.0}
-    assert gsm8k.score(found["test"], ["#### 1", "no idea"]) == {"exact_match": 0.5}
+    assert sets.SETS["gsm8k"].score(found["test"], answers) == {"exact_match": 1.0}
+    assert sets.SETS["gsm8k"].score(found["test"], ["#### 1", "no idea"]) == {"exact_match": 0.5}
     for answer in ("b", "#### 5 and more", "#### 1/2", "#### "):
         write_rows(tmp_path, train=[{"question": "a", "answer": answer}])
         with pytest.raises(ValueError, match="line 1: answer must end with ####"):
@@ -434,7 +433,8 @@ def parquet(rows):
 def test_datasets_of_the_hub_are_read_from_its_cache(no_network, tmp_path):
     """e2e, GLUE and gsm8k, laid out as on the hub, parquet in one part or several, give what --data-dir gives."""
     write_e2e(tmp_path)
-    hub_cache(no_network, e2e.HUB, {f"default/{s}/0000.parquet": parquet([ROW, ROW]) for s in e2e.NAMES}, e2e.REVISION)
+    hub_cache(no_network, sets.SETS["e2e"].HUB, {f"default/{s}/0000.parquet": parquet([ROW, ROW]) for s in sets.NAMES},
+              sets.PARQUET)
     assert data.load("e2e") == data.load("e2e", tmp_path)
     write_rows(tmp_path, train=SST2, validation=SST2[:3])
     hub_cache(no_network, glue.HUB, {"sst2/train-00000-of-00002.parquet": parquet(SST2[:25]),
@@ -471,13 +471,13 @@ def test_text_is_split_in_order_or_by_file(tmp_path):
     file = tmp_path / "book.txt"
     file.write_text("".join(f"{i % 10}" for i in range(100)))
     splits = data.load("text", file)
-    assert [len(splits[s][0][1]) for s in e2e.NAMES] == [80, 10, 10]
-    assert "".join(splits[s][0][1] for s in e2e.NAMES) == file.read_text()
+    assert [len(splits[s][0][1]) for s in sets.NAMES] == [80, 10, 10]
+    assert "".join(splits[s][0][1] for s in sets.NAMES) == file.read_text()
     with pytest.raises(ValueError, match="train.txt does not exist"):
         data.load("text", tmp_path)
-    for split in e2e.NAMES:
+    for split in sets.NAMES:
         (tmp_path / f"{split}.txt").write_text(split)
-    assert data.load("text", tmp_path) == {split: [("", split)] for split in e2e.NAMES}
+    assert data.load("text", tmp_path) == {split: [("", split)] for split in sets.NAMES}
     for content, message in ((b"one\ntwo\n\xff", "line 3: not UTF-8"), (b"\n \n", "is empty"), (b"ab", "too few")):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message):

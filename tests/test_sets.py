@@ -55,7 +55,7 @@ def folder(tmp_path, name, rows):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", sets.SETS)
+@pytest.mark.parametrize("name", ROWS)
 def test_a_row_of_the_hub_is_a_prompt_and_its_target(tmp_path, name):
     """Ten rows a split; where the hub has no validation split a tenth of train is held out, and the splits say so."""
     found = data.load(name, folder(tmp_path, name, ROWS[name] * 10))
@@ -95,6 +95,10 @@ def test_a_run_on_hellaswag_selects_by_acc_norm(tmp_path, base):
                          str(base), "--rank", "2", "--steps", "2", "--batch-size", "4", "--out", str(tmp_path / "out")])
     assert result["selected"]["by"] == "validation acc_norm"
     assert result["metrics"]["merged"].keys() >= {"loss", "acc", "acc_norm"}
+
+
+def test_every_set_has_its_row_here():
+    assert ROWS.keys() | {"e2e", "gsm8k"} == sets.SETS.keys()  # these two are in test_data.py
 
 
 @pytest.mark.parametrize("name", TEXTS)

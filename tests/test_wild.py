@@ -23,7 +23,7 @@ import generate
 import train
 from checkpoints import adapters, state, tokenizers
 from checkpoints.pretrained import from_pretrained, locate
-from data import e2e, text
+from data import sets, text
 from data.files import read_rows
 from data.tasks import Write
 from evaluation import decoding
@@ -508,7 +508,7 @@ def test_a_refusal_to_resume_names_what_the_user_gave(tmp_path, base, flags, mes
 def test_a_moved_base_and_moved_data_are_the_same(tmp_path, base, capsys):
     """Weights, tokenizer and data at another place: fingerprints decide. --model tells train.py and generate.py."""
     shutil.copytree(base, tmp_path / "base")
-    for split in e2e.NAMES:
+    for split in sets.NAMES:
         rows = [dict(meaning_representation=RECORD, human_reference=f"The Mill is number {i} .") for i in range(9)]
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / f"data/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -562,7 +562,7 @@ def test_one_policy_for_marks_and_line_ends(tmp_path):
     (tmp_path / "validation.csv").write_bytes(
         f"\ufeffmeaning_representation,human_reference\r\n{line * 2}".encode())
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row, row]), tmp_path / "test.parquet")
-    assert e2e.load(tmp_path) == {split: [("a\nb", expected)] * 2 for split in e2e.NAMES}
+    assert data.load("e2e", tmp_path) == {split: [("a\nb", expected)] * 2 for split in sets.NAMES}
     (tmp_path / "book.txt").write_bytes((WINDOWS * 9).encode())
     assert text.read(tmp_path / "book.txt").startswith(expected) and "\r" not in text.read(tmp_path / "book.txt")
     (tmp_path / "book.txt").write_text("Hello", encoding="utf-16")
