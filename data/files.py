@@ -21,6 +21,8 @@ ALSO = {"train": ("train",), "validation": ("validation", "valid", "val", "dev")
 def read_rows(folder, split):
     """[(where, row)] of one split; ValueError with file and line for what cannot be read."""
     folder = Path(folder)
+    if folder.is_file() and split == "train" and folder.suffix in READERS:
+        return read_files([folder])
     if not folder.is_dir():
         raise ValueError(f"data folder {folder} {'is a file' if folder.exists() else 'does not exist'}")
     files = files_of(folder, split)

@@ -133,6 +133,13 @@ def test_rows_share_the_base_and_leave_it_alone():
     assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
 
 
+def test_what_trains_whole_is_fp32_on_a_base_in_bf16():
+    args, base = made("tiny")
+    for name, dtype in (("full", torch.float32), ("lora", torch.bfloat16)):
+        model, _, _ = bench.adapted(base.bfloat16(), bench.ROWS[name], args)
+        assert model.h[0].mlp.up.weight.dtype == dtype
+
+
 def test_the_peak_is_the_highest_point_of_what_stands_in_memory():
     """Two tensors of 4 MB at once on a model of 400 bytes are 8 MB and 400 bytes, however many come one by one."""
     args, _ = made("tiny")

@@ -88,6 +88,7 @@ def test_compiled_blocks_have_the_same_gradients(method, hparams, monkeypatch):
     model = tiny_gpt()
     layers = adapt(model, method, hparams)
     compiled = settings.compiled(model)
+    assert {id(p) for p in compiled.parameters()} == {id(p) for p in model.parameters()}
     optimizer = torch.optim.SGD(factors(layers), 0.1)
     layers[0].begin(layers, 5)
     for step, shape in enumerate([(4, 10), (4, 11), (2, 16), (5, 7), (4, 12)], 1):

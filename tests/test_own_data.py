@@ -106,7 +106,11 @@ def test_numbers_and_two_texts_train_and_answer(tmp_path, small_roberta, capsys)
     result = run(tmp_path / "out", "--model", small_roberta, "--dataset", "labels", "--regression", "--context", 32,
                  "--data-dir", write(tmp_path / "my.tsv", rows))
     assert result["selected"]["by"] == "validation pearson" and result["labels"] == ["number"]
-    assert math.isfinite(float(ask(capsys, tmp_path / "out", "x 3 || y 2")))
+    said = float(ask(capsys, tmp_path / "out", "x 3 || y 2"))
+    merged = from_pretrained(tmp_path / "out/merged")
+    tokenizer = tokenizers.for_model(tmp_path / "out/merged", merged.config)
+    ids = tokenizer.build(tokenizer.encode_ordinary("x 3"), tokenizer.encode_ordinary("y 2"))
+    assert said == pytest.approx(merged(torch.tensor([ids]))[0].item(), abs=1e-3)
     assert "x 1\n  -> " in ask(capsys, tmp_path / "out", "x 1", "x 2")
 
 

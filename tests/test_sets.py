@@ -63,10 +63,12 @@ def test_a_row_of_the_hub_is_a_prompt_and_its_target(tmp_path, name):
     sizes = {3: [10, 10, 10], 2: [9, 1, 10], 1: [8, 1, 1]}[1 if name == "openorca" else 2 if name in (
         "svamp", "metamathqa", "hellaswag", "hellaswag-generated") else 3]
     assert [len(found[split]) for split in ("train", "validation", "test")] == sizes
-    assert data.about(name, "SPLITS")["validation"] == ("validation" if sizes[0] == 10 else "1 rows of train")
+    said = data.about(name, "SPLITS")
+    assert said["validation"] == ("validation" if sizes[0] == 10 else "1 rows of train")
+    assert said["train"] == ("train" if sizes[0] == 10 else f"{sizes[0]} rows of train")
 
 
-def test_hellaswag_is_judged_by_the_likeliest_ending(tmp_path, base):
+def test_hellaswag_is_judged_by_the_likeliest_ending(tmp_path, base, monkeypatch):
     """acc and acc_norm of ten rows, by hand: each ending alone behind its text, the sum of its log probabilities."""
     rows = [{**SWAG, "ctx_a": f"A pot {i} stands", "label": i % 4, "endings": words(i, 4)} for i in range(10)]
     dataset = data.Dataset("hellaswag", folder(tmp_path, "hellaswag", rows)).encode(base, from_pretrained(base), 64)
@@ -86,7 +88,21 @@ def test_hellaswag_is_judged_by_the_likeliest_ending(tmp_path, base):
         for name, values in (("acc", scores), ("acc_norm", [s / len(e) for s, e in zip(scores, row["endings"],
                                                                                        strict=True)])):
             hits[name] += max(range(4), key=values.__getitem__) == row["label"]
+        encoded, _ = dataset.task.encode([(query, ending) for ending in row["endings"]])
+        whole = evaluate.log_likelihoods(model, encoded, dataset.task, torch.device("cpu"), nullcontext())
+        assert all(a < b - 1e-3 for a, b in zip(whole, scores, strict=True))  # with the end of the text
+        encoded = [(ids[:-1], start) for ids, start in encoded]
+        without = evaluate.log_likelihoods(model, encoded, dataset.task, torch.device("cpu"), nullcontext())
+        assert without == pytest.approx(scores, abs=1e-3)
     assert found == {name: n / 10 for name, n in hits.items()} and found["acc"] != found["acc_norm"]
+    asked = []
+
+    def spy(model, examples, *_, real=evaluate.log_likelihoods):
+        asked.extend(examples)
+        return real(model, examples, *_)
+    monkeypatch.setattr(evaluate, "log_likelihoods", spy)
+    evaluate.choose(model, dataset, dataset.pairs["test"][:1], torch.device("cpu"), nullcontext())
+    assert len(asked) == 4 and all(ids[-1] != dataset.tokenizer.eos for ids, _ in asked)
 
 
 def test_a_run_on_hellaswag_selects_by_acc_norm(tmp_path, base):
@@ -125,12 +141,14 @@ def test_webnlg_is_judged_by_all_references_and_by_category(tmp_path):
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in test))
     pairs = data.load("webnlg", tmp_path)["test"]
     assert len(pairs) == 12
-    texts = [f"the capital of A{i // 2} is {'B' if i % 3 else 'C'} ." for i in range(12)]
+    # every second text is that of the second reference of a record, and is not looked at
+    texts = [f"the capital of A{i // 2} is {'C' if i in (0, 8) else 'B'} ." if i % 2 == 0 else "no" for i in range(12)]
     found = data.module("webnlg").score(pairs, texts)
     references = [row["references"] for row in test]
     assert found["bleu"] == metrics.bleu(texts[::2], references) and found["ter"] == metrics.ter(texts[::2], references)
     for name, part in (("unseen", slice(0, None, 2)), ("seen", slice(1, None, 2))):
         assert found[f"bleu ({name})"] == metrics.bleu(texts[::2][part], references[part])
+    assert found["bleu (unseen)"] < found["bleu"] < found["bleu (seen)"]
 
 
 @pytest.mark.parametrize("name, change, message", [
