@@ -15,7 +15,7 @@ import math
 
 import torch
 
-CHUNK = 2**25  # logits at a time: 67 MB in fp32
+CHUNK = 2**25  # logits at a time: 134 MB in fp32
 
 
 def with_targets(x, targets):
@@ -35,6 +35,8 @@ def vocabulary_loss(x, W, b, targets, label_smoothing=0.0):
 
 
 class VocabularyLoss(torch.autograd.Function):
+    """`vocabulary_loss` of at least one token. eps: the label smoothing. learning: whether gradients are wanted."""
+
     @staticmethod
     def forward(ctx, x, W, b, targets, eps, learning):
         device, (N, V) = x.device.type, (len(x), len(W))
@@ -52,17 +54,17 @@ class VocabularyLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for start in range(0, N, n):
                 x_n, target = x[start:start + n], targets[start:start + n, None]  # (n, C), (n, 1)
-                # z = x W^T + b, from here on in place; a number that is subtracted from a whole row changes nothing
+                # z = x W^T + b; all that follows works in place
                 z = torch.mm(x_n, W.T, **result, out=buffer[:len(x_n)])  # (n, V)
                 z = z if b is None else z.add_(b)
-                z.sub_(z.amax(1, keepdim=True))
-                # -sum_v y_v z_v + log sum_v e^(z_v)
+                z.sub_(z.amax(1, keepdim=True))  # softmax(z) stays the same, and e^z cannot overflow
+                # L of a token = -sum_v y_v z_v + log sum_v e^(z_v)
                 L -= (1 - eps) * z.gather(1, target).sum() + (eps / V * z.sum() if eps else 0)
-                total = z.exp_().sum(1, keepdim=True)
+                total = z.exp_().sum(1, keepdim=True)  # (n, 1)
                 L += total.log().sum()
                 if not learning:
                     continue
-                # N dL/dz = softmax(z) - y
+                # N dL/dz = softmax(z) - y; the division by N is left to `backward`
                 dz = z.div_(total).scatter_add_(1, target, z.new_full(target.shape, eps - 1))
                 dz = dz.sub_(eps / V) if eps else dz
                 if db is not None:

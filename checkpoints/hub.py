@@ -6,12 +6,12 @@ import urllib.request
 from pathlib import Path
 
 
-def fetch(repo, patterns, repo_type="model", revision=None, cache_dir=None):
+def fetch(repo, patterns, repo_type="model", revision=None, cache_dir=None, away=None):
     """Local folder with the files of a repository that match `patterns`. OSError or ValueError when they can neither be
     downloaded nor found in the cache. A hub that cannot be reached costs at most 5 seconds, not the client's
-    retries."""
+    retries. away: whether it cannot be reached, if that is known."""
     from huggingface_hub import constants, snapshot_download  # slow to import, and a local folder needs neither
-    away = offline(repo, repo_type)
+    away = offline(repo, repo_type) if away is None else away
     try:
         return Path(snapshot_download(repo, repo_type=repo_type, revision=revision, allow_patterns=patterns,
                                       cache_dir=cache_dir, local_files_only=away))

@@ -114,7 +114,7 @@ def hub_rows(repo, patterns, revision=None, first=None):
         if not hub.offline(repo, "dataset"):
             return {split: [(f"{repo}, {split}, row {number}", row) for number, row in enumerate(rows, 1)]
                     for split, rows in hub.tables(repo, patterns, revision, first).items()}
-        folder = hub.fetch(repo, list(patterns.values()), "dataset", revision)
+        folder = hub.fetch(repo, list(patterns.values()), "dataset", revision, away=True)
     except (OSError, ValueError) as e:
         raise ValueError(f"dataset {repo} is not to be had from the hub ({type(e).__name__}): give --data-dir a folder "
                          f"with {', '.join(f'{split}.jsonl' for split in patterns)}") from None

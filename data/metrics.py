@@ -105,8 +105,8 @@ def nist(texts, references):
 
 
 def cider(texts, references):
-    """CIDEr of the corpus (Vedantam et al. 2015, arXiv:1411.5726) by pycocoevalcap, 0 to 10, split and lower-cased as
-    for BLEU's 13a: E2E's own script splits nearly so. None where pycocoevalcap is not installed, which is optional."""
+    """CIDEr of the corpus (Vedantam et al. 2015, arXiv:1411.5726) by pycocoevalcap, 0 to 10, of words as 13a splits
+    them, in lower case. None where pycocoevalcap is not installed, which is optional."""
     try:
         from pycocoevalcap.cider.cider import Cider
     except ImportError:

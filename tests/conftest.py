@@ -225,5 +225,6 @@ def no_network(tmp_path, monkeypatch):
     """A machine whose hub does not answer, with a cache of its own."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub, "fetch", lambda *args, real=hub.fetch: real(*args, cache_dir=tmp_path / "cache"))
+    monkeypatch.setattr(hub, "fetch", lambda *args, real=hub.fetch, **more: real(
+        *args, cache_dir=tmp_path / "cache", **more))
     return tmp_path / "cache"

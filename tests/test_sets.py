@@ -15,6 +15,7 @@ from conftest import ROOT
 
 import data
 import train
+from checkpoints import hub
 from checkpoints.pretrained import from_pretrained
 from data import metrics, sets
 from evaluation import evaluate
@@ -253,3 +254,12 @@ def test_a_set_comes_from_the_hub_and_afterwards_from_its_cache(tmp_path, name, 
     gone = f"dataset {sets.SETS[name].HUB} is not to be had from the hub (LocalEntryNotFoundError): give --data-dir a"
     assert again.startswith(gone) if name == "openorca" else again == found
     assert from_hub(name, address, tmp_path / "empty").startswith(gone)
+
+
+def test_a_hub_that_does_not_answer_is_waited_for_once(no_network, monkeypatch):
+    """Five seconds at most, not five for each of the ways to ask."""
+    asked = []
+    monkeypatch.setattr(hub, "reachable", lambda url: asked.append(url))
+    with pytest.raises(ValueError, match="give --data-dir a folder"):
+        data.load("svamp")
+    assert len(asked) == 1
