@@ -6,7 +6,8 @@
 All flags after -- go to every run. With --best-lr each row, at each rank, tries all learning rates on the first seed,
 and only the rate that validates best runs the other seeds. The csv keeps every run, and its column `best` marks these
 rates. A grid may be stopped and started again: a finished run is never repeated, in any grid. Runs lie in out/compare,
-and the column `run` names their folder.
+and the column `run` names their folder. With --long, for runs of many minutes, the csv grows run by run and is read
+back, so that it can be gone on with where out/compare is lost, and only the chosen rates see the test split.
 experiments/*.sh are the comparisons of RESULTS.md.
 """
 import contextlib
@@ -20,7 +21,8 @@ import os
 import re
 import shlex
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import threading
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -29,7 +31,7 @@ from tqdm import tqdm
 import data
 from checkpoints.files import check_writable, read_csv, write, write_csv
 from checkpoints.pretrained import ROOT, from_pretrained
-from checkpoints.state import Diverged
+from checkpoints.state import Diverged, best_step
 from data import Dataset
 from evaluation import evaluate
 from evaluation.plots import picture
@@ -59,6 +61,8 @@ def parse(argv):
     add("--rank", nargs="+", type=int, help="ranks")
     add("--seeds", type=int, default=1, help="how many, from 0 (1)")
     add("--best-lr", action="store_true", help="all seeds only at the rate with the best validation of seed 0")
+    add("--long", action="store_true", help="runs of PATH.csv are taken from it, each finished one is written to it; "
+        "only the chosen rates are measured on the test split")
     add("--quick", action="store_true", help="one seed, at the rates that PATH.csv calls best, of ranks the first "
         "and the last; into out/quick")
     add("--jobs", type=int, help="runs at a time, one thread each (one for each core, on a GPU at most 4)")
@@ -142,35 +146,51 @@ def code():
     return digest.hexdigest()[:12]
 
 
-def cell(flags, forgetting=None):
-    """One run of train.py; its result.json, or {"diverged": why}. A finished run is read back."""
-    import train
+def cell(flags, forgetting=None, test=True):
+    """One run of train.py; its result.json, or {"diverged": why}. A finished run is read back. Without `test` it ends
+    after training, and the test split is measured when it is asked for."""
     evaluate.SCORED = 0  # the tables are of losses and accuracies: no time for decoding
     out, flags = folder(flags), list(map(str, flags))
     done = out / "cell.json"
-    known = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
-    also = known.get("also", {})
-    measure = forgetting and f"base loss on {forgetting}" not in also and "diverged" not in also
-    if not known or measure:
-        known = known or {"flags": flags, "code": code()}  # of the files as they are before the run
-        trains = "also" not in known
+    known = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {"flags": flags, "code": code()}
+    also = known.setdefault("also", {})
+    todo = [] if "diverged" in also or "trained" in known or (out / "result.json").exists() else [only_train]
+    if test and "diverged" not in also:
+        todo = ([] if (out / "result.json").exists() else [test_too]) + [
+            functools.partial(losses_on, forgetting)] * bool(forgetting and f"base loss on {forgetting}" not in also)
+    if todo:
         out.mkdir(parents=True, exist_ok=True)
         with open(out.with_suffix(".txt"), "w", encoding="utf-8") as said, contextlib.redirect_stdout(said), \
                 contextlib.redirect_stderr(said):
             try:
-                if trains:
-                    train.train(train.parse([*flags, "--out", str(out)]))
-                if measure:
-                    also.update(losses_on(out, forgetting))
+                for part in todo:
+                    part(out, known)
             except Diverged as e:  # no reason to stop a grid: this rate is the worst
-                also = {"diverged": str(e)}
+                known["also"] = {"diverged": str(e)}
             except ValueError as e:
                 raise ValueError(f"{shlex.join(flags)}: {e}") from None
         out.mkdir(exist_ok=True)  # a run that left nothing has left no folder either
-        known["also"] = also
         write(done, lambda part: part.write_text(json.dumps(known), encoding="utf-8"))
-    result = {} if "diverged" in also else json.loads((out / "result.json").read_text(encoding="utf-8"))
-    return {**result, **also, "also": also, "stale": known.get("code") != code()}
+    found = out / "result.json"
+    result = json.loads(found.read_text(encoding="utf-8")) if found.exists() else known.get("trained", {})
+    return {**result, **known["also"], "also": known["also"], "stale": known["code"] != code()}
+
+
+def only_train(out, known):
+    """known["trained"]: what result.json says of a run that was not measured on the test split."""
+    import train
+    run = train.Run(train.parse([*known["flags"], "--out", str(out)]))
+    run.log.first = run.adapter.begin(run.layers, run.args.steps)
+    rows = train.fit(run)
+    known["trained"] = {"settings": {**run.settings, "device": str(run.args.device)}, "metrics": {},
+                        "parameters": run.parameters, "seconds": {"training": rows[-1]["seconds"]},
+                        "selected": {"step": best_step(rows, run.log.first), "by": f"validation {run.data.metric}"}}
+
+
+def test_too(out, known):
+    """The run whole, from where `only_train` has left it."""
+    import train
+    train.train(train.parse([*known["flags"], "--out", str(out), *["--resume"] * ("trained" in known)]))
 
 
 def trained(flags):
@@ -183,13 +203,13 @@ def trained(flags):
     return run
 
 
-def losses_on(out, dataset):
-    """{"base" or "merged": loss on the validation split of another dataset} of a finished run."""
+def losses_on(dataset, out, known):
+    """known["also"]: the loss on the validation split of another dataset, of a finished run's base and merged model."""
     import generate
     merged, settings, source = generate.load_run(out)
     examples, task, base = before(dataset, source, settings["context"], settings["device"])
-    return {f"base loss on {dataset}": base,
-            f"merged loss on {dataset}": loss_of(merged, examples, task, settings["device"])}
+    known["also"].update({f"base loss on {dataset}": base,
+                          f"merged loss on {dataset}": loss_of(merged, examples, task, settings["device"])})
 
 
 def loss_of(model, examples, task, device):
@@ -207,7 +227,9 @@ def before(dataset, source, context, device):
 
 def validation(out):
     """(value, loss, better high?) of the checkpoint that a run kept: the value by the metric that chose it."""
-    selected = json.loads((out / "result.json").read_text(encoding="utf-8"))["selected"]
+    found = out / "result.json" if (out / "result.json").exists() else out / "cell.json"
+    found = json.loads(found.read_text(encoding="utf-8"))
+    selected = found.get("trained", found)["selected"]
     metric = selected["by"].removeprefix("validation ")
     kept = next(row for row in read_csv(out / "log.csv") if int(row["step"]) == selected["step"])
     return float(kept[f"val_{metric}"]), float(kept["val_loss"]), metric != "loss"
@@ -215,8 +237,11 @@ def validation(out):
 
 def worth(args, key, results):
     """What a rate is chosen by, better low: the validation metric, at a tie the validation loss."""
-    if "diverged" in results[key]:
+    if results[key].get("diverged"):
         return math.inf, math.inf
+    if "row" in results[key]:  # of the csv, which knows no loss beside another metric
+        name = next(name for name, value in results[key].items() if name.startswith("validation ") and value)
+        return float(results[key][name]) * (1 if name == "validation loss" else -1), math.inf
     found, loss, high = validation(folder(flags_of(args, *key)))
     return -found if high else found, loss
 
@@ -235,6 +260,9 @@ def flags_of(args, label, rank, lr, seed):
 def tidy(args, key, result, best):
     """The csv row of a run: what was run, what was chosen, what came out."""
     label, rank, lr, seed = key
+    if "row" in result:
+        whole = {name: int(result[name]) if result.get(name) else None for name in ("rank", "trained")}
+        return {**result, **whole, "lr": lr, "seed": seed, "best": int(best)}
     flags = list(map(str, flags_of(args, *key)))
     if "--data-dir" in flags:
         flags[flags.index("--data-dir") + 1] = "FOLDER"  # wherever it is
@@ -262,18 +290,61 @@ def tidy(args, key, result, best):
 # ---------------------------------------------------------------------------------------------------------------------
 # The grid
 
-def run_all(workers, args, keys, bar):
-    """{key: result.json} of the runs `keys`; the first that fails stops the rest."""
-    jobs = {workers.submit(cell, flags_of(args, *key), args.forgetting): key for key in keys}
-    found = {}
-    try:
+class Grid:
+    """The runs of a grid as they are found: results {(label, rank, lr, seed): of `cell`, or a row of the csv}."""
+
+    def __init__(self, args, to, rates, workers, bar):
+        self.args, self.to, self.rates, self.workers, self.bar = args, to, rates, workers, bar
+        self.results, self.best, self.lock = {}, {}, threading.Lock()
+        if args.long and to.exists():
+            known = {row["run"]: row for row in read_csv(to) if not row.get("diverged")}
+            keys = {folder(flags_of(args, *key)).name: key for key in (
+                (*key, lr, seed) for key, some in rates.items() for lr in some for seed in range(args.seeds))}
+            self.results = {keys[run]: row for run, row in known.items() if run in keys}
+
+    def run(self, keys, test):
+        """`cell` of each key that is not known; the first that fails stops the rest."""
+        jobs = {}
+        for key in keys:
+            known = self.results.get(key, {})
+            if "row" in known and (not test or any(known.get(f"{stage} loss") for stage in ("merged", "trained"))):
+                self.bar.update()
+            else:
+                jobs[self.workers.submit(cell, flags_of(self.args, *key), self.args.forgetting, test)] = key
         for job in as_completed(jobs):
-            found[jobs[job]] = job.result()
-            bar.update()
-    except BaseException:
-        workers.shutdown(cancel_futures=True)
-        raise
-    return {key: found[key] for key in keys}
+            with self.lock:
+                self.results[jobs[job]] = job.result()
+                if self.args.long:
+                    write_csv(self.to, self.rows())
+            self.bar.update()
+
+    def row(self, key):
+        """One row of the table, at one rank: its rates on the first seed, then all seeds at the best."""
+        args, some = self.args, self.rates[key]
+        self.run([(*key, lr, 0) for lr in some], test=not args.long or not args.best_lr)
+        self.best[key] = min(some, key=lambda lr: worth(args, (*key, lr, 0), self.results))
+        chosen = [self.best[key]] if args.best_lr else some
+        self.run([(*key, lr, seed) for lr in chosen for seed in range(args.seeds) if seed or args.long], test=True)
+
+    def all(self):
+        """As many rows at a time as runs, so that a long grid has finished rows early."""
+        with ThreadPoolExecutor(self.args.jobs) as rows:
+            try:
+                for job in as_completed([rows.submit(self.row, key) for key in self.rates]):
+                    job.result()
+            except BaseException:
+                self.workers.shutdown(cancel_futures=True)
+                rows.shutdown(cancel_futures=True)
+                raise
+        return self.rows()
+
+    def rows(self):
+        """The csv: what has diverged with every rate has no best one."""
+        keys = [(*key, lr, seed) for key, some in self.rates.items() for seed in range(self.args.seeds) for lr in some]
+        rows = [tidy(self.args, key, self.results[key], self.best.get(key[:2]) == key[2]
+                     and not self.results[*key[:3], 0].get("diverged")) for key in keys if key in self.results]
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        return [{name: row.get(name) for name in columns} for row in rows] if self.args.long else rows
 
 
 def compare(args, setup=None):
@@ -300,20 +371,14 @@ def compare(args, setup=None):
                 print(f"note     {to}.csv knows no best rate of {key[0]}: the middle one is taken")
             rates[key] = [best[0] if best else rates[key][len(rates[key]) // 2]]
         args.seeds, to = 1, ROOT / "out/quick" / to.name
-    first = [(*key, lr, 0) for key, some in rates.items() for lr in some]
-    more = len(rates) if args.best_lr else len(first)
-    bar = tqdm(total=len(first) + more * (args.seeds - 1), unit="run", desc=to.name)
+    first = sum(map(len, rates.values()))
+    more = len(rates) if args.best_lr else first
+    bar = tqdm(total=first + more * (args.seeds - 1 + args.long), unit="run", desc=to.name)
     with bar, pool(args.jobs, setup) as workers:
-        results = run_all(workers, args, first, bar)
-        best = {key: min(some, key=lambda lr, key=key: worth(args, (*key, lr, 0), results))
-                for key, some in rates.items()}
-        chosen = [(*key, lr) for key, some in rates.items() for lr in ([best[key]] if args.best_lr else some)]
-        results.update(run_all(workers, args, [(*key, seed) for key in chosen for seed in range(1, args.seeds)], bar))
-    if stale := sum(result["stale"] for result in results.values()):
+        grid = Grid(args, to.with_name(to.name + ".csv"), rates, workers, bar)
+        rows = grid.all()
+    if stale := sum(result.get("stale", False) for result in grid.results.values()):
         print(f"note     {stale} runs are from before the code changed: delete out/compare to repeat them")
-    # what has diverged with every rate has no best one
-    rows = [tidy(args, key, result, best[key[:2]] == key[2] and "diverged" not in results[*key[:3], 0])
-            for key, result in results.items()]
     write_csv(to.with_name(to.name + ".csv"), rows)
     if not all(args.metric in row for row in rows if row["best"] and "diverged" not in row):
         raise ValueError(f"--metric {args.metric!r} is no column of {to}.csv: {', '.join(rows[0])}")

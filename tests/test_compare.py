@@ -1,5 +1,6 @@
 """compare.py: the grid, its choice of rates, its csv."""
 import shlex
+import shutil
 from argparse import Namespace
 from concurrent.futures import Future
 
@@ -198,3 +199,27 @@ def test_bad_input_is_one_line(tmp_path, capsys, flags, message):
     said = capsys.readouterr().err.strip().splitlines()
     assert e.value.code == 2 and len(said) == 1 and message in said[0] and said[0].startswith("compare.py: ")
     assert not list(tmp_path.glob("*.csv"))
+
+
+def test_a_long_grid_goes_on_from_its_csv(grid, tmp_path, monkeypatch):
+    """Only the chosen rates are measured on the test split, with the numbers of an ordinary grid; what the csv knows is
+    not run again where the folders are lost, and a run that it lacks is the only one that is done."""
+    ordinary = {r["run"]: r for r in grid("--seeds", "2", "--best-lr")}
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "grid.csv").unlink()
+    rows = grid("--seeds", "2", "--best-lr", "--long")
+    assert {r["run"] for r in rows} == ordinary.keys()
+    for r in rows:
+        plain = ordinary[r["run"]]
+        assert {name: plain[name] for name in ("best", "flags", "trained", "validation loss", "kept step")}.items() \
+            <= r.items()
+        assert r["merged loss"] == (plain["merged loss"] if r["best"] == "1" else "")
+    shutil.rmtree(tmp_path / "out")
+    lost = next(r for r in rows if r["seed"] == "1")
+    compare.write_csv(tmp_path / "grid.csv", [r for r in rows if r is not lost])
+    ran, cell = [], compare.cell
+    monkeypatch.setattr(compare, "cell", lambda flags, *more: ran.append(flags) or cell(flags, *more))
+    again = grid("--seeds", "2", "--best-lr", "--long")
+    timeless = [{name: value for name, value in r.items() if "seconds" not in name} for r in again]
+    assert timeless == [{name: r[name] for name in timeless[0]} for r in rows]
+    assert [compare.folder(flags).name for flags in ran] == [lost["run"]]
