@@ -154,10 +154,11 @@ def cell(flags, forgetting=None, test=True):
     done = out / "cell.json"
     known = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {"flags": flags, "code": code()}
     also = known.setdefault("also", {})
-    todo = [] if "diverged" in also or "trained" in known or (out / "result.json").exists() else [only_train]
-    if test and "diverged" not in also:
-        todo = ([] if (out / "result.json").exists() else [test_too]) + [
-            functools.partial(losses_on, forgetting)] * bool(forgetting and f"base loss on {forgetting}" not in also)
+    todo, found = [], out / "result.json"
+    if "diverged" not in also and not found.exists() and (test or "trained" not in known):
+        todo.append(whole if test else only_train)
+    if "diverged" not in also and test and forgetting and f"base loss on {forgetting}" not in also:
+        todo.append(functools.partial(losses_on, forgetting))
     if todo:
         out.mkdir(parents=True, exist_ok=True)
         with open(out.with_suffix(".txt"), "w", encoding="utf-8") as said, contextlib.redirect_stdout(said), \
@@ -171,9 +172,8 @@ def cell(flags, forgetting=None, test=True):
                 raise ValueError(f"{shlex.join(flags)}: {e}") from None
         out.mkdir(exist_ok=True)  # a run that left nothing has left no folder either
         write(done, lambda part: part.write_text(json.dumps(known), encoding="utf-8"))
-    found = out / "result.json"
     result = json.loads(found.read_text(encoding="utf-8")) if found.exists() else known.get("trained", {})
-    return {**result, **known["also"], "also": known["also"], "stale": known["code"] != code()}
+    return {**result, **known["also"], "also": known["also"], "stale": known.get("code") != code()}
 
 
 def only_train(out, known):
@@ -187,8 +187,8 @@ def only_train(out, known):
                         "selected": {"step": best_step(rows, run.log.first), "by": f"validation {run.data.metric}"}}
 
 
-def test_too(out, known):
-    """The run whole, from where `only_train` has left it."""
+def whole(out, known):
+    """A run from setup to result.json, from where `only_train` has left it if it has."""
     import train
     train.train(train.parse([*known["flags"], "--out", str(out), *["--resume"] * ("trained" in known)]))
 
@@ -261,15 +261,15 @@ def tidy(args, key, result, best):
     """The csv row of a run: what was run, what was chosen, what came out."""
     label, rank, lr, seed = key
     if "row" in result:
-        whole = {name: int(result[name]) if result.get(name) else None for name in ("rank", "trained")}
-        return {**result, **whole, "lr": lr, "seed": seed, "best": int(best)}
+        counts = {name: int(result[name]) if result.get(name) else None for name in ("rank", "trained")}
+        return {**result, **counts, "lr": lr, "seed": seed, "best": int(best)}
     flags = list(map(str, flags_of(args, *key)))
     if "--data-dir" in flags:
         flags[flags.index("--data-dir") + 1] = "FOLDER"  # wherever it is
     if "diverged" in result:
         rank = int(flags[flags.index("--rank") + 1]) if "--rank" in flags else None
         return {"row": label, "rank": rank, "lr": lr, "seed": seed, "best": int(best), "diverged": result["diverged"],
-                "flags": shlex.join(flags)}
+                "run": folder(flags_of(args, *key)).name, "flags": shlex.join(flags)}
     settings, out = result["settings"], folder(flags_of(args, *key))
     log = read_csv(out / "log.csv")
     late = log[-max(1, len(log) // 10):]  # the last tenth
@@ -297,17 +297,18 @@ class Grid:
         self.args, self.to, self.rates, self.workers, self.bar = args, to, rates, workers, bar
         self.results, self.best, self.lock = {}, {}, threading.Lock()
         if args.long and to.exists():
-            known = {row["run"]: row for row in read_csv(to) if not row.get("diverged")}
+            known = {row["run"]: row for row in read_csv(to)}
             keys = {folder(flags_of(args, *key)).name: key for key in (
                 (*key, lr, seed) for key, some in rates.items() for lr in some for seed in range(args.seeds))}
             self.results = {keys[run]: row for run, row in known.items() if run in keys}
 
     def run(self, keys, test):
-        """`cell` of each key that is not known; the first that fails stops the rest."""
-        jobs = {}
+        """`cell` of each key that the csv does not know."""
+        jobs, other = {}, f"merged loss on {self.args.forgetting}" if self.args.forgetting else "merged loss"
         for key in keys:
             known = self.results.get(key, {})
-            if "row" in known and (not test or any(known.get(f"{stage} loss") for stage in ("merged", "trained"))):
+            measured = known.get("diverged") or known.get("merged loss") and known.get(other)
+            if "row" in known and (measured or not test):
                 self.bar.update()
             else:
                 jobs[self.workers.submit(cell, flags_of(self.args, *key), self.args.forgetting, test)] = key
@@ -327,7 +328,8 @@ class Grid:
         self.run([(*key, lr, seed) for lr in chosen for seed in range(args.seeds) if seed or args.long], test=True)
 
     def all(self):
-        """As many rows at a time as runs, so that a long grid has finished rows early."""
+        """As many rows at a time as runs, so that a long grid has finished rows early. The first run that fails stops
+        the rest."""
         with ThreadPoolExecutor(self.args.jobs) as rows:
             try:
                 for job in as_completed([rows.submit(self.row, key) for key in self.rates]):
@@ -341,10 +343,8 @@ class Grid:
     def rows(self):
         """The csv: what has diverged with every rate has no best one."""
         keys = [(*key, lr, seed) for key, some in self.rates.items() for seed in range(self.args.seeds) for lr in some]
-        rows = [tidy(self.args, key, self.results[key], self.best.get(key[:2]) == key[2]
+        return [tidy(self.args, key, self.results[key], self.best.get(key[:2]) == key[2]
                      and not self.results[*key[:3], 0].get("diverged")) for key in keys if key in self.results]
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        return [{name: row.get(name) for name in columns} for row in rows] if self.args.long else rows
 
 
 def compare(args, setup=None):
@@ -380,7 +380,7 @@ def compare(args, setup=None):
     if stale := sum(result.get("stale", False) for result in grid.results.values()):
         print(f"note     {stale} runs are from before the code changed: delete out/compare to repeat them")
     write_csv(to.with_name(to.name + ".csv"), rows)
-    if not all(args.metric in row for row in rows if row["best"] and "diverged" not in row):
+    if not all(args.metric in row for row in rows if row["best"] and not row.get("diverged")):
         raise ValueError(f"--metric {args.metric!r} is no column of {to}.csv: {', '.join(rows[0])}")
     if args.plot != "none":
         draw(args, to.with_name(to.name + ".png"), rows)
@@ -427,7 +427,7 @@ def style(row):
 
 def draw(args, path, rows):
     """The picture: against rank, rate or step a line with the range of its seeds, or one point for each seed."""
-    shown = [r for r in rows if (r["best"] or args.plot == "lr") and "diverged" not in r]
+    shown = [r for r in rows if (r["best"] or args.plot == "lr") and not r.get("diverged") and r.get(args.metric)]
     labels = groups(shown, "row")
     tall = 0.34 * len(labels) + 1.1 if args.plot == "rows" else 3.8
     with picture(path, figsize=(6.4, tall)) as (_, axis):

@@ -223,3 +223,22 @@ def test_a_long_grid_goes_on_from_its_csv(grid, tmp_path, monkeypatch):
     timeless = [{name: value for name, value in r.items() if "seconds" not in name} for r in again]
     assert timeless == [{name: r[name] for name in timeless[0]} for r in rows]
     assert [compare.folder(flags).name for flags in ran] == [lost["run"]]
+
+
+def test_a_long_grid_keeps_what_diverged(grid, tmp_path, monkeypatch):
+    """It stands in the csv, is not run again where the folders are lost, and the other rows are drawn."""
+    wild = "LoRA: --method lora", "wild: --method full --optimizer sgd --clip 0 --lr 1e30"
+    rows = grid("--best-lr", "--long", rows=wild)
+    assert [r["row"] for r in rows if "not finite" in r["diverged"]] == ["wild"]
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "grid.png").unlink()
+    monkeypatch.setattr(compare, "cell", None)
+    assert grid("--best-lr", "--long", rows=wild) == rows and (tmp_path / "grid.png").stat().st_size > 5000
+
+
+def test_an_ordinary_run_is_set_up_once(grid, monkeypatch):
+    """One call of train.train for each run, which does not resume."""
+    asked, whole = [], train.train
+    monkeypatch.setattr(train, "train", lambda args: asked.append(args.resume) or whole(args))
+    monkeypatch.setattr(compare, "only_train", None)
+    assert len(grid("--best-lr")) == 4 and asked == [False] * 4
