@@ -5,15 +5,14 @@
 # sh experiments/real_base.sh SMOLLM2 E2E      folders of experiments/smollm2.py and of experiments/e2e_split.py
 set -e
 cd "$(dirname "$0")/.."
-MERGES="--merge regression,input,weight,none"
 LARGE="1e-3 2e-3 4e-3"  # of rows with a larger scale
 exec python -m experiments.compare experiments/results/real-base --long --best-lr --seeds 3 --lr 2e-3 4e-3 8e-3 \
     --title "SmolLM2-135M on E2E: test loss after merging" \
     --row "LoRA r 16: --method lora --rank 16 --lr 1e-3 2e-3 4e-3 8e-3" \
     --row "LoRA r 16, 3 alpha: --method lora --rank 16 --alpha 48 --lr 5e-4 $LARGE" \
-    --row "ResLoRA input: --method reslora --rank 16 $MERGES" \
-    --row "full fine-tuning: --method full --lr 5e-5 1e-4 2e-4" \
-    --row "ResLoRA middle: --method reslora --rank 16 --shortcut middle $MERGES" \
+    --row "ResLoRA input: --method reslora --rank 16" \
+    --row "full fine-tuning: --method full --lr 1e-4 2e-4 4e-4" \
+    --row "ResLoRA middle: --method reslora --rank 16 --shortcut middle" \
     --row "ResLoRA block: --method reslora --rank 16 --shortcut block" \
     --row "rsLoRA r 16: --method rslora --rank 16 --lr $LARGE" \
     --row "Delta-LoRA: --method deltalora --rank 16" \
