@@ -61,3 +61,24 @@ def draw_ranks(path, rows, names, title):
                         [f"{name.removeprefix('h.')}: {last}" for name, last in zip(names, ranks[-1], strict=True)])
         axis.invert_yaxis()
         figure.colorbar(mesh, label="rank")
+
+
+def draw_shortcut(axis, shortcut):
+    """Layers n-1 and n of a ResLoRA chain as a graph, from inputs at the bottom to outputs at the top. Dashed: what
+    the shortcut adds to LoRA."""
+    places = {"x": (0.5, 0), "W": (0, 1.15), "A": (1, 1), "B": (1, 2), "h": (0.5, 3)}
+    at = {(name, n): (x + 3 * n, y) for name, (x, y) in places.items() for n in (0, 1)}  # n: 0 for n-1, 1 for n
+    edges = [((start, n), (end, n)) for n in (0, 1) for start, end in ("xW", "Wh", "xA", "AB", "Bh")]
+    again = {("A", 2): (5, 1), ("B", 2): (5, 2)} if shortcut == "block" else {}  # A and B of layer n-1, once more
+    more = {"input": [(("x", 0), ("A", 1))], "middle": [(("A", 0), ("B", 1))],
+            "block": [(("x", 1), ("A", 2)), (("A", 2), ("B", 2)), (("B", 2), ("h", 1))]}[shortcut]
+    for (start, end), added in [*((edge, False) for edge in edges), *((edge, True) for edge in more)]:
+        look = dict(color="C3", lw=2.2, ls="--") if added else dict(color="0.35", lw=1.3)
+        axis.annotate("", (at | again)[end], (at | again)[start],
+                      arrowprops=dict(arrowstyle="->", shrinkA=15, shrinkB=15, mutation_scale=15, **look))
+    for (name, n), place in (at | again).items():
+        box = dict(boxstyle="round,pad=.35", fc={"W": "0.85", "x": "none", "h": "none"}.get(name, "white"),
+                   ec="none" if name in "xh" else "C3" if n == 2 else "0.35", ls="--" if n == 2 else "-")
+        axis.text(*place, f"${name}_{{{'n' if n == 1 else 'n-1'}}}$", ha="center", va="center", fontsize=13, bbox=box)
+    axis.set(xlim=(-0.6, 5.6 if again else 4.6), ylim=(-0.4, 3.4), title=shortcut)
+    axis.axis("off")

@@ -17,6 +17,7 @@ from pathlib import Path
 import lora
 import reslora
 import train
+from checkpoints.files import check_writable
 from evaluation import evaluate
 from evaluation.plots import picture
 from experiments.compare import RESULTS, groups, read_csv, write_csv
@@ -33,6 +34,7 @@ def merged(label, base, folder):
     with tempfile.TemporaryDirectory() as out:
         run = train.Run(train.parse([*flags, "--model", base, "--data-dir", folder, "--out", f"{out}/run"]))
         losses = {"base loss": run.report(run.model)["loss"]}  # at B = 0 the model is the base
+        check_writable(run.args.out)
         train.fit(run)
     losses["unmerged loss"] = run.report(run.model)["loss"]
     examples = run.data.examples["train"]
