@@ -25,7 +25,7 @@ MODELS = {"tiny-gpt": ROOT / "data/tiny-gpt", "tiny-roberta": ROOT / "data/tiny-
           **{f"roberta-{s}": f"FacebookAI/roberta-{s}" for s in ("base", "large")},
           **{f"smollm2-{s}": f"HuggingFaceTB/SmolLM2-{s.upper()}" for s in ("135m", "360m")},
           "tinyllama": "TinyLlama/TinyLlama_v1.1", "qwen3-0.6b": "Qwen/Qwen3-0.6B-Base",
-          "llama2-7b": "meta-llama/Llama-2-7b-hf"}
+          "llama3.2-3b": "meta-llama/Llama-3.2-3B", "llama2-7b": "meta-llama/Llama-2-7b-hf"}
 
 
 def locate(source):

@@ -98,8 +98,9 @@ def mathqa(row, where):
 
 
 def metamathqa(row, where):
-    """Of train; the rows of test are GSM8K's."""
-    return gsm8k(row, where) if "answer" in row else texts_of("query", "response")(row, where)
+    """With the prompt of PEFT's method comparison. The rows of train are MetaMathQA's, those of test GSM8K's."""
+    (query, response), = gsm8k(row, where) if "answer" in row else texts_of("query", "response")(row, where)
+    return [(f"Question: {query} Think step by step.\nAnswer:", response)]
 
 
 def webnlg(row, where):
@@ -189,6 +190,7 @@ def translated(texts, references):
 
 class MetaMathQA(Set):
     """Trained on its own rows, tested on GSM8K's."""
+    BETWEEN = ""  # the prompt says where the answer begins
 
     def tables(self, data_dir):
         if data_dir is not None:
@@ -252,7 +254,7 @@ SETS = {
     "mathqa": Set("regisss/math_qa", {s: f"data/{s}-*.parquet" for s in NAMES}, mathqa, exact(letter),
                   ("exact_match",), 8),
     "metamathqa": MetaMathQA("meta-math/MetaMathQA", {"train": "default/train/*.parquet"}, metamathqa,
-                             exact(solution), ("exact_match",), 256, PARQUET),
+                             exact(solution), ("exact_match",), 300, PARQUET),
     "webnlg": WebNLG("GEM/web_nlg", {s: f"en/{s}/*.parquet" for s in NAMES}, webnlg, translated, (), 96, PARQUET),
     "xsum": Set("EdinburghNLP/xsum", {s: f"default/{s}/*.parquet" for s in NAMES},
                 texts_of("document", "summary"), metrics.rouge, (), 64, PARQUET),

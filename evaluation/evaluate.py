@@ -134,7 +134,8 @@ def measure(model, dataset, split, device, amp, first=None, scored=None, exact=N
         values.update(choose(model, dataset, pairs[:scored], device, exact or amp))
     if scorer and scored:
         max_new = getattr(dataset.module, "MAX_NEW", 96)
-        values.update(scorer(pairs[:scored], decode(model, pairs[:scored], dataset.tokenizer, amp, max_new)[1]))
+        texts = decode(model, pairs[:scored], dataset.tokenizer, amp, max_new, dataset.task.between)[1]
+        values.update(scorer(pairs[:scored], texts))
     return values
 
 

@@ -18,7 +18,7 @@ import train
 from checkpoints import hub
 from checkpoints.pretrained import from_pretrained
 from data import metrics, sets
-from evaluation import evaluate
+from evaluation import decoding, evaluate
 
 REAL = os.environ.get("REAL_DATA")
 ROWS = {  # one row of each split, as the hub's
@@ -38,7 +38,7 @@ ROWS["openorca"] = [{"id": "1", "system_prompt": "Be kind.", "question": "Who?",
 ROWS |= {"hellaswag": [SWAG], "hellaswag-generated": [SWAG]}
 PAIR = {"svamp": ("Dan has 8 pens and lost 2 pens. How many has he?", "6"),
         "mathqa": ("a train runs 100 m in 5 s . its speed ? a ) 5 , b ) 10 , c ) 20 , d ) 50 , e ) none", "c"),
-        "metamathqa": ("What is 2 + 2?", "2 + 2 = 4.\n#### 4\nThe answer is: 4"),
+        "metamathqa": ("Question: What is 2 + 2? Think step by step.\nAnswer:", "2 + 2 = 4.\n#### 4\nThe answer is: 4"),
         "webnlg": ("A | capital | B && B | country | C", "B, in C, is the capital of A."),
         "xsum": ("A long article. It goes on.", "An article."),
         "openorca": ("Be kind.\nWho?", "You."),
@@ -130,8 +130,17 @@ def test_metamathqa_is_tested_on_gsm8k(tmp_path):
     folder(tmp_path, "metamathqa", ROWS["metamathqa"] * 10)
     (tmp_path / "test.jsonl").write_text(json.dumps({"question": "1 + 1 ?", "answer": "1 + 1 = 2\n#### 2"}))
     found = data.load("metamathqa", tmp_path)
-    assert found["test"] == [("1 + 1 ?", "1 + 1 = 2\n#### 2")]
+    assert found["test"] == [("Question: 1 + 1 ? Think step by step.\nAnswer:", "1 + 1 = 2\n#### 2")]
     assert data.module("metamathqa").score(found["test"], ["... The answer is: 2"]) == {"exact_match": 1.0}
+
+
+def test_what_is_decoded_begins_as_what_was_trained(tmp_path, base, monkeypatch):
+    """MetaMathQA has no " ||" behind its prompts, neither in training nor where its texts are written and judged."""
+    model, begun = from_pretrained(base), []
+    monkeypatch.setattr(decoding, "generate", lambda model, batch, *args: begun.extend(batch) or [[] for _ in batch])
+    found = data.Dataset("metamathqa", folder(tmp_path, "metamathqa", ROWS["metamathqa"] * 10)).encode(base, model, 64)
+    evaluate.measure(model, found, "test", torch.device("cpu"), nullcontext())
+    assert begun == [ids[:start] for ids, start in found.examples["test"]] and len(begun) == 10
 
 
 def test_webnlg_is_judged_by_all_references_and_by_category(tmp_path):
