@@ -66,7 +66,7 @@ def draw_ranks(path, rows, names, title):
 def draw_shortcut(axis, shortcut):
     """Layers n-1 and n of a ResLoRA chain as a graph, from inputs at the bottom to outputs at the top. Dashed: what
     the shortcut adds to LoRA."""
-    places = {"x": (0.5, 0), "W": (0, 1.15), "A": (1, 1), "B": (1, 2), "h": (0.5, 3)}
+    places = {"x": (0.5, 0), "W": (-0.15, 1.15), "A": (1, 1), "B": (1, 2), "h": (0.5, 3)}
     at = {(name, n): (x + 3 * n, y) for name, (x, y) in places.items() for n in (0, 1)}  # n: 0 for n-1, 1 for n
     edges = [((start, n), (end, n)) for n in (0, 1) for start, end in ("xW", "Wh", "xA", "AB", "Bh")]
     again = {("A", 2): (5, 1), ("B", 2): (5, 2)} if shortcut == "block" else {}  # A and B of layer n-1, once more
@@ -80,5 +80,5 @@ def draw_shortcut(axis, shortcut):
         box = dict(boxstyle="round,pad=.35", fc={"W": "0.85", "x": "none", "h": "none"}.get(name, "white"),
                    ec="none" if name in "xh" else "C3" if n == 2 else "0.35", ls="--" if n == 2 else "-")
         axis.text(*place, f"${name}_{{{'n' if n == 1 else 'n-1'}}}$", ha="center", va="center", fontsize=13, bbox=box)
-    axis.set(xlim=(-0.6, 5.6 if again else 4.6), ylim=(-0.4, 3.4), title=shortcut)
+    axis.set(xlim=(-0.8, 5.6 if again else 4.6), ylim=(-0.4, 3.4), title=shortcut)
     axis.axis("off")

@@ -79,7 +79,7 @@ def test_the_findings_are_those_of_the_results():
 
 def test_the_pages_keep_their_size():
     """A page is read in one sitting, the top level shows what there is, and a function fits a screen."""
-    for name, most in {"README.md": 190, "lora.py": 170, "reslora.py": 290, "train.py": 264, "model.py": 400}.items():
+    for name, most in {"README.md": 200, "lora.py": 170, "reslora.py": 290, "train.py": 264, "model.py": 400}.items():
         assert len((ROOT / name).read_text().splitlines()) <= most, name
     assert len(list(ROOT.glob("*.py"))) <= 10
     for file in sources():
