@@ -21,8 +21,11 @@
     e2e_split.py          the E2E split of RESULTS.md, and the official one, from the public files
     smollm2.py            SmolLM2-135M, a real pretrained Llama, as a folder, from a package of PyPI
     base.sh, base_roberta.sh                    the two shipped models, from scratch
+    real_base.sh          the comparison on SmolLM2 and E2E's official test set, for hours: a csv that grows run by run
+    real_merges.py        what each merge keeps of ResLoRA on SmolLM2
+    lesson.sh             the small grid of lesson.ipynb's last chapter
     gpu.sh                everything for one GPU, in parts, in one command: not run on one yet
-    gpt2_medium_e2e.sh, roberta_base_glue.sh    the comparisons at the papers' sizes, for a GPU: not measured yet
+    gpt2_medium_e2e.sh, roberta_base_glue.sh, metamath_gsm8k.sh    at published sizes, for a GPU: not measured yet
 
 `python -m experiments.NAME` or `sh experiments/NAME.sh`; most take --quick, a few minutes on two cores. recipes/ holds
 the papers' settings as files of flags, results/ what the scripts wrote.
