@@ -106,6 +106,30 @@ def calibration(where=RESULTS):
         for (dataset, row), same in found.items()])
 
 
+def real_merges(where=RESULTS):
+    """Loss before and after each merge on SmolLM2, the regression on 64, 16 and 4 texts; what 64 keep of the gain."""
+    rows = []
+    for (row,), same in groups(read_csv(where / "real-merges.csv"), "row").items():
+        found = {(r["merge"], r["texts"]): r["merged loss"] for r in same if r["eps"] in ("", "0.001")}
+        cells = [found.get(way) for way in (("regression", "64"), ("regression", "16"), ("regression", "4"),
+                                            ("input", "64"), ("weight", "64"), ("none", "0"))]
+        share = kept({**same[0], "merged loss": found["regression", "64"]}, "regression")
+        rows.append([row, f"{float(same[0]['unmerged loss']):.4f}", *(f"{float(c):.4f}" if c else "-" for c in cells),
+                     f"{share:.1%}"])
+    return markdown(["structure", "unmerged", "regression, 64 texts", "16 texts", "4 texts", *MERGES[1:],
+                     "kept by regression"], rows)
+
+
+def real_base():
+    """The rows of real-base.csv that have all their seeds."""
+    found = {row: same for row, same in best("real-base").items() if all(r["merged loss"] for r in same)
+             and len(same) == 3}
+    return markdown(["", "trained", "rate", "validation loss, seed 0", "test loss", "above LoRA"], [
+        [row, f"{int(same[0]['trained']):,}", same[0]["tried"], f"{float(same[0]['validation loss']):.3f}",
+         spread(same, "merged loss"), "" if row == "LoRA r 16" else paired(same, found["LoRA r 16"])]
+        for row, same in found.items()])
+
+
 def gradients(where=RESULTS):
     """Norms by layer, mean of the seeds."""
     rows = read_csv(where / "reslora-gradients.csv")
@@ -190,6 +214,7 @@ TABLES = {
     **{name: lambda name=name: deployed(name)
        for name in ("merge-at-restaurants", "merge-at-reviews", "merge-at-e2e", "reslora-curves-best")},
     "reslora-pre-num": pre_num, "merges": merges, "calibration": calibration, "reslora-gradients": gradients,
+    "real-merges": real_merges, "real-base": real_base,
     "rslora-adamw": lambda: rslora("adamw"), "rslora-sgd": lambda: rslora("sgd"), "deltalora": deltalora,
     "deltalora-weights": weights, "dylora": dylora, "rank-theorem": theorem, "decoding": decoding,
     "methods-e2e": lambda: methods("methods-e2e", {"pretraining text": "merged loss on world"}),
