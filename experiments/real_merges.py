@@ -64,7 +64,7 @@ def merged(label, base, folder):
 
 
 def draw(rows, path):
-    """What each merge adds to the loss, a mark for each, on a log axis."""
+    """What each merge adds to the loss, a mark for each, on a log axis: a gain stands at its left end."""
     styles = {("regression", 64): ("C2", "o", "regression, 64 texts"), ("regression", 16): ("C2", "^", "16 texts"),
               ("regression", 4): ("C2", "v", "4 texts"), ("weight", 64): ("C3", "D", "paper: by weights"),
               ("input", 64): ("C1", "s", "paper: by inputs"), ("none", 0): ("0.45", "x", "shortcut dropped")}
@@ -75,9 +75,8 @@ def draw(rows, path):
             cost = [max(float(r["merged loss"]) - float(r["unmerged loss"]), 1e-4) for r in same]
             axis.plot(cost, [labels.index((r["row"],)) for r in same], marker, color=colour, ms=7, alpha=0.85,
                       fillstyle="none" if texts in (4, 16) else "full", label=label)
-        axis.set(xscale="log", xlabel="loss added by merging (nats per target token, log scale)")
+        axis.set(xscale="log", ylim=(len(labels) - 0.5, -0.5), xlabel="loss added by merging (nats per target token, log scale)")
         axis.set_yticks(range(len(labels)), [label for label, in labels])
-        axis.invert_yaxis()
         axis.grid(axis="x", which="both", alpha=0.25)
         figure.legend(loc="outside upper center", ncols=3, frameon=False)
 
@@ -91,7 +90,8 @@ def main():
     for label in sorted(ROWS, key=lambda label: "m 2" in label):  # what says least comes last
         rows = read_csv(file) if file.exists() else []
         if (label,) not in groups(rows, "row"):
-            write_csv(file, [*rows, *merged(label, args.base, str(Path(args.e2e)))])
+            rows += merged(label, args.base, str(Path(args.e2e)))
+            write_csv(file, sorted(rows, key=lambda row: list(ROWS).index(row["row"])))
     draw(read_csv(file), RESULTS / "real-merges.png")
 
 

@@ -126,7 +126,7 @@ def real_base():
              and len(same) == 3}
     return markdown(["", "trained", "rate", "validation loss, seed 0", "test loss", "above LoRA"], [
         [row, f"{int(same[0]['trained']):,}", same[0]["tried"], f"{float(same[0]['validation loss']):.3f}",
-         spread(same, "merged loss"), "" if row == "LoRA r 16" else paired(same, found["LoRA r 16"])]
+         spread(same, "merged loss"), paired(same, found["LoRA r 16"]) if row != "LoRA r 16" in found else ""]
         for row, same in found.items()])
 
 

@@ -1,6 +1,7 @@
 """Every number in RESULTS.md is the one that was measured: it stands in experiments/results."""
 import csv
 import json
+import math
 import re
 import statistics
 
@@ -137,6 +138,44 @@ def test_what_the_text_says_of_merging():
     assert sum(share < .95 for share in reviews) == 4 and "less than 95 % in four of six rows" in text
     bad, = {f"{r['base loss']:.1f}" for r in results("merges-stdlib.csv")}
     assert f"({bad} nats on `stdlib`)" in text
+
+
+def real_numbers():
+    """{name: the number that the section on the real base gives} from its two csv files."""
+    rows, base = results("real-merges.csv"), results("real-base.csv")
+    cost = {(r["row"], r["merge"], int(r["texts"]), r["eps"]): r["merged loss"] - r["unmerged loss"] for r in rows}
+    gain = {r["row"]: r["base loss"] - r["unmerged loss"] for r in rows}
+
+    def of(merge, texts, eps="", m=""):
+        return {row: c for (row, *way), c in cost.items() if way == [merge, texts, eps] and m in row}
+    paper = {row: min(of("input", 64)[row], of("weight", 64).get(row, math.inf)) for row in gain}
+    fine, four = of("regression", 64, .001), of("regression", 4, .001)
+    loss = {(r["row"], r["lr"]): r["validation loss"] for r in base if r["seed"] == 0}
+    scale = [loss["LoRA r 16", 2 * lr] - loss["LoRA r 16, 3 alpha", lr] for lr in (5e-4, 1e-3, 2e-3, 4e-3)]
+    assert {r["tokens"] for r in rows if r["texts"] in (4, 16)} == {226, 957} and min(scale) > 0
+    assert min(1 - fine[row] / gain[row] for row in gain) >= .998 and f"{rows[0]['base loss']:.3f}" == "3.002"
+
+    def span(values, digits=3):
+        return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+    return {"R64": span(fine.values(), 4), "R16": f"{max(of('regression', 16, .001).values()):.4f}",
+            "K4": f"{100 * min(1 - four[row] / gain[row] for row in gain):.1f}",
+            "E5": f"{max(abs(c - four[row]) for row, c in of('regression', 4, 1e-5).items()):.4f}",
+            "E1": span([c - four[row] for row, c in of("regression", 4, .1).items()], 4),
+            "P1": f"{max(c for merge in ('input', 'weight') for c in of(merge, 64, m='m 1').values()):.3f}",
+            "PW": f"{-of('weight', 64)['input, m 1']:.4f}", "N1": span(of("none", 0, m="m 1").values()),
+            "PA": span([c for row, c in paper.items() if "all" in row]), "NA": span(of("none", 0, m="all").values()),
+            "PT": span([c / fine[row] for row, c in paper.items() if "all" in row], 0),
+            "S0": f"{min(scale):.3f}", "S1": f"{max(scale):.3f}"}
+
+
+def test_what_the_text_says_of_a_real_base():
+    """What each merge costs, by texts and eps, and what LoRA with 3 alpha is beside LoRA."""
+    text, n = " ".join(section("On a base that was really").split()), real_numbers()
+    for said in ("64 texts costs {R64} nats", "tokens, cost at most {R16}.", "keeps {K4} % or more of the gain",
+                 "moves by at most {E5}, with 1e-1 it rises by {E1}.", "cost at most {P1} nats with one",
+                 "even ends {PW} below", "the two costs {PA}, which is {PT} times", "costs {N1} nats with one",
+                 "layer and {NA} with all", "below it, by {S0} to {S1} nats"):
+        assert said.format(**n) in text, said.format(**n)
 
 
 @pytest.mark.parametrize("dataset, below, above", [
