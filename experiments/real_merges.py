@@ -75,7 +75,8 @@ def draw(rows, path):
             cost = [max(float(r["merged loss"]) - float(r["unmerged loss"]), 1e-4) for r in same]
             axis.plot(cost, [labels.index((r["row"],)) for r in same], marker, color=colour, ms=7, alpha=0.85,
                       fillstyle="none" if texts in (4, 16) else "full", label=label)
-        axis.set(xscale="log", ylim=(len(labels) - 0.5, -0.5), xlabel="loss added by merging (nats per target token, log scale)")
+        axis.set(xscale="log", ylim=(len(labels) - 0.5, -0.5),
+                 xlabel="loss added by merging (nats per target token, log scale)")
         axis.set_yticks(range(len(labels)), [label for label, in labels])
         axis.grid(axis="x", which="both", alpha=0.25)
         figure.legend(loc="outside upper center", ncols=3, frameon=False)
