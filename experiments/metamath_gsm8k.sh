@@ -1,7 +1,7 @@
 #!/bin/sh
 # MetaMathQA to GSM8K, where published numbers stand beside ours: the methods with PEFT's recipe on Llama-3.2-3B, or with
 # that of wassname/lora-lite on Qwen3-0.6B-Base. The published runs have one rate and one seed; here each row has three
-# rates and three seeds at the best. For one GPU, which llama2-7b's recipes fit.
+# rates and three seeds at the best. For one GPU.
 # sh experiments/metamath_gsm8k.sh [qwen3_06b | llama32_3b] [--quick]
 set -e
 cd "$(dirname "$0")/.."

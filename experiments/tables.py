@@ -122,12 +122,12 @@ def real_merges(where=RESULTS):
 
 def real_base():
     """The rows of real-base.csv that have all their seeds."""
-    found = {row: same for row, same in best("real-base").items() if all(r["merged loss"] for r in same)
-             and len(same) == 3}
+    whole = {row: same for row, same in best("real-base").items()
+             if len(same) == 3 and all(r["merged loss"] for r in same)}
+    lora = whole["LoRA r 16"]
     return markdown(["", "trained", "rate", "validation loss, seed 0", "test loss", "above LoRA"], [
         [row, f"{int(same[0]['trained']):,}", same[0]["tried"], f"{float(same[0]['validation loss']):.3f}",
-         spread(same, "merged loss"), paired(same, found["LoRA r 16"]) if row != "LoRA r 16" in found else ""]
-        for row, same in found.items()])
+         spread(same, "merged loss"), "" if same is lora else paired(same, lora)] for row, same in whole.items()])
 
 
 def gradients(where=RESULTS):
