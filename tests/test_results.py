@@ -171,7 +171,8 @@ def test_what_the_text_says_of_a_real_base():
                  f"rises by {span([nats - four[row] for row, nats in of('regression', 4, .1).items()], 4)}.",
                  f"cost at most {max(nats for _, nats in low):.3f} nats with one",
                  f"keep at least {min(kept(low))} % of the gain there",
-                 f"even ends {-of('weight', 64)['input, m 1']:.4f} below", f"they keep {span([100 * (1 - nats / gain[row]) for row, nats in high], 1)} %, and",
+                 f"even ends {-of('weight', 64)['input, m 1']:.4f} below",
+                 f"they keep {span([100 * (1 - nats / gain[row]) for row, nats in high], 1)} %, and",
                  f"costs {span([nats / fine[row] for row, nats in better.items()], 0)} times as many",
                  f"keep {100 * min(toy):.1f} to {100 * max(toy):.1f} % with one",
                  f"costs {span(of('none', 0, m='m 1').values())} nats with one earlier layer and "
