@@ -1,20 +1,36 @@
 #!/bin/sh
-# The comparison on a base that was really pretrained: SmolLM2-135M on E2E with its official test set. Each row at its
-# best of three rates, three seeds there. Many minutes a run on a CPU: the csv grows run by run, and a grid that was
-# stopped goes on from it.
+# The comparisons on a base that was really pretrained: SmolLM2-135M on E2E with its official test set. Each row at the
+# best of its rates, three seeds there. Minutes a run on a CPU: the csv files grow run by run, and a grid that was
+# stopped goes on from them.
 # sh experiments/real_base.sh SMOLLM2 E2E      folders of experiments/smollm2.py and of experiments/e2e_split.py
 set -e
 cd "$(dirname "$0")/.."
+MODEL=$1 FOLDER=$2
 LARGE="1e-3 2e-3 4e-3"  # of rows with a larger scale
-exec python -m experiments.compare experiments/results/real-base --long --best-lr --seeds 3 --lr 2e-3 4e-3 8e-3 \
-    --title "SmolLM2-135M on E2E: test loss after merging" \
-    --row "LoRA r 16: --method lora --rank 16 --lr 1e-3 2e-3 4e-3 8e-3" \
-    --row "LoRA r 16, 3 alpha: --method lora --rank 16 --alpha 48 --lr 5e-4 $LARGE" \
+ALL="--targets q,k,v,o,gate,up,down"
+grid() {  # name, steps, title, flags of compare.py
+    to=experiments/results/$1 steps=$2 title=$3
+    shift 3
+    python -m experiments.compare "$to" --long --best-lr --seeds 3 --lr 2e-3 4e-3 8e-3 --title "$title" "$@" \
+        -- --model "$MODEL" --dataset e2e --data-dir "$FOLDER" --steps "$steps" --batch-size 8 --eval-every "$steps" \
+        --test-texts 256
+}
+# all methods, on q and v
+grid real-base 50 "SmolLM2-135M on E2E: test loss after merging" \
+    --row "LoRA r 16: --method lora --rank 16 --lr $LARGE 8e-3 1.6e-2" \
+    --row "LoRA r 16, 3 alpha: --method lora --rank 16 --alpha 48 --lr 5e-4 $LARGE 8e-3" \
     --row "ResLoRA input: --method reslora --rank 16" \
     --row "full fine-tuning: --method full --lr 1e-4 2e-4 4e-4" \
     --row "ResLoRA middle: --method reslora --rank 16 --shortcut middle" \
     --row "ResLoRA block: --method reslora --rank 16 --shortcut block" \
     --row "rsLoRA r 16: --method rslora --rank 16 --lr $LARGE" \
     --row "Delta-LoRA: --method deltalora --rank 16" \
-    --row "LoRA r 32, 2 alpha: --method lora --rank 32 --alpha 32" \
-    -- --model "$1" --dataset e2e --data-dir "$2" --steps 50 --batch-size 8 --eval-every 50 --test-texts 256
+    --row "LoRA r 32, 2 alpha: --method lora --rank 32 --alpha 32"
+# as many trained numbers on all linears as LoRA r 16 has on q and v; the other two rows are those above
+grid real-regret 50 "SmolLM2-135M on E2E: which linears" \
+    --row "LoRA r 16 on q,v: --method lora --rank 16 --lr $LARGE 8e-3 1.6e-2" \
+    --row "LoRA r 3 on all linears: --method lora --rank 3 $ALL" \
+    --row "full fine-tuning: --method full --lr 1e-4 2e-4 4e-4"
+# the rank, on all linears
+grid real-ranks 20 "SmolLM2-135M on E2E, all linears, AdamW" --rank 4 16 64 256 --plot rank \
+    --row "LoRA: --method lora $ALL" --row "rsLoRA: --method rslora $ALL --lr 2.5e-4 5e-4 1e-3 2e-3"

@@ -1,0 +1,53 @@
+"""What the best runs of experiments/real_base.sh write, and what they have forgotten: each row's best rate, seed 0.
+
+    python -m experiments.real_texts E2E      the folder of E2E that real_base.sh was given
+
+Writes real-texts.csv, a row at a time, and goes on from those that it has. Texts are decoded greedily for all records
+of the test set. Forgetting is the loss on 64 texts of stdlib before and after. A run whose folder is lost is trained
+again, and its test loss then stands beside that of real-base.csv.
+"""
+import argparse
+import contextlib
+import io
+import shlex
+from concurrent.futures import as_completed
+
+import torch
+
+import generate
+from experiments.compare import RESULTS, cell, folder, pool, read_csv, write_csv
+
+PLAIN = "stdlib"
+
+
+def measured(row, data_dir):
+    """A row of real-base.csv -> a row of real-texts.csv"""
+    flags = [data_dir if word == "FOLDER" else word for word in shlex.split(row["flags"])]
+    result = cell(flags, PLAIN)
+    with torch.inference_mode(), contextlib.redirect_stdout(io.StringIO()):
+        scores = generate.generate(generate.parse([str(folder(flags))]))
+    last = result["metrics"].get("merged") or result["metrics"]["trained"]  # full fine-tuning has nothing to merge
+    plain = {f"{stage} loss on {PLAIN}": result[f"{stage} loss on {PLAIN}"] for stage in ("base", "merged")}
+    values = {**scores, "merged loss": last["loss"], **plain}
+    return {**{name: row[name] for name in ("row", "lr", "seed")},
+            **{name: round(value, 5) for name, value in values.items()}, "run": row["run"]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("e2e", help="the folder of E2E")
+    args = parser.parse_args()
+    file = RESULTS / "real-texts.csv"
+    chosen = {row["run"]: row for row in read_csv(RESULTS / "real-base.csv")
+              if row["best"] == "1" and row["seed"] == "0" and row["merged loss"]}
+    found = {row["run"]: row for row in read_csv(file)} if file.exists() else {}
+    with pool(2) as workers:
+        jobs = [workers.submit(measured, row, args.e2e) for run, row in chosen.items() if run not in found]
+        for job in as_completed(jobs):
+            row = job.result()
+            found[row["run"]] = row
+            write_csv(file, [found[run] for run in chosen if run in found])
+
+
+if __name__ == "__main__":
+    main()
