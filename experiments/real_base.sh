@@ -34,3 +34,7 @@ grid real-regret 50 "SmolLM2-135M on E2E: which linears" \
 # the rank, on all linears
 grid real-ranks 20 "SmolLM2-135M on E2E, all linears, AdamW" --rank 4 16 64 256 --plot rank \
     --row "LoRA: --method lora $ALL" --row "rsLoRA: --method rslora $ALL --lr 2.5e-4 5e-4 1e-3 2e-3"
+# the shipped GPT on the same texts: how far it ends from full fine-tuning
+python -m experiments.compare experiments/results/real-toy --best-lr --seeds 3 --plot none --lr 2.4e-2 4.8e-2 9.6e-2 \
+    --row "LoRA r 16: --method lora --rank 16" --row "full fine-tuning: --method full --lr 3e-3 6e-3 1.2e-2" \
+    -- --dataset e2e --data-dir "$FOLDER" --eval-every 30 --test-texts 256
