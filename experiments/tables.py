@@ -120,14 +120,51 @@ def real_merges(where=RESULTS):
                      "kept by regression"], rows)
 
 
-def real_base():
-    """The rows of real-base.csv that have all their seeds."""
-    whole = {row: same for row, same in best("real-base").items()
-             if len(same) == 3 and all(r["merged loss"] for r in same)}
-    lora = whole["LoRA r 16"]
-    return markdown(["", "trained", "rate", "validation loss, seed 0", "test loss", "above LoRA"], [
+def complete(name):
+    """The rows of a grid on SmolLM2 that have all their seeds, at their best rates."""
+    return {row: same for row, same in best(name).items() if len(same) == 3 and all(r["merged loss"] for r in same)}
+
+
+def real(name, *against):
+    """Each row of a grid on SmolLM2, and seed by seed against some of the others."""
+    found = complete(name)
+    return markdown(["", "trained", "rate", "validation loss, seed 0", "test loss", *(f"above {o}" for o in against)], [
         [row, f"{int(same[0]['trained']):,}", same[0]["tried"], f"{float(same[0]['validation loss']):.3f}",
-         spread(same, "merged loss"), "" if same is lora else paired(same, lora)] for row, same in whole.items()])
+         spread(same, "merged loss"), *("" if row in (against[0], other) else paired(same, found[other]) for other in against)]
+        for row, same in found.items()])
+
+
+def real_ranks(one="0.002"):
+    """Test loss by rank at the best rate, mean of the seeds; validation loss of seed 0 at one rate."""
+    rows = read_csv(RESULTS / "real-ranks.csv")
+    own = {row: groups(same, "rank") for row, same in best("real-ranks").items()}
+    table = [[f"{row}, best rate", *(f"{average(r, 'merged loss')} ({r[0]['tried']})" for r in same.values())]
+             for row, same in own.items()]
+    table += [["rsLoRA above LoRA", *(paired(r, own["LoRA"][rank]) for rank, r in own["rsLoRA"].items())]]
+    table += [[f"{row}, rate {rate(one)}: validation", *(f"{float(r['validation loss']):.3f}" for r in same)]
+              for (row,), same in groups([r for r in rows if (r["lr"], r["seed"]) == (one, "0")], "row").items()]
+    return markdown(["", *(f"r {r}" for (r,) in own["LoRA"])], table)
+
+
+def real_texts():
+    """What the best runs write, and the loss on the plain text before and after."""
+    rows = read_csv(RESULTS / "real-texts.csv")
+    before = f"{float(rows[0]['base loss on stdlib']):.3f}"
+    return markdown(["", "BLEU", "NIST", "ROUGE-L", "CIDEr", f"Python text, {before} before"], [
+        [r["row"], *(f"{float(r[name]):.{digits}f}" for name, digits in (
+            ("BLEU", 1), ("NIST", 2), ("ROUGE_L", 3), ("CIDEr", 2), ("merged loss on stdlib", 3)))] for r in rows])
+
+
+def real_characters():
+    """LoRA and full fine-tuning on both bases, in nats per token and per character."""
+    table = []
+    for size in read_csv(RESULTS / "real-characters.csv"):
+        grid = complete("real-toy" if size["base"] == "tiny-gpt" else "real-base")
+        for row in ("LoRA r 16", "full fine-tuning"):
+            loss = mean([float(r["merged loss"]) for r in grid[row]])
+            share = int(size["targets"]) / int(size["characters"])
+            table.append([size["base"], row, grid[row][0]["tried"], f"{loss:.3f}", f"{loss * share:.3f}"])
+    return markdown(["base", "", "rate", "nats per token", "nats per character"], table)
 
 
 def gradients(where=RESULTS):
@@ -214,7 +251,9 @@ TABLES = {
     **{name: lambda name=name: deployed(name)
        for name in ("merge-at-restaurants", "merge-at-reviews", "merge-at-e2e", "reslora-curves-best")},
     "reslora-pre-num": pre_num, "merges": merges, "calibration": calibration, "reslora-gradients": gradients,
-    "real-merges": real_merges, "real-base": real_base,
+    "real-merges": real_merges, "real-base": lambda: real("real-base", "LoRA r 16", "LoRA r 16, 3 alpha"),
+    "real-regret": lambda: real("real-regret", "LoRA r 16 on q,v", "full fine-tuning"), "real-ranks": real_ranks,
+    "real-texts": real_texts, "real-characters": real_characters,
     "rslora-adamw": lambda: rslora("adamw"), "rslora-sgd": lambda: rslora("sgd"), "deltalora": deltalora,
     "deltalora-weights": weights, "dylora": dylora, "rank-theorem": theorem, "decoding": decoding,
     "methods-e2e": lambda: methods("methods-e2e", {"pretraining text": "merged loss on world"}),
