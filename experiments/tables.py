@@ -130,7 +130,8 @@ def real(name, *against):
     found = complete(name)
     return markdown(["", "trained", "rate", "validation loss, seed 0", "test loss", *(f"above {o}" for o in against)], [
         [row, f"{int(same[0]['trained']):,}", same[0]["tried"], f"{float(same[0]['validation loss']):.3f}",
-         spread(same, "merged loss"), *("" if row in (against[0], other) else paired(same, found[other]) for other in against)]
+         spread(same, "merged loss"),
+         *("" if row in (against[0], other) else paired(same, found[other]) for other in against)]
         for row, same in found.items()])
 
 
