@@ -6,7 +6,8 @@
 set -e
 cd "$(dirname "$0")/.."
 MODEL=$1 FOLDER=$2
-LARGE="1e-3 2e-3 4e-3"  # of rows with a larger scale
+MORE="2e-3 4e-3 8e-3 1.6e-2"        # where 8e-3 was the best of three
+LARGE="5e-4 1e-3 2e-3 4e-3 8e-3"  # of a larger scale
 ALL="--targets q,k,v,o,gate,up,down"
 grid() {  # name, steps, title, flags of compare.py
     to=experiments/results/$1 steps=$2 title=$3
@@ -17,18 +18,18 @@ grid() {  # name, steps, title, flags of compare.py
 }
 # all methods, on q and v
 grid real-base 50 "SmolLM2-135M on E2E: test loss after merging" \
-    --row "LoRA r 16: --method lora --rank 16 --lr $LARGE 8e-3 1.6e-2" \
-    --row "LoRA r 16, 3 alpha: --method lora --rank 16 --alpha 48 --lr 5e-4 $LARGE 8e-3" \
+    --row "LoRA r 16: --method lora --rank 16 --lr 1e-3 $MORE" \
+    --row "LoRA r 16, 3 alpha: --method lora --rank 16 --alpha 48 --lr $LARGE" \
     --row "ResLoRA input: --method reslora --rank 16" \
     --row "full fine-tuning: --method full --lr 1e-4 2e-4 4e-4" \
-    --row "ResLoRA middle: --method reslora --rank 16 --shortcut middle" \
-    --row "ResLoRA block: --method reslora --rank 16 --shortcut block" \
-    --row "rsLoRA r 16: --method rslora --rank 16 --lr $LARGE" \
+    --row "ResLoRA middle: --method reslora --rank 16 --shortcut middle --lr $MORE" \
+    --row "ResLoRA block: --method reslora --rank 16 --shortcut block --lr $MORE" \
+    --row "rsLoRA r 16: --method rslora --rank 16 --lr 1e-3 2e-3 4e-3 8e-3" \
     --row "Delta-LoRA: --method deltalora --rank 16" \
     --row "LoRA r 32, 2 alpha: --method lora --rank 32 --alpha 32"
 # as many trained numbers on all linears as LoRA r 16 has on q and v; the other two rows are those above
 grid real-regret 50 "SmolLM2-135M on E2E: which linears" \
-    --row "LoRA r 16 on q,v: --method lora --rank 16 --lr $LARGE 8e-3 1.6e-2" \
+    --row "LoRA r 16 on q,v: --method lora --rank 16 --lr 1e-3 $MORE" \
     --row "LoRA r 3 on all linears: --method lora --rank 3 $ALL" \
     --row "full fine-tuning: --method full --lr 1e-4 2e-4 4e-4"
 # the rank, on all linears
