@@ -121,13 +121,13 @@ def real_merges(where=RESULTS):
 
 
 def complete(name):
-    """The rows of a grid on SmolLM2 that have all their seeds, at their best rates."""
+    """The rows of a grid that have all their seeds, at their best rates."""
     return {row: same for row, same in best(name).items() if len(same) == 3 and all(r["merged loss"] for r in same)}
 
 
-def real(name, *against):
-    """Each row of a grid on SmolLM2, and seed by seed against some of the others."""
-    found = complete(name)
+def real_base(against=("LoRA r 16", "LoRA r 16, 3 alpha", "full fine-tuning")):
+    """Each row of the grid on SmolLM2, and seed by seed against some of the others."""
+    found = complete("real-base")
     return markdown(["", "trained", "rate", "validation loss, seed 0", "test loss", *(f"above {o}" for o in against)], [
         [row, f"{int(same[0]['trained']):,}", same[0]["tried"], f"{float(same[0]['validation loss']):.3f}",
          spread(same, "merged loss"),
@@ -252,9 +252,8 @@ TABLES = {
     **{name: lambda name=name: deployed(name)
        for name in ("merge-at-restaurants", "merge-at-reviews", "merge-at-e2e", "reslora-curves-best")},
     "reslora-pre-num": pre_num, "merges": merges, "calibration": calibration, "reslora-gradients": gradients,
-    "real-merges": real_merges, "real-base": lambda: real("real-base", "LoRA r 16", "LoRA r 16, 3 alpha"),
-    "real-regret": lambda: real("real-regret", "LoRA r 16 on q,v", "full fine-tuning"), "real-ranks": real_ranks,
-    "real-texts": real_texts, "real-characters": real_characters,
+    "real-merges": real_merges, "real-base": real_base,
+    "real-ranks": real_ranks, "real-texts": real_texts, "real-characters": real_characters,
     "rslora-adamw": lambda: rslora("adamw"), "rslora-sgd": lambda: rslora("sgd"), "deltalora": deltalora,
     "deltalora-weights": weights, "dylora": dylora, "rank-theorem": theorem, "decoding": decoding,
     "methods-e2e": lambda: methods("methods-e2e", {"pretraining text": "merged loss on world"}),
