@@ -125,7 +125,7 @@ def complete(name):
     return {row: same for row, same in best(name).items() if len(same) == 3 and all(r["merged loss"] for r in same)}
 
 
-def real_base(against=("LoRA r 16", "LoRA r 16, 3 alpha", "full fine-tuning")):
+def real_base(against=("LoRA r 16", "LoRA r 16, 3 alpha")):
     """Each row of the grid on SmolLM2, and seed by seed against some of the others."""
     found = complete("real-base")
     return markdown(["", "trained", "rate", "validation loss, seed 0", "test loss", *(f"above {o}" for o in against)], [
