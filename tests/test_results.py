@@ -86,7 +86,7 @@ def test_no_number_without_a_mark():
     text = RESULTS[:RESULTS.index("## On one GPU")]
     made = set(re.findall(r"<!-- table: \S+ -->\n\n(\|.*)", text))
     others = set(re.findall(r"\n\n(\| .*)", text)) - made
-    assert len(others) == 3, others  # two of difficulty, one of times
+    assert len(others) == 4, others  # two of difficulty, one of times, one of claims
 
 
 @pytest.mark.parametrize("dataset, judge, high", [("restaurants", "loss", False), ("reviews", "accuracy", True)])
