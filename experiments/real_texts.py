@@ -3,9 +3,9 @@
     python -m experiments.real_texts SMOLLM2 E2E      the folders that real_base.sh was given
 
 Writes real-texts.csv, a row at a time, and goes on from those that it has. Texts are decoded greedily for all records
-of the test set. Forgetting is the loss on stdlib, Python's prose, before and after. A run whose folder is lost is trained
-again, and its test loss then stands beside that of real-base.csv. Writes real-characters.csv too: how many tokens of
-each base's vocabulary the test texts have, since losses in nats per token do not compare.
+of the test set. Forgetting is the loss on stdlib, Python's prose, before and after. A run whose folder is lost is
+trained again, and its test loss then stands beside that of real-base.csv. Writes real-characters.csv too: how many
+tokens of each base's vocabulary the test texts have, since losses in nats per token do not compare.
 """
 import argparse
 import contextlib
