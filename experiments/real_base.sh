@@ -2,11 +2,11 @@
 # The comparisons on a base that was really pretrained: SmolLM2-135M on E2E with its official test set. Each row at the
 # best of its rates, three seeds there. Minutes a run on a CPU: the csv files grow run by run, and a grid that was
 # stopped goes on from them.
-# sh experiments/real_base.sh SMOLLM2 E2E      folders of experiments/smollm2.py and of experiments/e2e_split.py
+# sh experiments/real_base.sh SMOLLM2 E2E      folders of experiments/smollm2.py and, with test.txt, e2e_split.py
 set -e
 cd "$(dirname "$0")/.."
 MODEL=$1 FOLDER=$2
-MORE="2e-3 4e-3 8e-3 1.6e-2"        # where 8e-3 was the best of three
+MORE="2e-3 4e-3 8e-3 1.6e-2"      # where 8e-3 was the best of three
 LARGE="5e-4 1e-3 2e-3 4e-3 8e-3"  # of a larger scale
 ALL="--targets q,k,v,o,gate,up,down"
 grid() {  # name, steps, title, flags of compare.py
@@ -30,7 +30,7 @@ grid real-base 50 "SmolLM2-135M on E2E: test loss after merging" \
     --row "LoRA r 3 on all linears: --method lora --rank 3 $ALL"
 # the shipped GPT on the same texts: how far it ends from full fine-tuning
 python -m experiments.compare experiments/results/real-toy --best-lr --seeds 3 --plot none --lr 2.4e-2 4.8e-2 9.6e-2 \
-    --row "LoRA r 16: --method lora --rank 16" --row "full fine-tuning: --method full --lr 3e-3 6e-3 1.2e-2" \
+    --row "LoRA r 16: --method lora --rank 16" --row "full fine-tuning: --method full --lr 3e-3 6e-3 1.2e-2 2.4e-2" \
     -- --dataset e2e --data-dir "$FOLDER" --eval-every 30 --test-texts 256
 # the rank, on all linears, in bf16, which takes two thirds of the time
 BF16="$ALL --dtype bfloat16 --test-texts 128"

@@ -120,32 +120,6 @@ def real_merges(where=RESULTS):
                      "kept by regression"], rows)
 
 
-def complete(name):
-    """The rows of a grid that have all their seeds, at their best rates."""
-    return {row: same for row, same in best(name).items() if len(same) == 3 and all(r["merged loss"] for r in same)}
-
-
-def real_base(against=("LoRA r 16", "LoRA r 16, 3 alpha", "full fine-tuning")):
-    """Each row of the grid on SmolLM2, and seed by seed against some of the others."""
-    found = complete("real-base")
-    return markdown(["", "trained", "rate", "test loss", *(f"above {other}" for other in against)], [
-        [row, f"{int(same[0]['trained']):,}", same[0]["tried"], spread(same, "merged loss"),
-         *("" if row in (against[0], other) else paired(same, found[other]) for other in against)]
-        for row, same in found.items()])
-
-
-def real_ranks(one="0.002"):
-    """Test loss by rank at the best rate, mean of the seeds; validation loss of seed 0 at one rate."""
-    rows = read_csv(RESULTS / "real-ranks.csv")
-    own = {row: groups(same, "rank") for row, same in best("real-ranks").items()}
-    table = [[f"{row}, best rate", *(f"{average(r, 'merged loss')} ({r[0]['tried']})" for r in same.values())]
-             for row, same in own.items()]
-    table += [["rsLoRA above LoRA", *(paired(r, own["LoRA"][rank]) for rank, r in own["rsLoRA"].items())]]
-    table += [[f"{row}, rate {rate(one)}: validation", *(f"{float(r['validation loss']):.3f}" for r in same)]
-              for (row,), same in groups([r for r in rows if (r["lr"], r["seed"]) == (one, "0")], "row").items()]
-    return markdown(["", *(f"r {r}" for (r,) in own["LoRA"])], table)
-
-
 def real_texts():
     """What the best runs write, and the loss on the plain text before and after."""
     rows = read_csv(RESULTS / "real-texts.csv")
@@ -159,7 +133,7 @@ def real_characters():
     """LoRA and full fine-tuning on both bases, in nats per token and per character."""
     table = []
     for size in read_csv(RESULTS / "real-characters.csv"):
-        grid = complete("real-toy" if size["base"] == "tiny-gpt" else "real-base")
+        grid = best("real-toy" if size["base"] == "tiny-gpt" else "real-base")
         for row in ("LoRA r 16", "full fine-tuning"):
             loss = mean([float(r["merged loss"]) for r in grid[row]])
             share = int(size["targets"]) / int(size["characters"])
@@ -238,12 +212,13 @@ def decoding():
     return markdown(["prompts", "beams", "with the cache", "`transformers`", "without a cache"], rows)
 
 
-def methods(name, more):
-    """Each method at its best rate: `more` are {header: column} beside the loss."""
-    found = best(name)
-    return markdown(["", "trained", "rate", "test loss", "above LoRA", *more], [
+def methods(name, more=None, against=("LoRA r 16",)):
+    """Each method at its best rate, and seed by seed against some of the others: `more` are {header: column} beside the
+    loss."""
+    found, more = best(name), more or {}
+    return markdown(["", "trained", "rate", "test loss", *(f"above {other}" for other in against), *more], [
         [row, f"{int(same[0]['trained']):,}", same[0]["tried"], spread(same, "merged loss"),
-         "" if row == "LoRA r 16" else paired(same, found["LoRA r 16"]),
+         *("" if row in (against[0], other) else paired(same, found[other]) for other in against),
          *(spread(same, column) for column in more.values())] for row, same in found.items()])
 
 
@@ -251,8 +226,8 @@ TABLES = {
     **{name: lambda name=name: deployed(name)
        for name in ("merge-at-restaurants", "merge-at-reviews", "merge-at-e2e", "reslora-curves-best")},
     "reslora-pre-num": pre_num, "merges": merges, "calibration": calibration, "reslora-gradients": gradients,
-    "real-merges": real_merges, "real-base": real_base,
-    "real-ranks": real_ranks, "real-texts": real_texts, "real-characters": real_characters,
+    "real-merges": real_merges, "real-texts": real_texts, "real-characters": real_characters,
+    "real-base": lambda: methods("real-base", against=("LoRA r 16", "LoRA r 16, 3 alpha", "full fine-tuning")),
     "rslora-adamw": lambda: rslora("adamw"), "rslora-sgd": lambda: rslora("sgd"), "deltalora": deltalora,
     "deltalora-weights": weights, "dylora": dylora, "rank-theorem": theorem, "decoding": decoding,
     "methods-e2e": lambda: methods("methods-e2e", {"pretraining text": "merged loss on world"}),
