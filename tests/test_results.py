@@ -215,7 +215,7 @@ def test_what_the_text_says_of_the_methods_on_a_real_base():
                  f"only {over[1]:.1f} % above full", "nearly: {:.4f} ({:.4f}) above".format(*apart(everywhere, full)),
                  "end {:.4f} ({:.4f}) above all".format(*apart(lora, everywhere)),
                  f"ends {more[0]:.3f} above LoRA r 16, less than its error",
-                 f"size: {ratio[0]:.0f} times on all linears, {ratio[1]:.0f} times on q and v"):
+                 f"a little more: {ratio[0]:.0f} times on all linears, {ratio[1]:.0f} times on q and v"):
         assert said in text, said
 
 
@@ -246,6 +246,17 @@ def test_what_the_text_says_of_time_and_memory_on_a_real_base():
             f"other adapters take {of[0]:.2f} to {of[-1]:.2f} times as long and at most {memory[-1]:.2f} GB. Full "
             f"fine-tuning takes {full['of lora']:.2f} times as long and {full['peak GB']:.2f} GB."
             ) in " ".join(section("On a base that was really").split())
+
+
+def test_nats_per_character_share_the_same_nats_among_characters():
+    """Tokens times nats per token are characters times nats per character."""
+    sizes = {r["base"]: r for r in results("real-characters.csv")}
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section("On a base that was").splitlines()]
+    rows = [row for row in cells if row and row[0] in sizes]
+    assert len(rows) == 4
+    for base, *_, token, character in rows:
+        nats = float(character) * sizes[base]["characters"]
+        assert float(token) * sizes[base]["targets"] == pytest.approx(nats, rel=2e-3), base
 
 
 def test_lora_comes_nearer_to_full_fine_tuning_on_the_real_base():
