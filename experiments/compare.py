@@ -18,6 +18,7 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import re
 import shlex
 import sys
@@ -312,7 +313,11 @@ class Grid:
                 self.bar.update()
             else:
                 jobs[self.workers.submit(cell, flags_of(self.args, *key), self.args.forgetting, test)] = key
-        for job in as_completed(jobs):
+        ended = queue.SimpleQueue()
+        for job in jobs:
+            job.add_done_callback(ended.put)  # as_completed would wait for ever for a job that `all` cancels
+        for _ in jobs:
+            job = ended.get()
             with self.lock:
                 self.results[jobs[job]] = job.result()
                 if self.args.long:

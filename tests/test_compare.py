@@ -1,10 +1,13 @@
 """compare.py: the grid, its choice of rates, its csv."""
 import shlex
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 from concurrent.futures import Future
 
 import pytest
+from conftest import ROOT
 
 import train
 from evaluation import evaluate
@@ -234,6 +237,28 @@ def test_a_long_grid_keeps_what_diverged(grid, tmp_path, monkeypatch):
     (tmp_path / "grid.png").unlink()
     monkeypatch.setattr(compare, "cell", None)
     assert grid("--best-lr", "--long", rows=wild) == rows and (tmp_path / "grid.png").stat().st_size > 5000
+
+
+def test_a_run_that_fails_ends_a_grid_whose_other_rows_wait():
+    """Runs that had not begun are cancelled, and those who wait for them are told. In a process of its own: a grid that
+    hangs would hang the tests."""
+    code = """
+import time
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from experiments import compare
+def cell(flags, *more):
+    time.sleep(0.1)
+    if "bad" in flags:
+        raise ValueError("this row cannot run")
+compare.cell = cell
+args = Namespace(long=False, best_lr=False, seeds=1, jobs=2, forgetting=None, flags=[], rows=dict(good=[], bad=["bad"]))
+rates = {("good", None): [1, 2, 3, 4, 5, 6], ("bad", None): [1]}
+with ThreadPoolExecutor(2) as workers:
+    compare.Grid(args, None, rates, workers, Namespace(update=lambda: None)).all()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and "this row cannot run" in ended.stderr.splitlines()[-1]
 
 
 def test_an_ordinary_run_is_set_up_once(grid, monkeypatch):
