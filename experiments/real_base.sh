@@ -32,7 +32,7 @@ grid real-base 50 "SmolLM2-135M on E2E: test loss after merging" \
 python -m experiments.compare experiments/results/real-toy --best-lr --seeds 3 --plot none --lr 2.4e-2 4.8e-2 9.6e-2 \
     --row "LoRA r 16: --method lora --rank 16" --row "full fine-tuning: --method full --lr 3e-3 6e-3 1.2e-2 2.4e-2" \
     -- --dataset e2e --data-dir "$FOLDER" --eval-every 30 --test-texts 256
-# the rank, on all linears, in bf16, which takes two thirds of the time
+# the rank, on all linears up to the width of k and v, in bf16, which takes two thirds of the time
 BF16="$ALL --dtype bfloat16 --test-texts 128"
-grid real-ranks 20 "SmolLM2-135M on E2E, all linears, AdamW" --rank 4 256 16 64 --plot rank \
+grid real-ranks 20 "SmolLM2-135M on E2E, all linears, AdamW" --rank 4 16 64 192 --plot rank \
     --row "LoRA: --method lora $BF16" --row "rsLoRA: --method rslora $BF16 --lr 2.5e-4 5e-4 1e-3 2e-3"
