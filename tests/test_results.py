@@ -248,8 +248,8 @@ def test_what_the_text_says_of_time_and_memory_on_a_real_base():
     of, memory = (sorted(row[column] for row in rows) for column in ("of lora", "peak GB"))
     assert (f"takes {lora['ms'] / 1000:.2f} s with LoRA on two idle cores, and peaks at {lora['peak GB']:.2f} GB. The "
             f"other adapters on q and v, at r 16, take {of[0]:.2f} to {of[-1]:.2f} times as long and at most "
-            f"{memory[-1]:.2f} GB. Full fine-tuning takes {full['of lora']:.2f} times as long and {full['peak GB']:.2f} GB."
-            ) in " ".join(section("On a base that was really").split())
+            f"{memory[-1]:.2f} GB. Full fine-tuning takes {full['of lora']:.2f} times as long and "
+            f"{full['peak GB']:.2f} GB.") in " ".join(section("On a base that was really").split())
 
 
 def test_nats_per_character_share_the_same_nats_among_characters():
