@@ -35,4 +35,4 @@ python -m experiments.compare experiments/results/real-toy --best-lr --seeds 3 -
 # the rank, on all linears up to the width of k and v, in bf16, which takes two thirds of the time
 BF16="$ALL --dtype bfloat16 --test-texts 128"
 grid real-ranks 20 "SmolLM2-135M on E2E, all linears, AdamW" --rank 4 16 64 192 --plot rank \
-    --row "LoRA: --method lora $BF16" --row "rsLoRA: --method rslora $BF16 --lr 2.5e-4 5e-4 1e-3 2e-3"
+    --row "LoRA: --method lora $BF16" --row "rsLoRA: --method rslora $BF16 --lr 2.5e-4 5e-4 1e-3 2e-3 4e-3"
