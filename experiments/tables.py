@@ -149,17 +149,35 @@ def gradients(where=RESULTS):
         for target in ("q", "v") for (row,), same in groups([r for r in rows if r["target"] == target], "row").items()])
 
 
-def rslora(optimizer):
-    """Loss by rank at the best rate, mean of the seeds, and at one rate, with the gradient norm that goes with that."""
-    own = {row: groups(same, "rank") for row, same in best(f"rslora-{optimizer}").items()}
-    one = best(f"rslora-{optimizer}-fixed")
+def by_rank(name):
+    """Header and rows of a table: test loss by rank at each one's best rate, mean of the seeds; rsLoRA against LoRA."""
+    own = {row: groups(same, "rank") for row, same in best(name).items()}
     rows = [[f"{row}, best rate", *(f"{average(r, 'merged loss')} ({r[0]['tried']})" for r in same.values())]
             for row, same in own.items()]
     rows += [["rsLoRA above LoRA", *(paired(r, own["LoRA"][rank]) for rank, r in own["rsLoRA"].items())]]
-    for name, column in (("", "merged loss"), (": gradient norm", "late gradient norm")):
-        rows += [[f"{row}, rate {rate(same[0]['lr'])}{name}", *(f"{float(r[column]):.3f}" for r in same)]
-                 for row, same in one.items()]
-    return markdown(["", *(f"r {r}" for (r,) in own["LoRA"])], rows)
+    return ["", *(f"r {r}" for (r,) in own["LoRA"])], rows
+
+
+def at_one_rate(found, columns):
+    """More rows of that table, from {row: its runs by rank at one rate, one seed} and {what is shown: column}."""
+    return [[f"{row}, rate {rate(same[0]['lr'])}: {name}", *(f"{float(r[column]):.3f}" for r in same)]
+            for name, column in columns.items() for row, same in found.items()]
+
+
+def rslora(optimizer):
+    """Loss by rank at the best rates, and at one rate, with the gradient norm that goes with that."""
+    header, rows = by_rank(f"rslora-{optimizer}")
+    one = best(f"rslora-{optimizer}-fixed")
+    return markdown(header, rows + at_one_rate(one, {"loss": "merged loss", "gradient norm": "late gradient norm"}))
+
+
+def real_ranks():
+    """The same on SmolLM2. At one rate the loss is that of the validation texts: only the best were tested."""
+    header, rows = by_rank("real-ranks")
+    one = [r for r in read_csv(RESULTS / "real-ranks.csv") if (r["lr"], r["seed"]) == ("0.002", "0")]
+    one = {row: same for (row,), same in groups(one, "row").items()}
+    names = {"validation loss": "validation loss", "gradient norm": "late gradient norm"}
+    return markdown(header, rows + at_one_rate(one, names))
 
 
 def deltalora():
@@ -227,6 +245,7 @@ TABLES = {
        for name in ("merge-at-restaurants", "merge-at-reviews", "merge-at-e2e", "reslora-curves-best")},
     "reslora-pre-num": pre_num, "merges": merges, "calibration": calibration, "reslora-gradients": gradients,
     "real-merges": real_merges, "real-texts": real_texts, "real-characters": real_characters,
+    "real-ranks": real_ranks,
     "real-base": lambda: methods("real-base", against=("LoRA r 16", "LoRA r 16, 3 alpha", "full fine-tuning")),
     "rslora-adamw": lambda: rslora("adamw"), "rslora-sgd": lambda: rslora("sgd"), "deltalora": deltalora,
     "deltalora-weights": weights, "dylora": dylora, "rank-theorem": theorem, "decoding": decoding,

@@ -220,6 +220,35 @@ def test_what_the_text_says_of_the_methods_on_a_real_base():
         assert said in text, said
 
 
+def test_what_the_text_says_of_ranks_on_a_real_base():
+    """Gradients by rank at one rate; no rank helps; rsLoRA below LoRA at two; best rates."""
+    rows, norms, tried = {}, {}, {}
+    for r in results("real-ranks.csv"):
+        tried.setdefault((r["row"], r["rank"]), set()).add(r["lr"])
+        if r["best"]:
+            rows.setdefault((r["row"], r["rank"]), []).append(r)
+        if (r["lr"], r["seed"]) == (2e-3, 0):
+            norms[r["row"], r["rank"]] = r["late gradient norm"]
+    ranks = 4, 16, 64, 192
+    gained = [apart(rows["LoRA", r], rows["LoRA", 4]) for r in ranks[1:]]
+    above, errors = zip(*gained, strict=True)
+    most = apart(rows["rsLoRA", 192], rows["rsLoRA", 4])
+    between = {r: apart(rows["rsLoRA", r], rows["LoRA", r]) for r in ranks}
+    assert min(above) > 0 and -most[1] < most[0] < 0 and all(len(same) == 3 for same in rows.values())
+    assert all(apart(rows["rsLoRA", r], rows["rsLoRA", 4])[0] > most[0] for r in ranks[1:-1])
+    assert all(mean < 0 for mean, _ in between.values())
+    assert [r for r, (mean, error) in between.items() if -mean > 2 * error] == [16, 192]
+    assert {r["lr"] for (row, _), same in rows.items() if row == "LoRA" for r in same} == {4e-3}
+    assert all(min(tried[key]) < r["lr"] < max(tried[key]) for key, same in rows.items() for r in same)
+    text = " ".join(section("On a base that was really").split())
+    fall = [norms[row, 4] / norms[row, 192] for row in ("LoRA", "rsLoRA")]
+    for said in (f"falls {fall[0]:.1f} times from r 4 to r 192 with alpha / r, and {fall[1]:.1f} times with alpha / s",
+                 f"end {min(above):.3f} to {max(above):.3f} above r 4, with errors of {min(errors):.3f} to "
+                 f"{max(errors):.3f}.", f"ends {-most[0]:.3f} below its r 4, with an error of {most[1]:.3f}, so",
+                 f"4 alpha at r 16, and with {192**.5:.1f} alpha at r 192", "found: 4e-3 at r 4, 16, 64 and 192"):
+        assert said in text, said
+
+
 def test_what_the_text_says_of_the_texts_on_a_real_base():
     """Scores and forgetting of full fine-tuning beside the adapters; the runs that were repeated."""
     rows = {r["row"]: r for r in results("real-texts.csv")}
