@@ -242,7 +242,7 @@ def test_what_the_text_says_of_ranks_on_a_real_base():
     assert all(min(tried[key]) < r["lr"] < max(tried[key]) for key, same in rows.items() for r in same)
     text = " ".join(section("On a base that was really").split())
     fall = [norms[row, 4] / norms[row, 192] for row in ("LoRA", "rsLoRA")]
-    for said in (f"falls {fall[0]:.1f} times from r 4 to r 192 with alpha / r, and {fall[1]:.1f} times with alpha / s",
+    for said in (f"falls {fall[0]:.1f} times from r 4 to r 192 with alpha / r, and {fall[1]:.1f} times with",
                  f"end {min(above):.3f} to {max(above):.3f} above r 4, with errors of {min(errors):.3f} to "
                  f"{max(errors):.3f}.", f"ends {-most[0]:.3f} below its r 4, with an error of {most[1]:.3f}, so",
                  f"4 alpha at r 16, and with {192**.5:.1f} alpha at r 192", "found: 4e-3 at r 4, 16, 64 and 192"):
