@@ -251,9 +251,10 @@ def cell(flags, *more):
     time.sleep(0.1)
     if "bad" in flags:
         raise ValueError("this row cannot run")
+    return {"diverged": True}
 compare.cell = cell
-args = Namespace(long=False, best_lr=False, seeds=1, jobs=2, forgetting=None, flags=[], rows=dict(good=[], bad=["bad"]))
-rates = {("good", None): [1, 2, 3, 4, 5, 6], ("bad", None): [1]}
+args = Namespace(long=False, best_lr=False, seeds=1, jobs=2, forgetting=None, flags=[], rows=dict(bad=["bad"], good=[]))
+rates = {("bad", None): [1], ("good", None): range(1, 21)}
 with ThreadPoolExecutor(2) as workers:
     compare.Grid(args, None, rates, workers, Namespace(update=lambda: None)).all()
 """
