@@ -115,7 +115,7 @@ def real_merges(where=RESULTS):
                                             ("input", "64"), ("weight", "64"), ("none", "0"))]
         share = kept({**same[0], "merged loss": found["regression", "64"]}, "regression")
         rows.append([row, f"{float(same[0]['unmerged loss']):.4f}", *(f"{float(c):.4f}" if c else "-" for c in cells),
-                     f"{share:.1%}"])
+                     f"{share:.2%}"])
     return markdown(["structure", "unmerged", "regression, 64 texts", "16 texts", "4 texts", *MERGES[1:],
                      "kept by regression"], rows)
 
