@@ -125,7 +125,8 @@ def load_run(folder, unmerged=False, cut=None, base=None, dtype=torch.float32):
         raise ValueError(f"{source} has other weights than those that {folder} was trained on")
     with redirect_stdout(StringIO()):  # a head that the base lacks comes with the run
         model = from_pretrained(source, labels=labels, dtype=torch.float32 if method.trains_base else dtype)
-    if method.adapter and not unmerged and cut is None:
+    plain = method.adapter and method.adapter.peft_type == "LORA"  # LoHa and LoKr are rebuilt from the run's state
+    if plain and not unmerged and cut is None:
         adapters.load_adapter(model, folder)
         lora.merge(model)
     else:
@@ -139,7 +140,7 @@ def load_run(folder, unmerged=False, cut=None, base=None, dtype=torch.float32):
         state.load_best(folder / "resume.safetensors", model)
         if cut is not None:
             adapter.prepare_merge(layers, cut, None)
-        if cut is not None and not unmerged:
+        if method.adapter and not unmerged:
             lora.merge(model)
     return model.eval(), settings, source
 
@@ -189,10 +190,10 @@ def classify(model, tokenizer, texts, context, args):
     """Print the label of each text, or of two texts with || between them, and the probabilities; of a regression the
     number."""
     task = Label(tokenizer, context, len(model.labels))
-    examples, _ = task.encode([(text.split(" || ", 1), 0) for text in texts])
-    for text, example in zip(texts, examples, strict=True):
+    for text in texts:
+        examples, _ = task.encode([(text.split(" || ", 1), 0)])
         with args.amp:
-            logits = model(task.collate([example])[0].to(args.device))[0][0].float()  # (L,)
+            logits = model(task.collate(examples)[0].to(args.device))[0][0].float()  # (L,)
         said = f"{logits.item():.4f}" if len(logits) == 1 else model.labels[logits.argmax()] + "  (" + ", ".join(
             f"{name} {p:.4f}" for name, p in zip(model.labels, logits.softmax(0).tolist(), strict=True)) + ")"
         print(f"{text}\n  -> {said}" if len(texts) > 1 else said)

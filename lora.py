@@ -27,7 +27,7 @@ class LoRALinear(nn.Module):
         """(..., d_in) -> (..., d_out)"""
         # u = A drop(x)
         u = F.linear(self.drop(x), self.lora_A)  # (..., r)
-        # h = W x + b + s B u; the scale multiplies u, the smallest tensor here
+        # h = W x + b + s B u; the scale multiplies u, the smallest activation here
         return F.linear(x, self.weight, self.bias) + F.linear(self.scaling * u, self.lora_B)
 
     def delta(self):
@@ -60,21 +60,22 @@ class LoRALinear(nn.Module):
         return self.lora_A, self.lora_B
 
     def __call__(self, x):
-        """`forward`, under autocast where x is in bf16 and autocast is off: the factors are fp32, which bf16 x do not
-        multiply. The models that `transformers` loads in bf16 need this."""
+        """`forward`, under autocast where x is in bf16 and autocast is off: torch refuses to multiply a bf16 x by
+        an fp32 factor. The models that `transformers` loads in bf16 need this."""
         if x.dtype.itemsize < 4 and not torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, x.dtype):
                 return super().__call__(x)
         return super().__call__(x)
 
-    # The rest of the contract: LoRA needs none of it, other methods override what they need. layers: all of the model
+    # The rest of the contract: LoRA needs none of it, other methods override what they need. In the hooks `layers` is
+    # the list of all adapter layers of the model. `begin` returns the first step whose weights may be chosen as best.
     exact_merge = True  # False where merging approximates (ResLoRA's input and middle)
     moves_weight = False  # True where the method also changes W (Delta-LoRA)
     merges = ("exact",)  # the ways to merge; train.py measures all and keeps the first
     peft_type = "LORA"  # PEFT's name for these factors (LoHa and LoKr have their own)
     lr_scale = {}  # {name of a factor: its learning rate, as a multiple of the run's}; 1 for the others
     connect = staticmethod(lambda chains: None)  # called by `apply` with {target: [its layers, shallow to deep]}
-    begin = staticmethod(lambda layers, steps, done=0: 1)  # before training; returns the first step that may be kept
+    begin = staticmethod(lambda layers, steps, done=0: 1)  # before training
     before_step = staticmethod(lambda layers, step: None)  # step 1, 2, …: between backward and clipping
     after_step = staticmethod(lambda layers, step: None)  # after the optimizer's step
     ranks = staticmethod(lambda layers: None)  # [rank of each layer], for a method that moves ranks

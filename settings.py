@@ -206,8 +206,11 @@ def fill_in(args):
     if args.steps is None and args.epochs is None:
         args.steps, args.epochs = defaults.get("steps"), defaults.get("epochs")
     rank = "" if args.rank is None else f"-r{args.rank}"
-    own = [getattr(args, name, None) for name in METHODS[args.method].flags]  # --shortcut block has a folder of its own
-    own = "".join(f"-{','.join(map(str, value)) if isinstance(value, list) else value}" for value in own if value)
+    own = ""  # --shortcut block has a folder of its own, and --pre-num 0
+    for name in METHODS[args.method].flags:
+        value = getattr(args, name, None)
+        if value is not None and value is not False:
+            own += f"-{name if value is True else ','.join(map(str, value)) if isinstance(value, list) else value}"
     args.out = args.out or Path(f"out/{args.dataset.replace('/', '-')}-{args.method}{own}{rank}-s{args.seed}")
 
 

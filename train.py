@@ -183,7 +183,7 @@ def merge(run, metrics):
     args, model, adapter = run.args, run.model, run.adapter
     state.clear(args.out, state.RESULTS)  # those of another merge must not stand beside the new adapter
     for layer in run.layers:
-        layer.weight.data = in_fp32(layer.weight.data)  # of a base in bf16: only saving rounds a merged W
+        layer.weight.data = in_fp32(layer.weight.data)  # a bf16 base is widened, so only saving rounds a merged W
     kept, *others = run.layers[0].merges
     for way in others:
         trial = copy.deepcopy(model)

@@ -58,6 +58,31 @@ def test_every_run_writes_merged_and_unmerged(run, capsys, method):
     assert texts[0] == texts[1] or method == "reslora"
 
 
+@pytest.mark.parametrize("of, dataset", [("small_roberta", "reviews"), ("small_llama", "restaurants")])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "head"])
+def test_a_run_is_read_whatever_the_base_and_the_form_of_its_adapter(tmp_path, request, method, of, dataset):
+    """PEFT's own LoHa and LoKr too, which only GPT-2 has as a plain LoRA."""
+    source = request.getfixturevalue(of)
+    train.main(command(source, tmp_path, "--dataset", dataset, "--method", method, "--save-merged", "--lr", "0.1"))
+    model = from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    ours, _, _ = generate.load_run(tmp_path)
+    idx, near = tokens(V=320)[0], 1e-4
+    assert not any(isinstance(m, lora.LoRALinear) for m in ours.modules())
+    if of == "small_llama":  # a base in bf16: merged/ is rounded
+        ours, near = ours.bfloat16().float(), 1e-2
+    torch.testing.assert_close(ours(idx)[0], model(idx)[0], rtol=near, atol=near)
+    moved = (ours.state_dict()["h.0.attn.q.weight"] - from_pretrained(source).state_dict()["h.0.attn.q.weight"])
+    assert moved.abs().max() > 1e-2
+
+
+def test_pairs_and_single_texts_are_classified_in_one_call(tmp_path, capsys, small_roberta):
+    """Each as if it stood alone."""
+    train.main(command(small_roberta, tmp_path, "--dataset", "reviews"))
+    alone = [written(capsys, tmp_path, text)[1].strip() for text in ("good || bad", "good")]
+    both = written(capsys, tmp_path, "good || bad", "good")[1]
+    assert both == f"good || bad\n  -> {alone[0]}\ngood\n  -> {alone[1]}\n" and alone[0] != alone[1]
+
+
 def test_a_dylora_run_writes_at_any_rank(run):
     """--cut b is alpha / b times the first b ranks of what was trained; merged or not."""
     folder = run("--method", "dylora", "--lr", "0.1")
