@@ -116,8 +116,7 @@ class ResLoRALinear(lora.LoRALinear):
 
     @staticmethod
     def recompute(block):
-        """Contexts of a block's two runs under activation checkpointing: the second, in the backward, is given the same
-        activations of earlier layers as the first."""
+        """Contexts of a checkpointed block's two runs: the second, in the backward, is given what the first received."""
         layers = [m for m in block.modules() if isinstance(m, ResLoRALinear)]
         found = [list(layer.inbox) for layer in layers]
 
@@ -199,13 +198,11 @@ def regression(layers, batches, eps=1e-3):
 
 
 def paper_merge(layers, batches, merge):
-    """The merges of the paper, and "none", which drops the shortcut.
+    """The merges of the paper, and "none", which drops the shortcut. Norms are Frobenius norms, summed over batches.
 
     input (merge_bi)    A* = (1 + sum_{k=1..m'} f_{n-k} / f_n) A_n          f: norm of x, with shortcut middle of A x
     weight (merge_bw)   middle  A* = A_n + sum_{k=1..m'} f_{n-k} / f_n A_{n-k}                             f: norm of x
-                        input   A* = (1 + a_n) A_n, a_1 = 1, a_n = f*_{n-2} / f*_{n-1}, f* = |W*|, already merged
-
-    Norms are Frobenius norms; those of x are of a whole batch (N, d_in), added up over the batches."""
+                        input   A* = (1 + a_n) A_n, a_1 = 1, a_n = f*_{n-2} / f*_{n-1}, f* = |W*|, already merged"""
     f, f_star = {}, {}
     if merge == "input" or merge == "weight" and layers[0].shortcut == "middle":
         for x, _ in layer_inputs(layers, batches):

@@ -503,6 +503,21 @@ def test_learning_rate_schedules():
     assert cosine == sorted(cosine[:2]) + sorted(cosine[2:], reverse=True) and cosine[-1] > 0
 
 
+@pytest.mark.parametrize("flags, own", [
+    ([], ""), (["--rank", "4"], ""), (["--delta-start", "7"], "-7"), (["--delta-start", "0"], "-0"),
+    (["--delta-lambda", "0"], "-0.0")])
+def test_the_folder_of_a_run_says_its_method_s_flags(flags, own):
+    """A flag that is given as 0 too: runs with other flags never share a folder unasked."""
+    out = train.parse(["--method", "deltalora", *flags]).out
+    assert str(out) == f"out/restaurants-deltalora{own}-r{4 if '--rank' in flags else 8}-s0"
+
+
+def test_the_folder_of_a_run_names_a_flag_without_a_value():
+    """--frozen has none; a list is joined by commas."""
+    out = train.parse(["--method", "dylora", "--frozen", "--cut", "4,2"]).out
+    assert str(out) == "out/restaurants-dylora-frozen-4,2-r8-s0"
+
+
 def test_flags_from_a_file(tmp_path, base):
     """@file: one or more flags a line, # comments."""
     (tmp_path / "recipe.args").write_text("--rank 3  # small\n# nothing\n--alpha 5 --out 'a b/run#1'\n")
