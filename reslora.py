@@ -116,7 +116,7 @@ class ResLoRALinear(lora.LoRALinear):
 
     @staticmethod
     def recompute(block):
-        """Contexts of a checkpointed block's two runs: the second, in the backward, is given what the first received."""
+        """Contexts of a checkpointed block's two runs: the second, in the backward, gets what the first received."""
         layers = [m for m in block.modules() if isinstance(m, ResLoRALinear)]
         found = [list(layer.inbox) for layer in layers]
 
