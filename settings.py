@@ -264,6 +264,12 @@ class Parser(argparse.ArgumentParser):
             message = "--merge-at brought nothing and is an experiment now: python -m experiments.merge_at --help"
         raise ValueError(message)
 
+    def _get_value(self, action, text):
+        """An empty value is a variable that the shell does not know, and never means the default."""
+        if action.option_strings and not text:
+            self.error(f"{action.option_strings[0]} is empty: give it a value, or leave it out")
+        return super()._get_value(action, text)
+
     def parse_args(self, argv=None):
         argv = sys.argv[1:] if argv is None else argv
         # flags may stand before, between and behind the rest

@@ -260,6 +260,9 @@ def test_a_setting_that_is_missing_or_of_another_kind(tmp_path, base, capsys):
                             ({"rank": None}, "needs rank")):
         (tmp_path / "result.json").write_text(json.dumps({"settings": {**result["settings"], **change}}))
         assert message in refused(capsys, tmp_path, RECORD, "--unmerged")
+    other = {**result, "settings": {**result["settings"], "dataset": "pairs", "metric": "x"}}
+    (tmp_path / "result.json").write_text(json.dumps(other))
+    assert "metric 'x' is none of" in refused(capsys, tmp_path, RECORD)
     del result["settings"]["shortcut"]
     (tmp_path / "result.json").write_text(json.dumps(result))
     assert "needs shortcut" in refused(capsys, tmp_path, RECORD, "--unmerged")

@@ -518,6 +518,19 @@ def test_the_folder_of_a_run_names_a_flag_without_a_value():
     assert str(out) == "out/restaurants-dylora-frozen-4,2-r8-s0"
 
 
+@pytest.mark.parametrize("flags", [
+    ["--model", ""], ["--method="], ["--dataset", ""], ["--init-from", ""], ["--out", ""], ["--data-dir="],
+    ["--rank", ""], ["--columns", ""], ["--lr", "1", "--device", ""], ["--dtype", ""],
+    ["--method=reslora", "--merge="]])
+def test_an_empty_value_is_never_the_default(flags, tmp_path):
+    """--model "$MODEL" with an unset variable, on the command line and in a file of flags."""
+    flag = [flag for flag in flags if flag.startswith("--")][-1].strip("=")
+    (tmp_path / "flags.args").write_text(" ".join(f"'{part}'" for part in flags))
+    for argv in (flags, [f"@{tmp_path / 'flags.args'}"]):
+        with pytest.raises(ValueError, match=f"^{flag} is empty: give it a value, or leave it out$"):
+            train.parse(argv)
+
+
 def test_flags_from_a_file(tmp_path, base):
     """@file: one or more flags a line, # comments."""
     (tmp_path / "recipe.args").write_text("--rank 3  # small\n# nothing\n--alpha 5 --out 'a b/run#1'\n")
@@ -713,7 +726,7 @@ def refused(capsys, argv):
     (["--rank", "many"], "argument --rank: invalid int value: 'many'"),
     (["--rnk", "4"], "unrecognized arguments: --rnk 4"), (["--ran", "4"], "unrecognized arguments: --ran 4"),
     (["--targets", "q,value"], "target 'value' matches no linear of the model; its linears are: down, k, o, q, up, v"),
-    (["--targets", ""], "target '' matches no linear"),
+    (["--targets", ""], "--targets is empty"),
     (["--method", "deltalora", "--dropout", ".1"], "dropout must be 0, not 0.1"),
     (["--method", "deltalora", "--delta-start", "6"], "delta_start 6 leaves W where it is in a run of 6 steps"),
     (["--method", "deltalora", "--delta-start", "-1"], "delta_start -1 is not a number of steps"),
