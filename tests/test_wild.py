@@ -373,6 +373,8 @@ def test_labels_are_matched_by_name(tmp_path, names, order, line, capsys):
     say nothing, or differ, the order stays."""
     theirs = their_roberta(tmp_path, "RobertaForSequenceClassification", num_labels=3, id2label=names,
                            label2id={v: k for k, v in names.items()})
+    torch.nn.init.normal_(theirs.classifier.out_proj.bias)
+    theirs.save_pretrained(tmp_path)
     labels = data.about("glue/mnli", "LABELS")
     model, idx = from_pretrained(tmp_path, labels=labels), torch.randint(3, 300, (4, 9))
     out = capsys.readouterr().out

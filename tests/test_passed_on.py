@@ -1,0 +1,228 @@
+"""What no equation says: flags that are passed on, defaults, notes, limits, and what an earlier run leaves."""
+import json
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_roberta
+from test_own_data import PAIRS, jsonl
+from test_train import command, few_records, weights  # noqa: F401
+
+import data
+import generate
+import settings
+import train
+from checkpoints import adapters, state
+from checkpoints.pretrained import from_pretrained
+from evaluation import evaluate
+from experiments import compare
+
+
+def test_the_default_in_a_help_is_the_default():
+    """(.06) at the end of a flag's help."""
+    found = {}
+    for action in settings.parser("")._actions:
+        said = re.search(r"\((\.?\d[\d.]*)\)$", action.help or "")
+        if said and isinstance(action.default, (int, float)):
+            found[action.dest] = (float(said[1]), action.default)
+    assert len(found) > 5 and all(said == default for said, default in found.values()), found
+
+
+@pytest.mark.parametrize("dataset, model", [("opinions", "tiny-roberta"), ("reviews", "tiny-roberta"),
+                                            ("restaurants", "tiny-gpt"), ("stdlib", "tiny-gpt")])
+def test_a_dataset_takes_the_small_model_that_fits_it(dataset, model):
+    """Texts to classify, and lines with masked tokens, go to the RoBERTa."""
+    assert train.parse(["--dataset", dataset]).model == model
+
+
+def test_a_flag_that_does_nothing_says_so(capsys):
+    """Once it is given, and only then."""
+    train.parse(["--method", "full"])
+    assert "does nothing" not in capsys.readouterr().out
+    train.parse(["--method", "full", "--rank", "4"])
+    out = capsys.readouterr().out
+    assert "note     --rank does nothing here: method full has no adapter" in out and out.count("does nothing") == 1
+
+
+def test_clip_0_is_no_clipping(tmp_path, base):
+    """As the largest norm would be; a small one changes the run."""
+    flags = "--optimizer", "sgd", "--lr", "1"
+    runs = [train.main(command(base, tmp_path / clip, *flags, "--clip", clip)) and weights(tmp_path / clip)
+            for clip in ("0", "1e9", "1e-3")]
+    same = [all(torch.equal(runs[0][name], other[name]) for name in other) for other in runs[1:]]
+    assert same == [True, False]
+
+
+def test_the_last_step_is_validated_whatever_the_interval(tmp_path, base):
+    """Five steps, validated every second one."""
+    train.main(command(base, tmp_path, "--steps", "5"))
+    steps = [int(line.split(",")[0]) for line in (tmp_path / "log.csv").read_text().splitlines()[1:]]
+    assert steps == [2, 4, 5]
+
+
+def test_everybody_may_read_what_a_run_writes(tmp_path, base):
+    """safetensors alone would be readable by their owner only."""
+    train.main(command(base, tmp_path))
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir() if file.is_file()} == {0o644}
+
+
+def test_the_dropout_is_in_the_adapter_s_config_and_in_one_that_goes_on(tmp_path, base):
+    """PEFT trains on with lora_dropout; --init-from takes that of the new run."""
+    train.main(command(base, tmp_path, "--dropout", "0.25"))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.25
+    _, layers = adapters.adapt_as(from_pretrained(base), {"init_from": tmp_path, "dropout": 0.5})
+    assert {layer.drop.p for layer in layers} == {0.5}
+
+
+def test_a_base_read_in_another_context_is_measured_again(tmp_path, base, capsys):
+    """Beside a run of the same context its losses are taken over."""
+    for name, context in (("a", "64"), ("b", "64"), ("c", "32")):
+        train.main(command(base, tmp_path / name, "--context", context, "--dataset", "stdlib"))
+        assert ("its report is that of" in capsys.readouterr().out) == (name == "b")
+
+
+def test_a_run_is_made_longer_by_epochs_too(tmp_path, base):
+    """64 texts, 8 a step: 6 steps become the 16 of two epochs."""
+    train.main(command(base, tmp_path))
+    train.main(["--resume", "--out", str(tmp_path), "--epochs", "2"])
+    assert json.loads((tmp_path / "result.json").read_text())["settings"]["steps"] == 16
+
+
+@pytest.mark.parametrize("again", [(), ("--resume", "--merge", "none")])
+def test_what_an_earlier_run_or_merge_has_left_is_gone(tmp_path, base, again):
+    """Decoded texts and a merged model of other weights must not stand beside the new adapter."""
+    flags = command(base, tmp_path, "--method", "reslora")
+    train.main(flags)
+    for name in ("predictions-test.jsonl", "ranks.png"):
+        (tmp_path / name).write_text("old")
+    train.main(["--out", str(tmp_path), *again] if again else flags)
+    assert not [name for name in ("predictions-test.jsonl", "ranks.png") if (tmp_path / name).exists()]
+
+
+def test_the_result_of_an_earlier_run_goes_when_another_has_begun(tmp_path, base, monkeypatch):
+    """The same run again, stopped between two validations: no result stands beside a state that it does not belong
+    to."""
+    flags = command(base, tmp_path)
+    train.main(flags)
+    validate, calls = train.validate, []
+
+    def stopping(*args):
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return validate(*args)
+    monkeypatch.setattr(train, "validate", stopping)
+    with pytest.raises(SystemExit):
+        train.main(flags)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["log.csv", "resume.safetensors"]
+
+
+@pytest.mark.parametrize("name, before, now", [("compile", False, True), ("checkpoint_activations", True, False),
+                                               ("save_merged", False, True), ("model", "a", "b"),
+                                               ("data_dir", "a", "b"), ("init_from", "a", "b")])
+def test_what_changes_no_number_may_change_when_a_run_goes_on(name, before, now):
+    """And the rank may not."""
+    assert state.difference({name: before, "rank": 4}, {name: now, "rank": 4}) is None
+    assert "rank is 8 now" in state.difference({name: before, "rank": 4}, {name: now, "rank": 8})
+
+
+def test_a_classifier_s_loss_smooths_its_labels():
+    """With 0.3 of the mass on all classes alike."""
+    model, idx, targets = tiny_roberta(), torch.randint(2, 61, (5, 9)), torch.tensor([0, 1, 2, 2, 1])
+    logits, loss = model(idx, targets, label_smoothing=0.3)
+    of = -logits.log_softmax(1)
+    by_hand = (0.7 * of[torch.arange(5), targets] + 0.1 * of.sum(1)).mean()
+    torch.testing.assert_close(loss, by_hand)
+    assert (loss - F.cross_entropy(logits, targets)).abs() > 1e-4
+
+
+def test_a_model_trains_on_after_it_was_evaluated(base):
+    """Dropout is on again behind each kind of evaluation."""
+    model = from_pretrained(base)
+    _, task = data.task("restaurants", base, model, 256)
+    examples = [example for example in task.encode(data.load("restaurants")["test"][:4])[0] if example]
+    for look in (evaluate.evaluate, evaluate.log_likelihoods):
+        model.train()
+        look(model, examples, task, torch.device("cpu"), torch.autocast("cpu", enabled=False))
+        assert model.training, look
+
+
+def test_a_record_that_fills_the_context_leaves_no_room(base):
+    """One token more, and the first token of its text is learned."""
+    model = from_pretrained(base)
+    (_, start), = data.task("restaurants", base, model, 256)[1].encode([("name : The Mill", "a mill")])[0]
+    for context, found in ((start, None), (start + 1, start + 2)):
+        example, = data.task("restaurants", base, model, context)[1].encode([("name : The Mill", "a mill")])[0]
+        assert (example and len(example[0])) == found
+
+
+def test_a_set_is_cut_where_its_row_says_and_holds_out_500(tmp_path, monkeypatch):
+    """OpenOrca: the first 20,000 rows; a tenth of them would be 2,000. GLUE holds out 1,000 at most."""
+    monkeypatch.undo()
+    row = {"system_prompt": "", "question": "q", "response": "r"}
+    jsonl(tmp_path / "train.jsonl", [{**row, "question": f"q {i}"} for i in range(20_100)])
+    pairs = data.load("openorca", tmp_path)
+    assert [len(pairs[split]) for split in ("train", "validation", "test")] == [19_000, 500, 500]
+    folder = tmp_path / "sst2"
+    folder.mkdir()
+    jsonl(folder / "train.jsonl", [{"sentence": f"a {i}", "label": i % 2} for i in range(10_100)])
+    jsonl(folder / "validation.jsonl", [{"sentence": "b", "label": 1}])
+    pairs = data.load("glue/sst2", folder)
+    assert [len(pairs[split]) for split in ("train", "validation")] == [9_100, 1_000]
+
+
+def test_generate_passes_its_flags_on(tmp_path, base, monkeypatch, capsys):
+    """The dataset's own length and metric; top_k and a seed for each batch; the length penalty of beams."""
+    jsonl(tmp_path / "pairs.jsonl", PAIRS[:60])
+    flags = "--dataset", "pairs", "--data-dir", tmp_path / "pairs.jsonl", "--metric", "exact"
+    train.main(command(base, tmp_path / "out", *flags))
+    asked = []
+
+    def write(model, prompts, max_new, eos, **how):
+        asked.append((max_new, how))
+        return [[5]] * len(prompts)
+
+    def search(model, prompts, max_new, eos, beams, length_penalty):
+        asked.append((max_new, beams, length_penalty))
+        return [[5]] * len(prompts)
+    monkeypatch.setattr(generate.decoding, "generate", write)
+    monkeypatch.setattr(generate.decoding, "beam_search", search)
+    drawing = "--temperature", "1", "--top-k", "7", "--seed", "3", "--batch-size", "2"
+    scores = generate.main([str(tmp_path / "out"), *drawing])
+    assert set(scores) == {"exact_match"} and len(asked) > 2
+    assert {(max_new, how["top_k"], how["temperature"]) for max_new, how in asked} == {(128, 7, 1)}
+    seeds = [how["seed"] for _, how in asked]
+    assert seeds[0] == 3 and len(set(seeds)) == len(seeds)
+    for texts in ([], ["colour 1 of red"]):
+        asked.clear()
+        generate.main([str(tmp_path / "out"), *texts, "--beams", "3", "--length-penalty", "0.5"])
+        assert set(asked) == {(128, 3, 0.5)}
+
+
+def test_a_change_of_any_file_that_decides_a_number_is_another_code(tmp_path, monkeypatch):
+    """Of models, methods, data, training and recipes; not of tests, nor of generate.py."""
+    files = ["x.py", "baselines/x.py", "checkpoints/x.py", "data/x.py", "data/tiny/config.json", "evaluation/x.py",
+             "experiments/recipes/x.args", "generate.py", "tests/x.py"]
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(compare, "__file__", str(tmp_path / "experiments/compare.py"))
+    seen = [compare.code()]
+    for name in files:
+        (tmp_path / name).write_text("2")
+        seen.append(compare.code())
+    changed = [name for name, before, now in zip(files, seen, seen[1:], strict=False) if before != now]
+    assert changed == files[:-2]
+
+
+def test_the_report_of_a_base_in_bf16_is_computed_in_fp32(tmp_path, small_llama):
+    """The weights are rounded, and no product is."""
+    train.main(command(small_llama, tmp_path, "--dtype", "bfloat16"))
+    base = json.loads((tmp_path / "result.json").read_text())["metrics"]["base"]["loss"]
+    model = from_pretrained(small_llama, dtype=torch.float32)  # stored in bf16
+    _, task = data.task("restaurants", small_llama, model, 256)
+    examples = task.encode(data.load("restaurants")["test"])[0]
+    loss = evaluate.evaluate(model, examples, task, torch.device("cpu"), torch.autocast("cpu", enabled=False))[0]
+    assert math.isclose(loss, base, rel_tol=1e-6)
