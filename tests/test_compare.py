@@ -239,6 +239,15 @@ def test_a_long_grid_keeps_what_diverged(grid, tmp_path, monkeypatch):
     assert grid("--best-lr", "--long", rows=wild) == rows and (tmp_path / "grid.png").stat().st_size > 5000
 
 
+def test_the_late_columns_are_those_of_the_last_steps(grid, tmp_path):
+    """Of six logged steps the last one, since a tenth is less."""
+    for row in grid():
+        last = compare.read_csv(tmp_path / "out/compare" / row["run"] / "log.csv")[-1]
+        assert last["step"] == "6"
+        for name, column in (("late training loss", "train_loss"), ("late gradient norm", "grad_norm")):
+            assert float(row[name]) == pytest.approx(float(last[column]), abs=1e-5)
+
+
 def test_a_run_that_fails_ends_a_grid_whose_other_rows_wait():
     """Runs that had not begun are cancelled, and those who wait for them are told. In a process of its own: a grid that
     hangs would hang the tests."""
