@@ -264,11 +264,11 @@ class Parser(argparse.ArgumentParser):
             message = "--merge-at brought nothing and is an experiment now: python -m experiments.merge_at --help"
         raise ValueError(message)
 
-    def _get_value(self, action, text):
+    def _get_values(self, action, given):
         """An empty value is a variable that the shell does not know, and never means the default."""
-        if action.option_strings and not text:
+        if action.option_strings and "" in given:
             self.error(f"{action.option_strings[0]} is empty: give it a value, or leave it out")
-        return super()._get_value(action, text)
+        return super()._get_values(action, given)
 
     def parse_args(self, argv=None):
         argv = sys.argv[1:] if argv is None else argv
