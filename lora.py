@@ -67,14 +67,14 @@ class LoRALinear(nn.Module):
                 return super().__call__(x)
         return super().__call__(x)
 
-    # The rest of the contract: LoRA needs none of it, other methods override what they need. layers: all of the adapter
+    # The rest of the contract: LoRA needs none of it, other methods override what they need. layers: all adapter layers
     exact_merge = True  # False where merging approximates (ResLoRA's input and middle)
     moves_weight = False  # True where the method also changes W (Delta-LoRA)
     merges = ("exact",)  # the ways to merge; train.py measures all and keeps the first
     peft_type = "LORA"  # PEFT's name for these factors (LoHa and LoKr have their own)
     lr_scale = {}  # {name of a factor: its learning rate, as a multiple of the run's}; 1 for the others
     connect = staticmethod(lambda chains: None)  # called by `apply` with {target: [its layers, shallow to deep]}
-    begin = staticmethod(lambda layers, steps, done=0: 1)  # before training; the first step that may be the best
+    begin = staticmethod(lambda layers, steps, done=0: 1)  # before training; returns the first step whose weights count
     before_step = staticmethod(lambda layers, step: None)  # step 1, 2, …: between backward and clipping
     after_step = staticmethod(lambda layers, step: None)  # after the optimizer's step
     ranks = staticmethod(lambda layers: None)  # [rank of each layer], for a method that moves ranks

@@ -209,8 +209,12 @@ def fill_in(args):
     own = ""  # --shortcut block has a folder of its own, and --pre-num 0
     for name in METHODS[args.method].flags:
         value = getattr(args, name, None)
+        if value is True:
+            value = name
+        elif isinstance(value, list):
+            value = ",".join(map(str, value))
         if value is not None and value is not False:
-            own += f"-{name if value is True else ','.join(map(str, value)) if isinstance(value, list) else value}"
+            own += f"-{value}"
     args.out = args.out or Path(f"out/{args.dataset.replace('/', '-')}-{args.method}{own}{rank}-s{args.seed}")
 
 

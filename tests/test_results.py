@@ -69,6 +69,13 @@ def section(title):
     return re.split(rf"^#{{2,{len(level)}}} ", text, maxsplit=1, flags=re.M)[0]
 
 
+def must_contain(title, *sentences):
+    """A section says each of these, however its lines are broken."""
+    text = " ".join(section(title).split())
+    for said in sentences:
+        assert said in text, said
+
+
 def table(title, number=0):
     """Cells of the rows of a section's first table, or of a later one, without its header."""
     tables = [block.splitlines() for block in section(title).split("\n\n") if block.startswith("|")]
@@ -162,8 +169,8 @@ def test_what_the_text_says_of_a_real_base():
     toy = [1 - (r[f"merged by {how} loss"] - r["unmerged loss"]) / (r["base loss"] - r["unmerged loss"])
            for name in ("restaurants", "stdlib", "e2e") for r in results(f"merges-{name}.csv") if "m 1" in r["row"]
            for how in ("input", "weight")]
-    text = " ".join(section("On a base that was really").split())
-    for said in (f"keeps at least {min(kept(fine.items()))} % of what",
+    must_contain("On a base that was really",
+                 f"keeps at least {min(kept(fine.items()))} % of what",
                  f"base has a loss of {rows[0]['base loss']:.3f}", f"64 texts costs {span(fine.values(), 4)} nats",
                  f"957 tokens, cost at most {max(of('regression', 16, .001).values()):.4f}, and at most "
                  f"{max(nats - fine[row] for row, nats in of('regression', 16, .001).items()):.4f} more than 64",
@@ -177,8 +184,7 @@ def test_what_the_text_says_of_a_real_base():
                  f"costs at least {math.floor(min(nats / fine[row] for row, nats in better.items()))} times as many",
                  f"keep {100 * min(toy):.1f} to {100 * max(toy):.1f} % with one",
                  f"costs {span(of('none', 0, m='m 1').values())} nats with one earlier layer and "
-                 f"{span(of('none', 0, m='all').values())} with all"):
-        assert said in text, said
+                 f"{span(of('none', 0, m='all').values())} with all")
     assert {r["tokens"] for r in rows if r["texts"] in (4, 16)} == {226, 957}
 
 
@@ -216,8 +222,8 @@ def test_what_the_text_says_of_the_methods_on_a_real_base():
     assert exact < 1e-4
     ratio = [float(row[0]["lr"]) / float(full[0]["lr"]) for row in (everywhere, lora, scaled)]
     over = [100 * (mean[row] / mean["full fine-tuning"] - 1) for row in ("LoRA r 16", "LoRA r 3 on all linears")]
-    text = " ".join(section("On a base that was really").split())
-    for said in (f"linears ends {over[1]:.1f} % above full",
+    must_contain("On a base that was really",
+                 f"linears ends {over[1]:.1f} % above full",
                  f"end {-least[0]:.3f} below to {most[0]:.3f} above LoRA, and "
                  f"{-least[1]:.3f} below to {most[1]:.3f} above LoRA with 3",
                  f"costs at most {cost:.4f} in the six runs of `input` and `middle`",
@@ -233,8 +239,7 @@ def test_what_the_text_says_of_the_methods_on_a_real_base():
                  f"after merging, {float(lora[0]['base loss']):.3f} for the base",
                  "with r 3: {:.4f} ({:.4f}) above".format(*apart(everywhere, full)),
                  "found for q and v: {:.4f} ({:.4f}) above all".format(*apart(lora, everywhere)),
-                 f"{ratio[0]:.0f} times on all linears; on q and v {ratio[1]:.0f} times, with 3 alpha {ratio[2]:.0f}"):
-        assert said in text, said
+                 f"{ratio[0]:.0f} times on all linears; on q and v {ratio[1]:.0f} times, with 3 alpha {ratio[2]:.0f}")
 
 
 def test_what_the_text_says_of_ranks_on_a_real_base():
@@ -261,15 +266,14 @@ def test_what_the_text_says_of_ranks_on_a_real_base():
     assert [r for r, (mean, error) in there.items() if abs(mean) > 2 * error] == [192] and there[192][0] < 0
     assert {r["lr"] for (row, _), same in rows.items() if row == "LoRA" for r in same} == {4e-3}
     assert all(min(tried[key]) < r["lr"] < max(tried[key]) for key, same in rows.items() for r in same)
-    text = " ".join(section("On a base that was really").split())
     fall = [norms[row, 4] / norms[row, 192] for row in ("LoRA", "rsLoRA")]
-    for said in (f"falls {fall[0]:.1f} times from r 4 to r 192 with alpha / r, and {fall[1]:.1f} times with",
+    must_contain("On a base that was really",
+                 f"falls {fall[0]:.1f} times from r 4 to r 192 with alpha / r, and {fall[1]:.1f} times with",
                  f"end {min(above):.3f} to {max(above):.3f} above r 4, with errors of {min(errors):.3f} to "
                  f"{max(errors):.3f}.", f"ends {-most[0]:.3f} below its r 4, with an error of {most[1]:.3f}.",
                  f"rsLoRA is LoRA with {192**.5:.1f} alpha", f"validation loss is {large:.2f}.",
                  f"128 texts, {rows['LoRA', 4][0]['base loss']:.3f} for the base",
-                 "found: 4e-3 at r 4, 16, 64 and 192"):
-        assert said in text, said
+                 "found: 4e-3 at r 4, 16, 64 and 192")
 
 
 def test_what_the_text_says_of_the_texts_on_a_real_base():
@@ -281,14 +285,12 @@ def test_what_the_text_says_of_the_texts_on_a_real_base():
     columns = "BLEU", "merged loss on stdlib"
     bleu, plain = (sorted(r[column] for r in rows.values()) for column in columns)
     assert full["BLEU"] < bleu[0] and full["merged loss on stdlib"] < plain[0]
-    text = " ".join(section("On a base that was really").split())
     everywhere = rows["LoRA r 3 on all linears"]
     assert abs(everywhere["merged loss"] - full["merged loss"]) < 1e-4
-    for said in (f"lowest BLEU, {full['BLEU']:.1f}, where the adapters have {bleu[0]:.1f} to {bleu[-1]:.1f}.",
+    must_contain("On a base that was really",
+                 f"lowest BLEU, {full['BLEU']:.1f}, where the adapters have {bleu[0]:.1f} to {bleu[-1]:.1f}.",
                  f"loss in this seed and a BLEU of {everywhere['BLEU']:.1f}.",
-                 f"ends at {full['merged loss on stdlib']:.3f}, the adapters at {plain[0]:.3f} to {plain[-1]:.3f}.",
-                 ):
-        assert said in text, said
+                 f"ends at {full['merged loss on stdlib']:.3f}, the adapters at {plain[0]:.3f} to {plain[-1]:.3f}.")
 
 
 @pytest.mark.skipif(not os.environ.get("REAL_DATA"), reason="REAL_DATA: a folder with e2e-official/")
@@ -301,14 +303,13 @@ def test_what_the_text_says_of_the_real_base_s_data():
     known = [name in names["train"] for name in names["test"]]
     assert not set(records["train"]) & set(records["test"]) and len(set(records["test"])) == 630
     assert set(names["validation"][validation]) <= set(names["train"])
-    text = " ".join(section("On a base that was really").split())
-    for said in (f"set, {len(records['train']):,} texts of {len(set(records['train']))} records, and",
+    must_contain("On a base that was really",
+                 f"set, {len(records['train']):,} texts of {len(set(records['train']))} records, and",
                  f"the first {validation.stop} validation texts. They are about "
                  f"{len(set(records['validation'][validation]))} records",
                  f"Of the test texts {100 - 100 * sum(known) / len(known):.0f} % have a new name.",
                  f"for all {len(set(records['test']))} records of the test set, scored against their "
-                 f"{len(records['test']):,} references"):
-        assert said in text, said
+                 f"{len(records['test']):,} references")
 
 
 def test_what_the_text_says_of_time_and_memory_on_a_real_base():
@@ -318,11 +319,11 @@ def test_what_the_text_says_of_time_and_memory_on_a_real_base():
     lora, full = rows.pop("lora"), rows.pop("full")
     rows = [row for name, row in rows.items() if name in bench.ROWS and name != "forward only"]
     of, memory = (sorted(row[column] for row in rows) for column in ("of lora", "peak GB"))
-    assert (f"takes {lora['ms'] / 1000:.2f} s with LoRA on two idle cores, and peaks at {lora['peak GB']:.2f} GB. The "
-            f"other adapters on q and v, at r 16, take {of[0]:.2f} to {of[-1]:.2f} times as long, which is no clear "
-            f"difference in five rounds, and at most "
-            f"{memory[-1]:.2f} GB. Full fine-tuning takes {full['of lora']:.2f} times as long and "
-            f"{full['peak GB']:.2f} GB.") in " ".join(section("On a base that was really").split())
+    must_contain("On a base that was really",
+                 f"takes {lora['ms'] / 1000:.2f} s with LoRA on two idle cores, and peaks at {lora['peak GB']:.2f} GB. "
+                 f"The other adapters on q and v, at r 16, take {of[0]:.2f} to {of[-1]:.2f} times as long, which is no "
+                 f"clear difference in five rounds, and at most {memory[-1]:.2f} GB. Full fine-tuning takes "
+                 f"{full['of lora']:.2f} times as long and {full['peak GB']:.2f} GB.")
 
 
 def test_nats_per_character_share_the_same_nats_among_characters():
@@ -349,13 +350,12 @@ def test_lora_comes_nearer_to_full_fine_tuning_on_the_real_base():
     first, low = ({r["lr"]: r["merged loss"] for r in results("real-toy.csv") if (r["row"], r["seed"]) == (row, 0)}[lr]
                   for row, lr in (("LoRA r 16", 4.8e-2), ("full fine-tuning", 3e-3)))
     size, = (r for r in results("real-characters.csv") if r["base"] == "tiny-gpt")
-    text = " ".join(section("On a base that was really").split())
-    for said in (f"ends {over['real-toy', 'validation loss']:.0f} % above it on the shipped GPT, and "
+    must_contain("On a base that was really",
+                 f"ends {over['real-toy', 'validation loss']:.0f} % above it on the shipped GPT, and "
                  f"{over['real-base', 'validation loss']:.1f} % on SmolLM2.",
                  f"{over['real-toy', 'merged loss']:.0f} % at "
                  f"the one that validated best, {100 * (first / low - 1):.0f} % at 3e-3 (seed 0), where it "
-                 f"ends at {low * size['targets'] / size['characters']:.3f} nats per character."):
-        assert said in text, said
+                 f"ends at {low * size['targets'] / size['characters']:.3f} nats per character.")
 
 
 @pytest.mark.parametrize("dataset, below, above", [
