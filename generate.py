@@ -224,6 +224,8 @@ def generate(args):
         tokenizer = tokenizers.for_model(source, model.config)
         classify(model.to(args.device), tokenizer, args.texts, settings["context"], args)
         return None
+    if not model.causal:
+        raise ValueError(f"{args.run} predicts masked tokens: it cannot write texts")
     dataset = args.dataset or settings["dataset"]
     if dataset not in data.DATASETS or data.about(dataset, "LABELS"):
         raise ValueError(f"--dataset {dataset} is not one of texts to write: choose "

@@ -164,7 +164,7 @@ def report(model, dataset, device, amp, stage=None):
 def base_report(run):
     """{metric: value} of the base on the test split. A finished run in the same folder of runs has it already, if it
     had the same base and the same texts, and no fresh head, which is another one in every run."""
-    same = ("base_weights", "base_files", "init_weights", "dataset", "data", "context", "dtype")
+    same = ("base_weights", "base_files", "init_weights", "dataset", "data", "metric", "context", "dtype")
     for path in [] if run.model.fresh_head else sorted(run.args.out.parent.glob("*/result.json")):
         try:
             result = files.read_json(path)

@@ -75,6 +75,13 @@ def test_a_run_is_read_whatever_the_base_and_the_form_of_its_adapter(tmp_path, r
     assert moved.abs().max() > 1e-2
 
 
+def test_a_run_on_masked_tokens_does_not_write(tmp_path, capsys, small_roberta):
+    """A RoBERTa without classes: one line, with a text, with beams and without a text."""
+    train.main(command(small_roberta, tmp_path, "--dataset", "opinions"))
+    for argv in (["a text"], ["a text", "--beams", "2"], ["a text", "--unmerged"], []):
+        assert f"{tmp_path} predicts masked tokens: it cannot write texts" in refused(capsys, tmp_path, *argv)
+
+
 def test_pairs_and_single_texts_are_classified_in_one_call(tmp_path, capsys, small_roberta):
     """Each as if it stood alone."""
     train.main(command(small_roberta, tmp_path, "--dataset", "reviews"))

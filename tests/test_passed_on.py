@@ -84,6 +84,15 @@ def test_a_base_read_in_another_context_is_measured_again(tmp_path, base, capsys
         assert ("its report is that of" in capsys.readouterr().out) == (name == "b")
 
 
+def test_a_base_judged_by_another_metric_is_measured_again(tmp_path, base):
+    """Its report would lack the metric of this run."""
+    jsonl(tmp_path / "pairs.jsonl", PAIRS[:60])
+    flags = "--dataset", "pairs", "--data-dir", tmp_path / "pairs.jsonl"
+    train.main(command(base, tmp_path / "a", *flags))
+    result = train.main(command(base, tmp_path / "b", *flags, "--metric", "exact"))
+    assert "exact_match" in result["metrics"]["base"]
+
+
 def test_a_run_is_made_longer_by_epochs_too(tmp_path, base):
     """64 texts, 8 a step: 6 steps become the 16 of two epochs."""
     train.main(command(base, tmp_path))
