@@ -273,7 +273,11 @@ def test_what_the_text_says_of_ranks_on_a_real_base():
                  f"{max(errors):.3f}.", f"ends {-most[0]:.3f} below its r 4, with an error of {most[1]:.3f}.",
                  f"rsLoRA is LoRA with {192**.5:.1f} alpha", f"validation loss is {large:.2f}.",
                  f"128 texts, {rows['LoRA', 4][0]['base loss']:.3f} for the base",
-                 "found: 4e-3 at r 4, 16, 64 and 192")
+                 "found: 4e-3 at r 4, 16, 64 and 192",
+                 # rows of the table
+                 " | ".join(["rsLoRA above LoRA", *("{:+.4f} ({:.4f})".format(*between[r]) for r in ranks)]),
+                 *(" | ".join([f"{row}, rate 2e-3: gradient norm", *(f"{norms[row, r]:.3f}" for r in ranks)])
+                   for row in ("LoRA", "rsLoRA")))
 
 
 def test_what_the_text_says_of_the_texts_on_a_real_base():
