@@ -9,12 +9,19 @@ the beginning of the chain: m' = min(m, n), or m' = n for m = -1.
     block    h_n = W_n x_n + b_n + s sum_{k=0..m'} B_{n-k} A_{n-k} drop(x_n)
     middle   h_n = W_n x_n + b_n + s B_n sum_{k=0..m'} A_{n-k} drop(x_{n-k})
 
-The first layer of a chain is plain LoRA. Nothing is detached: the added gradient path is the point. Let g_n = dL/dh_n
-and m = 1. Then x_{n-1} gains the gradient s A_n^T B_n^T g_n (input; the paper's eq. 16) or s A_{n-1}^T B_n^T g_n
-(middle). With block, A_{n-1} and B_{n-1} receive a gradient from g_n too. At B = 0 only that of B_{n-1} is not zero.
+The first layer of a chain has no earlier one. `block` and `middle` are plain LoRA there. `input` sets x_{-1} = x_0, so
+that the branch of every layer reads a sum of the same size (the paper says so after its eq. 2):
 
-Merging turns a layer into one matrix again. `block` reads only x_n and merges exactly. `input` and `middle` read other
-layers' inputs, so one matrix can only approximate them. The part of the branch that comes from the shortcut,
+    input    h_0 = W_0 x_0 + b_0 + s B_0 A_0 drop(x_0 + x_0)            a LoRA with twice the scale; m = 0 is plain LoRA
+
+Nothing is detached: the added gradient path is the point. Let g_n = dL/dh_n and m = 1. Then x_{n-1} gains the gradient
+s A_n^T B_n^T g_n (input; the paper's eq. 16) or s A_{n-1}^T B_n^T g_n (middle). With block, A_{n-1} and B_{n-1} receive
+a gradient from g_n too; at B = 0 only that of B_{n-1} is not zero. `block` drops x_n once for all its blocks, while the
+authors' code draws a mask for each.
+
+Merging turns a layer into one matrix again. `block` reads only x_n and merges exactly, and so does the first layer of
+`input`, by A*_0 = 2 A_0. Elsewhere `input` and `middle` read other layers' inputs, so one matrix can only approximate
+them. The part of the branch that comes from the shortcut,
 
     z_n = A_n sum_{k=1..m'} x_{n-k}   (input)        z_n = sum_{k=1..m'} A_{n-k} x_{n-k}   (middle)        z_n is (r,)
 
@@ -54,8 +61,8 @@ class ResLoRALinear(lora.LoRALinear):
         """(..., d_in) -> (..., d_out)"""
         A, B = self.lora_A, self.lora_B
         if self.shortcut == "input":
-            # u = A_n drop(x_n + sum_{k=1..m'} x_{n-k})
-            total = x
+            # u = A_n drop(x_n + sum_{k=1..m'} x_{n-k}); in the first layer x_{-1} = x_0
+            total = x + x if self.doubles else x
             for x_earlier in self.exchange(x):  # x_{n-1}, …, x_{n-m'}
                 total = total + x_earlier
             u = F.linear(self.drop(total), A)  # (..., r)
@@ -98,8 +105,9 @@ class ResLoRALinear(lora.LoRALinear):
             for layer, after in pairwise(chain):
                 layer.outbox, layer.sends = after.inbox, len(after.earlier)
             if len(chain) == 1:
-                warnings.warn(f"ResLoRA: {target} is a single layer without neighbours, so it stays plain LoRA. Layers "
-                              "form a chain when their names end alike: blocks.0.fc and blocks.1.fc", stacklevel=3)
+                same = "LoRA with 2 alpha" if chain[0].doubles else "plain LoRA"
+                warnings.warn(f"ResLoRA: {target} is a single layer without neighbours, so it is {same}. Layers form a "
+                              "chain when their names end alike: blocks.0.fc and blocks.1.fc", stacklevel=3)
 
     def exchange(self, own):
         """Return the activations of the m' earlier layers, the nearest first, and hand on `own` in front of them.
@@ -138,15 +146,21 @@ class ResLoRALinear(lora.LoRALinear):
         return torch.cat([layer.lora_A for layer in window]), torch.cat([layer.lora_B for layer in window], 1)
 
     @property
+    def doubles(self):
+        """True for the first layer of `input`: x_{-1} = x_0. With m = 0 there is no shortcut, and nothing doubles."""
+        return self.shortcut == "input" and not self.earlier and self.pre_num != 0
+
+    @property
     def exact_merge(self):
-        """True for a layer that reads nothing but x_n, and so is a plain LoRA as it stands."""
+        """True for a layer that reads nothing but x_n, and so is a LoRA as it stands."""
         return self.shortcut == "block" or not self.earlier
 
     def as_lora(self):
-        """(A', B') with W_merged = W + s B' A': the stacked blocks, or the calibrated A* and B."""
+        """(A', B') with W_merged = W + s B' A': the stacked blocks, or A* and B, where A* may need `calibrate`."""
         if self.shortcut == "block":
             return self.stacked()
-        A = self.lora_A if self.exact_merge else self.A_star
+        # A*_0 = 2 A_0 where x_{-1} = x_0, and A_0 in the first layer of the others
+        A = (2 if self.doubles else 1) * self.lora_A if self.exact_merge else self.A_star
         if A is None:
             raise RuntimeError(f"shortcut {self.shortcut!r} merges only approximately: call calibrate first")
         return A, self.lora_B
@@ -198,11 +212,15 @@ def regression(layers, batches, eps=1e-3):
 
 
 def paper_merge(layers, batches, merge):
-    """The merges of the paper, and "none", which drops the shortcut. Norms are Frobenius norms, summed over batches.
+    """The merges of the paper, which defines m = 1, and "none", which drops the shortcut of all layers but the first.
 
     input (merge_bi)    A* = (1 + sum_{k=1..m'} f_{n-k} / f_n) A_n          f: norm of x, with shortcut middle of A x
     weight (merge_bw)   middle  A* = A_n + sum_{k=1..m'} f_{n-k} / f_n A_{n-k}                             f: norm of x
-                        input   A* = (1 + a_n) A_n, a_1 = 1, a_n = f*_{n-2} / f*_{n-1}, f* = |W*|, already merged"""
+                        input   A* = (1 + a_n) A_n, a_1 = 1, a_n = f*_{n-2} / f*_{n-1}, f* = |W*|, already merged
+
+    Norms are Frobenius norms, here summed over calibration batches. The paper takes them from a sliding window during
+    training, its code from the last 100 batches. That merge_bw of middle has the norm of x is from that code. In it
+    merge_flag 3 is merge_bw and 4 is merge_bi, while the README beside it has them the other way round."""
     f, f_star = {}, {}
     if merge == "input" or merge == "weight" and layers[0].shortcut == "middle":
         for x, _ in layer_inputs(layers, batches):

@@ -59,13 +59,13 @@ class MergedOnTheWay(ResLoRALinear):
         if step == layers[0].merge_step:
             ResLoRALinear.calibrate(layers, MergedOnTheWay.batches, "regression")
             for layer in layers:
-                if not layer.exact_merge:
+                if layer.shortcut != "block":
                     # A_n <- A*_n
-                    layer.lora_A.copy_(layer.A_star)
+                    layer.lora_A.copy_(layer.as_lora()[0])
                 layer.drop_shortcut()
 
     def drop_shortcut(self):
-        self.earlier, self.sends = [], 0
+        self.earlier, self.sends, self.pre_num = [], 0, 0
 
 
 def register():

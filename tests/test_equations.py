@@ -18,28 +18,37 @@ N, D, R, ALPHA = 5, 6, 2, 3.0
 
 
 class Chain(nn.Module):
-    """x_{n+1} = tanh(h_n): the simplest network in which x_n differs from layer to layer."""
+    """x_{n+1} = tanh(h_n), cut or filled up with zeros to d_in numbers: the simplest network in which x_n differs from
+    layer to layer."""
 
-    def __init__(self):
+    def __init__(self, length=N, d_in=D, d_out=D):
         super().__init__()
-        self.h = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(D, D)}) for _ in range(N))
+        self.h = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(d_in, d_out)}) for _ in range(length))
         self.double()
 
     def forward(self, x):
         for block in self.h:
-            x = torch.tanh(block["q"](x))
-        return x
+            h = block["q"](x)
+            x = after(h, x)
+        return torch.tanh(h)
+
+
+def after(h, x):
+    """x_{n+1} (…, d_in) from h_n (…, d_out)."""
+    return torch.tanh(h) @ torch.eye(h.shape[-1], x.shape[-1], dtype=h.dtype)
 
 
 def by_hand(layers, x, shortcut=None, m=0, s=ALPHA / R):
     """[h_0, …, h_N] with the papers' equations as they stand: column vectors, one sum per line."""
     W, b, A, B = zip(*[(q.weight, q.bias, q.lora_A, q.lora_B) for q in layers], strict=True)
     xs, hs = [], []
-    for n in range(N):
+    for n in range(len(layers)):
         xs.append(x)
         before = range(1, min(n if m == -1 else m, n) + 1)
         h = x @ W[n].T + b[n]
-        if shortcut == "input":
+        if shortcut == "input" and n == 0 and m != 0:
+            h = h + s * (x + x) @ A[n].T @ B[n].T  # x_{-1} = x_0
+        elif shortcut == "input":
             h = h + s * (x + sum(xs[n - k] for k in before)) @ A[n].T @ B[n].T
         elif shortcut == "block":
             h = h + s * sum(x @ (B[n - k] @ A[n - k]).T for k in (0, *before))
@@ -48,33 +57,62 @@ def by_hand(layers, x, shortcut=None, m=0, s=ALPHA / R):
         else:
             h = h + s * x @ (B[n] @ A[n]).T
         hs.append(h)
-        x = torch.tanh(h)
+        x = after(h, x)
     return hs
 
 
-def chain(adapter, **hparams):
-    model = Chain()
+SHAPES = {"square": (D, D), "wide": (D + 2, D), "tall": (D, D + 2)}  # (d_in, d_out)
+
+
+def chain(adapter, length=N, shape="square", **hparams):
+    model = Chain(length, *SHAPES[shape])
     layers = lora.apply(model, adapter, ["q"], r=R, alpha=ALPHA, **hparams)
     for layer in layers:
         nn.init.normal_(layer.lora_B)
-    return model, layers, torch.randn(4, D, dtype=torch.float64)
+    return model, layers, torch.randn(4, SHAPES[shape][0], dtype=torch.float64)
 
 
 def equal(a, b, tolerance=1e-12):
     return (a - b).abs().max() <= tolerance
 
 
+@pytest.mark.filterwarnings("ignore:ResLoRA. q is a single layer")
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("m", [0, 1, 2, 3, -1])
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
-def test_reslora_forward_and_gradients_are_the_papers(shortcut, m):
-    """h of the last layer and the gradient of every A, B and of the input equal those of the equation by hand."""
-    model, layers, x = chain(ResLoRALinear, shortcut=shortcut, pre_num=m)
-    x.requires_grad_()
-    leaves = [x, *(p for layer in layers for p in (layer.lora_A, layer.lora_B))]
-    ours, hand = model(x), torch.tanh(by_hand(layers, x, shortcut, m)[-1])
-    assert equal(ours, hand)
-    for a, b in zip(*[torch.autograd.grad(y.square().sum(), leaves) for y in (ours, hand)], strict=True):
-        assert b.abs().max() > 1e-6 and equal(a, b)
+def test_reslora_forward_and_gradients_are_the_papers(shortcut, m, shape):
+    """For chains of one to five layers h of the last layer, the loss, and the gradient of every A, B and of the input
+    equal those of the equation by hand."""
+    for length in range(1, N + 1):
+        model, layers, x = chain(ResLoRALinear, length, shape, shortcut=shortcut, pre_num=m)
+        x.requires_grad_()
+        leaves = [x, *(p for layer in layers for p in (layer.lora_A, layer.lora_B))]
+        ours, hand = model(x), torch.tanh(by_hand(layers, x, shortcut, m)[-1])
+        assert equal(ours, hand) and equal(ours.square().sum(), hand.square().sum())
+        for a, b in zip(*[torch.autograd.grad(y.square().sum(), leaves) for y in (ours, hand)], strict=True):
+            assert b.abs().max() > 1e-6 and equal(a, b)
+
+
+def test_the_first_layer_of_the_input_shortcut_doubles_its_input():
+    """h_0 = W_0 x_0 + b + s B_0 A_0 drop(x_0 + x_0), in training with dropout too; pre_num 0 is plain LoRA, and so is
+    the first layer of `block` and of `middle`. The branch is 2 s B A, so is what is merged and exported."""
+    x = torch.randn(7, 30, dtype=torch.float64)
+    for shortcut, m, times in (("input", 1, 2), ("input", 2, 2), ("input", -1, 2), ("input", 0, 1),
+                               ("block", 1, 1), ("middle", 1, 1)):
+        layers = [ResLoRALinear(nn.Linear(30, 20).double(), 3, 6, dropout=0.5, shortcut=shortcut, pre_num=m)
+                  for _ in range(2)]
+        ResLoRALinear.connect({"q": layers})
+        first = layers[0]
+        nn.init.normal_(first.lora_B)
+        torch.manual_seed(5)
+        h = first(x)
+        torch.manual_seed(5)
+        dropped = torch.nn.functional.dropout(times * x, 0.5)
+        W = first.weight
+        assert equal(h, x @ W.T + first.bias + 2 * dropped @ first.lora_A.T @ first.lora_B.T)
+        A, B = first.as_lora()
+        assert first.exact_merge and equal(A, times * first.lora_A) and equal(B, first.lora_B)
+        assert equal(first.eval()(x), x @ lora.merged(first).T + first.bias)
 
 
 @pytest.mark.parametrize("m", [1, 2, -1])
@@ -153,7 +191,7 @@ def test_the_chains_of_a_gpt_are_its_q_and_its_v(shortcut, m):
         for n, q in enumerate(chain):
             window = range(min(m, n) + 1)
             if shortcut == "input":
-                branch = sum(xs[n - k] for k in window) @ q.lora_A.T @ q.lora_B.T
+                branch = sum(xs[n - k] for k in (window if n else (0, 0))) @ q.lora_A.T @ q.lora_B.T
             elif shortcut == "block":
                 branch = sum(xs[n] @ (chain[n - k].lora_B @ chain[n - k].lora_A).T for k in window)
             else:

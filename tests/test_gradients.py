@@ -126,15 +126,16 @@ def gradients(model, layers, x):
 
 
 def test_closed_form_gradients_of_the_input_shortcut():
-    """dB_n = s g_n (A_n (x_n + x_{n-1}))^T, dA_n = s B_n^T g_n (x_n + x_{n-1})^T; dL/dx_n gains s A^T B^T g_{n+1}."""
+    """dB_n = s g_n (A_n (x_n + x_{n-1}))^T, dA_n = s B_n^T g_n (x_n + x_{n-1})^T; dL/dx_n gains s A^T B^T g_{n+1}. In
+    layer 0 x_{-1} = x_0: its gradients have the factor 2."""
     model, layers, x = chain(ResLoRALinear, shortcut="input", pre_num=1)
     xs, gs, dxs = gradients(model, layers, x.requires_grad_())
     s = ALPHA / R
     for n, (q, x, g) in enumerate(zip(layers, xs, gs, strict=True)):
-        total = x + xs[n - 1] if n else x
+        total = x + xs[n - 1] if n else 2 * x
         assert equal(q.lora_B.grad, s * g.T @ (total @ q.lora_A.T))
         assert equal(q.lora_A.grad, s * (g @ q.lora_B).T @ total)
-        dx = g @ (q.weight + s * q.lora_B @ q.lora_A)
+        dx = g @ (q.weight + (1 if n else 2) * s * q.lora_B @ q.lora_A)
         if n + 1 < len(layers):
             after = layers[n + 1]
             dx = dx + s * gs[n + 1] @ after.lora_B @ after.lora_A  # the added path
@@ -181,7 +182,8 @@ def test_the_extra_gradient_path_is_closed_at_B_0_and_is_BA_later():
 
 
 def test_at_B_0_a_shortcut_changes_only_the_gradient_of_B():
-    """input and middle: dB is that of the longer sum; block: dB_k collects the layers that borrow block k."""
+    """input and middle: dB is that of the longer sum, in the first layer of input of twice x; block: dB_k collects the
+    layers that borrow block k."""
     for shortcut in ("input", "block", "middle"):
         torch.manual_seed(0)
         model, layers, x = chain(ResLoRALinear, shortcut=shortcut)
@@ -193,8 +195,9 @@ def test_at_B_0_a_shortcut_changes_only_the_gradient_of_B():
             net(x).sum().backward()
         for n, (a, b) in enumerate(zip(layers, plain_layers, strict=True)):
             assert (a.lora_A.grad == 0).all() and (b.lora_A.grad == 0).all()
-            alone = n == (len(layers) - 1 if shortcut == "block" else 0)  # who has no partner in the chain
+            alone = n == {"input": None, "middle": 0, "block": len(layers) - 1}[shortcut]  # who has no partner
             assert equal(a.lora_B.grad, b.lora_B.grad) == alone
+            assert equal(a.lora_B.grad, 2 * b.lora_B.grad) == (shortcut == "input" and n == 0)
 
 
 # rsLoRA

@@ -310,7 +310,9 @@ def test_the_papers_merges_are_the_papers(shortcut, m):
             star = []
             for n, q in enumerate(chain):
                 window = range(1, min(m, n) + 1)
-                if how == "none":
+                if n == 0 and shortcut == "input":
+                    A = 2 * q.lora_A  # x_{-1} = x_0: exact under every merge
+                elif how == "none":
                     A = q.lora_A
                 elif how == "input":
                     A = (1 + sum(f[n - k] / f[n] for k in window)) * q.lora_A
@@ -352,13 +354,37 @@ def test_merging_without_calibration_is_refused(shortcut):
 
 
 def test_no_shortcut_is_exact():
-    """pre_num 0, and the first layer of every chain, are plain LoRA and merge exactly under every name."""
+    """pre_num 0 is plain LoRA and merges exactly under every name."""
     for how in MERGES:
         model, (idx, _) = tiny_gpt(), tokens()
         layers = adapt(model, "reslora", dict(pre_num=0, merge=how))
         out = model(idx)[0]
         assert all(layer.exact_merge for layer in layers)
         torch.testing.assert_close(lora.merge(model)(idx)[0], out)
+
+
+@every_model
+@pytest.mark.filterwarnings("ignore:ResLoRA. . is a single layer")
+@pytest.mark.parametrize("m", [1, 2, -1])
+@pytest.mark.parametrize("how", MERGES)
+def test_the_first_layer_merges_exactly_without_calibration(tiny, how, m):
+    """A chain of one layer of any shortcut is merged to 1e-12 under every merge, and no batch is asked for; with
+    `input` its model is that of LoRA with 2 alpha."""
+    if how == "weight" and m != 1:
+        return
+    for shortcut in ("input", "block", "middle"):
+        torch.manual_seed(1)
+        model, double = tiny(n_layer=1), None
+        double = copy.deepcopy(model)
+        idx = batch(model)[0]
+        layers = adapt(model, "reslora", dict(shortcut=shortcut, pre_num=m, merge=how))
+        plain = adapt(double, "lora", {}, alpha=10 if shortcut == "input" else 5)
+        for a, b in zip(factors(layers), factors(plain), strict=True):
+            b.data.copy_(a.data)
+        out = model(idx)[0]
+        torch.testing.assert_close(double(idx)[0], out, rtol=0, atol=1e-12)
+        layers[0].calibrate(layers, None)
+        torch.testing.assert_close(lora.merge(model)(idx)[0], out, rtol=0, atol=1e-12)
 
 
 def test_delta_lora_merges_what_W_has_not_followed():
