@@ -9,8 +9,11 @@ LoRA, and after the optimizer step t > K = delta_start (t = 1, 2, …) the pretr
 
 W has no gradient and no optimizer state. Why it may follow the branch: without dropout in the branch,
 dL/dW = (1/s) dL/d(BA), so the motion of B A stands in for a gradient step of W. (This is a heuristic, because B A does
-not move along -dL/d(BA).) Dropout in the branch breaks the equality and is refused. The paper uses lambda = 2 and
-K = 500. It counts t from 0 with the same condition t > K, so there W begins to move one step later than here.
+not move along -dL/d(BA).) Dropout in the branch breaks the equality and is refused.
+
+The paper waits about as long as the warm-up. On E2E and WebNLG it uses lambda = 2 and K = 500, about 2 % of its E2E
+run. On GLUE lambda is .5 and K is the warm-up of each task, and on XSum with BART lambda is .5 and K = 1000. It counts
+t from 0 with the same condition t > K, so there W begins to move one step later than here.
 
 The sum telescopes. Let S = K be the last step before W moves. Then
 
@@ -19,8 +22,9 @@ The sum telescopes. Let S = K be the last step before W moves. Then
 
 So the total update is a plain LoRA of rank 2 r at most (of rank r for K = 0, since B_0 = 0), and an exported adapter
 needs nothing but A_T, B_T, A_S and B_S. With K = 0 the layer computes what (1 + lambda) s B A would, while the gradient
-carries only s. Adam ignores such a factor. So this Delta-LoRA is LoRA with (1 + lambda) alpha, up to Adam's eps and as
-long as no gradient is clipped, and that LoRA is the fair baseline.
+carries only s. Adam ignores such a factor. So this Delta-LoRA is LoRA with (1 + lambda) alpha, up to Adam's eps, weight
+decay and clipping, and that LoRA is the fair baseline. Clipping sees gradients 1 + lambda times smaller here: a limit
+that is 1 + lambda times smaller makes the two equal again.
 """
 import torch
 

@@ -9,6 +9,17 @@
 
 A starts random, U(-1, 1) / sqrt(d_in) as in the authors' code. B starts at zero, so the adapted model starts as the
 pretrained one. At that moment dL/dA = 0, so B moves first. `apply` and `merge` below serve all methods of the family.
+
+What alpha does. Write B' = c B: a layer with c alpha and B computes the same as one with alpha and B'. Adam moves B by
+the learning rate, however large its gradient is, so B' moves by c times that rate, while A moves as before. So under
+Adam
+
+    c alpha, one rate lr      is      alpha, with rate lr for A and c lr for B
+
+exactly, as long as nothing else sees the size of B or of its gradient: weight decay, clipping and Adam's eps do, a
+little. alpha is the learning rate of B. LoRA+ (Hayou et al. 2024, arXiv:2402.12354) sets that ratio itself, to 16 for
+instance; rsLoRA is a ratio of sqrt(r), and Delta-LoRA with K = 0 one of 1 + lambda. Under SGD, whose steps grow with
+the gradient, the ratio is c^2. `train.py --lr-ratio` sets it.
 """
 import math
 from contextlib import nullcontext

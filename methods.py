@@ -1,4 +1,5 @@
 """The one registry. A new method is one file, with a class like LoRALinear, and one line here."""
+import math
 from typing import NamedTuple
 
 import torch.nn as nn
@@ -17,7 +18,7 @@ from rslora import RsLoRALinear, rank_stabilised
 class Method(NamedTuple):
     """What train.py has to know of a method."""
     adapter: type | None  # a class like LoRALinear; None: the method has no adapter
-    flags: dict = {}  # {name: arguments for argparse} of its own flags; a default may be a function of the steps
+    flags: dict = {}  # {name: arguments for argparse} of its own flags; a default may be a function of (steps, warmup)
     for_merging: tuple = ()  # the flags that only merging reads, which a resumed run may change
     trains_base: bool = False  # True where all parameters train
     planned: bool = False  # True where a plan depends on the number of steps: a run cannot be made longer
@@ -43,18 +44,19 @@ METHODS = {
     }, for_merging=("merge",)),
     "deltalora": Method(DeltaLoRALinear, {
         "delta_lambda": dict(type=float, default=2.0, help="how far W follows the delta of B A (2)"),
-        "delta_start": dict(type=int, default=lambda steps: min(500, steps // 10),
-                            help="K, steps before W moves (a tenth of the run, at most 500)"),
+        # the paper: lambda 2 and K 500 on E2E and WebNLG, lambda .5 and the task's warm-up on GLUE, .5 and 1000 on XSum
+        "delta_start": dict(type=int, default=lambda steps, warmup: max(1, math.floor(warmup)),
+                            help="K, steps before W moves (those of the warm-up, at least 1; 0: from the first step)"),
     }),
     # What the papers compare with
     "adalora": Method(AdaLoRALinear, {
         "init_rank": dict(type=int, help="r_0, ranks per layer at the start; --rank of them remain on average (1.5 r)"),
         "orth": dict(type=float, default=0.1, help="gamma, weight of the orthogonality of A and B in the loss (.1)"),
-        "budget_warmup": dict(type=int, default=lambda steps: steps // 10,
+        "budget_warmup": dict(type=int, default=lambda steps, warmup: steps // 10,
                               help="t_i, steps before the first ranks are taken away (a tenth of the run)"),
-        "budget_final": dict(type=int, default=lambda steps: steps * 4 // 10,
+        "budget_final": dict(type=int, default=lambda steps, warmup: steps * 4 // 10,
                              help="t_f, steps at the end in which the ranks stay as they are (four tenths)"),
-        "budget_every": dict(type=int, default=lambda steps: max(1, steps // 100),
+        "budget_every": dict(type=int, default=lambda steps, warmup: max(1, steps // 100),
                              help="steps between two allocations of ranks (a hundredth of the run)"),
     }, planned=True),
     "dylora": Method(DyLoRALinear, {

@@ -10,11 +10,13 @@ in the sum. The paper's theorem: outputs and input gradients keep their size as 
 sqrt(r)). With alpha / r a larger rank learns less and less.
 
 Adam normalises the gradient. After its first step the branch is proportional to s r: constant in r with alpha / r,
-growing as sqrt(r) with alpha / sqrt(r). So under Adam the square root also acts as a higher learning rate. Retune that
-rate before you credit the rank.
+growing as sqrt(r) with alpha / sqrt(r).
 
-rsLoRA(alpha) is exactly LoRA(alpha sqrt(r)). The square root works with any method that scales by alpha / r, AdaLoRA
-for example, which the paper leaves open: `rank_stabilised(AdaLoRALinear)`, or the flag --rs.
+rsLoRA(alpha) is exactly LoRA(alpha sqrt(r)). Under Adam that is LoRA(alpha) whose B learns sqrt(r) times as fast as A
+(see lora.py). So retune the rate before you credit the rank.
+
+The square root works with any method that scales by alpha / r, AdaLoRA for example, which the paper leaves open:
+`rank_stabilised(AdaLoRALinear)`, or the flag --rs.
 """
 import math
 

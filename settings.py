@@ -82,6 +82,8 @@ def parser(description):
     add("--batch-size", type=int, help="examples per forward (by dataset)")
     add("--grad-accum", type=int, default=1, help="batches per step: the same step with less memory (1)")
     add("--lr", type=float, help="peak learning rate (by dataset)")
+    add("--lr-ratio", type=float, default=1.0, help="B's learning rate over A's, as in LoRA+, which has 16; all but B "
+        "learns at --lr (1)")
     add("--optimizer", choices=("adamw", "sgd"), default="adamw")
     add("--schedule", choices=("linear", "cosine", "constant"), default="linear", help="after the warm-up")
     add("--warmup", type=float, default=0.06, help="steps, or below 1 the share of the run (.06)")
@@ -95,7 +97,7 @@ def parser(description):
     add("--checkpoint-activations", action="store_true", help="compute them again in the backward: less memory, slower")
     add("--compile", action="store_true", help="torch.compile: a slow start, then faster on a GPU")
     add = parser.add_argument_group("run folder").add_argument
-    add("--out", type=Path, help="out/<dataset>-<method>-<its own flags>-r<rank>-s<seed>")
+    add("--out", type=Path, help="out/<dataset>-<method>-<its own flags>-r<rank>-<ratio>-s<seed>")
     add("--eval-every", type=int, help="steps between validations, each a checkpoint (a tenth of the run)")
     add("--resume", action="store_true", help="go on from --out's last checkpoint, with the flags of that run")
     add("--save-merged", action="store_true", help="write merged/, a checkpoint that transformers loads")
@@ -215,12 +217,15 @@ def fill_in(args):
             value = ",".join(map(str, value))
         if value is not None and value is not False:
             own += f"-{value}"
-    args.out = args.out or Path(f"out/{args.dataset.replace('/', '-')}-{args.method}{own}{rank}-s{args.seed}")
+    ratio = "" if args.lr_ratio == 1 else f"-ratio{args.lr_ratio:g}"
+    dataset = args.dataset.replace("/", "-")
+    args.out = args.out or Path(f"out/{dataset}-{args.method}{own}{rank}{ratio}-s{args.seed}")
 
 
 def check_ranges(args):
     """Refuse numbers out of range."""
-    for name in ("steps", "epochs", "batch_size", "grad_accum", "lr", "alpha", "context", "eval_every", "test_texts"):
+    for name in ("steps", "epochs", "batch_size", "grad_accum", "lr", "lr_ratio", "alpha", "context", "eval_every",
+                 "test_texts"):
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {value}")

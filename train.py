@@ -34,9 +34,14 @@ parse = functools.partial(settings.parse, description=__doc__)
 # ---------------------------------------------------------------------------------------------------------------------
 # The pieces of a step
 
+def warmup_steps(steps, args):
+    """The steps of --warmup, which is a share of the run below 1."""
+    return args.warmup if args.warmup >= 1 else args.warmup * steps
+
+
 def lr_at(step, steps, args):
     """Learning rate of step 1..steps: linear warm-up, then linear, cosine or no decay towards 0."""
-    warmup = args.warmup if args.warmup >= 1 else args.warmup * steps
+    warmup = warmup_steps(steps, args)
     if step <= warmup:
         return args.lr * step / (warmup + 1)
     t = (step - warmup) / (steps - warmup + 1)  # in (0, 1): the last step still learns
@@ -45,12 +50,13 @@ def lr_at(step, steps, args):
 
 def make_optimizer(model, args):
     """AdamW or SGD over all that requires a gradient, with weight decay on matrices only, fused into one kernel. A
-    parameter's learning rate is the run's times its layer's `lr_scale`."""
+    parameter's learning rate is the run's times its layer's `lr_scale`, and for every B times --lr-ratio (LoRA+)."""
     groups = {}
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad:
-                groups.setdefault((getattr(module, "lr_scale", {}).get(name, 1.0), p.dim() >= 2), []).append(p)
+                lr_scale = getattr(module, "lr_scale", {}).get(name, 1.0) * (args.lr_ratio if name == "lora_B" else 1.0)
+                groups.setdefault((lr_scale, p.dim() >= 2), []).append(p)
     groups = [dict(params=params, lr_scale=lr_scale, weight_decay=args.weight_decay if matrix else 0.0)
               for (lr_scale, matrix), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)]
     optimizer = torch.optim.SGD if args.optimizer == "sgd" else torch.optim.AdamW
@@ -151,9 +157,13 @@ class Run:
         args.eval_every = min(args.eval_every or math.ceil(args.steps / 10), args.steps)
         # The adapters. A method's own flag that was not given has a default, which may depend on the number of steps.
         self.own = {name: getattr(args, name, flag.get("default")) for name, flag in METHODS[args.method].flags.items()}
-        self.own = {name: value(args.steps) if callable(value) else value for name, value in self.own.items()}
+        self.own = {name: value(args.steps, warmup_steps(args.steps, args)) if callable(value) else value
+                    for name, value in self.own.items()}
         # made on the CPU, so that a seed gives the same adapter on every device
         self.adapter, self.layers = adapters.adapt_as(self.model, {**vars(args), **self.own})
+        if args.lr_ratio != 1 and not any(hasattr(layer, "lora_B") for layer in self.layers):
+            raise ValueError(f"--lr-ratio {args.lr_ratio:g} is B's learning rate over A's: method {args.method} has no "
+                             "factors A and B")
         self.model.to(args.device)
         self.model.recompute = self.adapter.recompute if args.checkpoint_activations else None
         self.params = [p for p in self.model.parameters() if p.requires_grad]

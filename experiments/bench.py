@@ -171,7 +171,7 @@ def adapted(base, change, args):
     settings.update(change)
     method = METHODS[settings["method"]]
     own = {name: spec.get("default") for name, spec in method.flags.items()}
-    own = {name: value(10**6) if callable(value) else value for name, value in own.items()}
+    own = {name: value(10**6, 10**5) if callable(value) else value for name, value in own.items()}
     moves = method.trains_base or method.adapter.moves_weight
     model = copy.deepcopy(base, {} if moves else {id(p): p for p in base.parameters()}).requires_grad_(moves)
     model = model.float() if method.trains_base else model  # as train.py: what trains is fp32
