@@ -5,7 +5,7 @@
 set -e
 cd "$(dirname "$0")/.."
 MERGES="--merge regression,input,weight,none"
-grid() {  # dataset, more flags of compare.py, rates, rates of small starts, of full fine-tuning, flags of train.py
+grid() {  # dataset, more flags of compare.py, rates, rates of small starts, of full fine-tuning, flags of train.py, K
     # shellcheck disable=SC2086
     python -m experiments.compare "experiments/results/methods-$1" $QUICK --lr $3 --seeds 3 --best-lr $2 \
         --title "$1: test loss after merging, each at its best rate" \
@@ -16,7 +16,7 @@ grid() {  # dataset, more flags of compare.py, rates, rates of small starts, of 
         --row "ResLoRA input: --method reslora --rank 16 $MERGES" \
         --also "ResLoRA block: --method reslora --rank 16 --shortcut block" \
         --row "ResLoRA middle: --method reslora --rank 16 --shortcut middle $MERGES" \
-        --row "Delta-LoRA: --method deltalora --rank 16" \
+        --row "Delta-LoRA: --method deltalora --rank 16 --delta-start $7" \
         --row "AdaLoRA 16 to 11: --method adalora --init-rank 16 --rank 11 --lr $4" \
         --also "DyLoRA: --method dylora --rank 16 --cut 16" \
         --also "LoHa r 8: --method loha --rank 8 --lr $4" \
@@ -24,12 +24,12 @@ grid() {  # dataset, more flags of compare.py, rates, rates of small starts, of 
         --row "full fine-tuning: --method full --lr $5" -- --dataset $1 $6
 }
 QUICK=$1
-grid reviews "" "1.5e-3 3e-3 6e-3" "5e-3 1e-2 2e-2" "5e-4 1e-3 2e-3" "--eval-every 100"
+grid reviews "" "1.5e-3 3e-3 6e-3" "5e-3 1e-2 2e-2" "5e-4 1e-3 2e-3" "--eval-every 100" 50
 if [ -n "$QUICK" ]; then
     exit
 elif [ -n "$E2E" ]; then
     grid e2e "--forgetting world" "1.2e-2 2.4e-2 4.8e-2" "3e-2 6e-2 1.2e-1" "1.5e-3 3e-3 6e-3" \
-        "--eval-every 30 --data-dir $E2E"
+        "--eval-every 30 --data-dir $E2E" 15
 else
     echo "note: E2E=FOLDER adds the real E2E text; python -m experiments.e2e_split makes the folder" >&2
 fi

@@ -25,7 +25,7 @@ grid real-base 50 "SmolLM2-135M on E2E: test loss after merging" \
     --row "ResLoRA middle: --method reslora --rank 16 --shortcut middle --lr $MORE" \
     --row "ResLoRA block: --method reslora --rank 16 --shortcut block --lr $MORE" \
     --row "rsLoRA r 16: --method rslora --rank 16 --lr 1e-3 2e-3 4e-3 8e-3" \
-    --row "Delta-LoRA: --method deltalora --rank 16" \
+    --row "Delta-LoRA: --method deltalora --rank 16 --delta-start 5" \
     --row "LoRA r 32, 2 alpha: --method lora --rank 32 --alpha 32 --lr $MORE" \
     --row "LoRA r 3 on all linears: --method lora --rank 3 $ALL"
 # the shipped GPT on the same texts: how far it ends from full fine-tuning

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The methods on roberta-base and four GLUE tasks with LoRA's recipe of each task, each at its best of three rates; for
-# one GPU.
+# one GPU. Delta-LoRA has the lambda and the length of its paper, and K at the end of the warm-up as there.
 # sh experiments/roberta_base_glue.sh [--quick]
 set -e
 cd "$(dirname "$0")/.."
@@ -19,7 +19,7 @@ for task in sst2 mrpc cola rte; do
         --row "rsLoRA: --method rslora" --row "ResLoRA input: --method reslora" \
             --row "ResLoRA block: --method reslora --shortcut block" \
         --row "ResLoRA middle: --method reslora --shortcut middle --pre-num 4" \
-        --row "Delta-LoRA: --method deltalora" --row "AdaLoRA: --method adalora" \
+        --row "Delta-LoRA: --method deltalora --delta-lambda 0.5 --context 256" --row "AdaLoRA: --method adalora" \
         --row "full: --method full --lr 1e-5 2e-5 4e-5" \
         -- @experiments/recipes/glue_sst2_roberta_base.args --dataset "glue/$task" $recipe
 done

@@ -102,7 +102,8 @@ def test_the_ratio_is_that_of_B_over_A_and_a_head_learns_at_the_rate():
     model = tiny_roberta()
     layers = adapt(model, "lora", {})
     args = train.parse("--lr 1e-3 --lr-ratio 16 --weight-decay 0.1 --device cpu".split())
-    rates = {id(p): (group["lr_scale"], group["weight_decay"]) for group in train.make_optimizer(model, args).param_groups
+    groups = train.make_optimizer(model, args).param_groups
+    rates = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups
              for p in group["params"]}
     for layer in layers:
         assert rates.pop(id(layer.lora_B)) == (16, 0.1) and rates.pop(id(layer.lora_A)) == (1, 0.1)
