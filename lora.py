@@ -80,7 +80,8 @@ class LoRALinear(nn.Module):
 
     # The rest of the contract: LoRA needs none of it, other methods override what they need. layers: all adapter layers
     exact_merge = True  # False where merging approximates (ResLoRA's input and middle)
-    moves_weight = False  # True where the method also changes W (Delta-LoRA)
+    moves_weight = False  # True where W is not the base's: the method changes it in training or at the start
+    exact_gradient = True  # False where the paper cuts a part of the forward from the graph, as DoRA its norm
     merges = ("exact",)  # the ways to merge; train.py measures all and keeps the first
     peft_type = "LORA"  # PEFT's name for these factors (LoHa and LoKr have their own)
     lr_scale = {}  # {name of a factor: its learning rate, as a multiple of the run's}; 1 for the others

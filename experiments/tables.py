@@ -189,6 +189,14 @@ def deltalora():
          paired(same, found["LoRA, 3 alpha"]) if "lambda 2" in row else ""] for row, same in found.items()])
 
 
+def clipping():
+    """Delta-LoRA K 0 and LoRA with 3 alpha at one high rate, with and without clipping."""
+    found = best("deltalora-clip")
+    other = found["LoRA, 3 alpha"]
+    return markdown(["", "test loss", "above LoRA with 3 alpha"], [
+        [row, spread(same, "merged loss"), "" if same is other else paired(same, other)] for row, same in found.items()])
+
+
 def weights(where=RESULTS):
     """Rank and cosine over the layers."""
     rows = []
@@ -248,6 +256,7 @@ TABLES = {
     "real-ranks": real_ranks,
     "real-base": lambda: methods("real-base", against=("LoRA r 16", "LoRA r 16, 3 alpha", "full fine-tuning")),
     "rslora-adamw": lambda: rslora("adamw"), "rslora-sgd": lambda: rslora("sgd"), "deltalora": deltalora,
+    "deltalora-clip": clipping,
     "deltalora-weights": weights, "dylora": dylora, "rank-theorem": theorem, "decoding": decoding,
     "methods-e2e": lambda: methods("methods-e2e", {"pretraining text": "merged loss on world"}),
     "methods-reviews": lambda: methods("methods-reviews", {"accuracy": "merged accuracy"}),

@@ -97,12 +97,13 @@ every_model = pytest.mark.parametrize("tiny", [tiny_gpt, tiny_llama, tiny_robert
 
 
 def adapt(model, method, hparams, targets=("q", "v"), r=3, alpha=5, dropout=0.0, random=True):
-    """Apply a method; with `random` no factor is zero or nearly so: the adapter does something."""
+    """Apply a method; with `random` the adapter does something: no factor is zero or nearly so, and where none was at the
+    start, as in PiSSA, all have moved."""
     layers = lora.apply(model, METHODS[method].adapter, targets, r=r, alpha=alpha, dropout=dropout, **hparams)
     if random:
-        for p in factors(layers):
-            if p.std() < 0.05:
-                nn.init.normal_(p, std=0.4)
+        small = [p for p in factors(layers) if p.std() < 0.05]
+        for p in small or factors(layers):
+            nn.init.normal_(p, std=0.4)
     if model.classifier:
         model.classifier.requires_grad_(True)
     return layers
@@ -110,7 +111,8 @@ def adapt(model, method, hparams, targets=("q", "v"), r=3, alpha=5, dropout=0.0,
 
 def factors(layers):
     """What the adapters train: A and B, or what a method has in their place."""
-    return [p for layer in layers for name, p in layer.named_parameters() if name not in ("weight", "bias")]
+    return [p for layer in layers for name, p in layer.named_parameters()
+            if name not in ("weight", "bias") and p.requires_grad]
 
 
 def head_of(model):

@@ -11,6 +11,7 @@ import lora
 import settings
 from deltalora import DeltaLoRALinear
 from lora import LoRALinear
+from methods import METHODS
 from reslora import ResLoRALinear
 from rslora import RsLoRALinear
 
@@ -18,8 +19,8 @@ from rslora import RsLoRALinear
 @every_model
 @every_variant
 def test_only_the_adapters_get_gradient_and_at_the_start_only_the_factor_that_is_0(method, hparams, tiny):
-    """Every base parameter's gradient is None; at B = 0 dL/dA = 0 and dL/dB != 0; with B random both are not 0. So it
-    is with whatever factors a method has. The head of a classifier gets gradient too."""
+    """Every base parameter's gradient is None; at B = 0 dL/dA = 0 and dL/dB != 0; with B random both are not 0. A
+    factor that no 0 multiplies has the gradient of finite differences. The head of a classifier gets gradient too."""
     for random in (False, True):
         model = tiny()
         layers, some = adapt(model, method, hparams, random=random), batch(model)
@@ -28,10 +29,9 @@ def test_only_the_adapters_get_gradient_and_at_the_start_only_the_factor_that_is
         for p in model.parameters():
             assert p.requires_grad == (id(p) in adapters)
             assert (p.grad is not None) == (id(p) in adapters)
-        zero = sum(not p.any() for p in factors(layers))
-        assert zero == (0 if random else len(layers))
+        assert not (random and any(not p.any() for p in factors(layers)))
         for p in factors(layers):
-            if p.grad.any() != (random or not p.any()):  # a factor that no 0 multiplies, DoRA's magnitude for one
+            if p.grad.any() != (random or not p.any()):  # DoRA's magnitude for one, or both factors of PiSSA
                 assert slope(model, some, p) == pytest.approx(p.grad.sum().item(), rel=1e-4) and p.grad.any()
 
 
@@ -49,25 +49,27 @@ def slope(model, some, p, eps=1e-5):
 @every_model
 @every_variant
 def test_training_changes_the_adapters_and_nothing_else(method, hparams, tiny):
-    """After some steps A, B and a head have changed and the base is as it was, but for a W that the method moves."""
+    """After some steps A, B and a head have changed and the base is as it was, but for a W that the method may move."""
     model = tiny()
     layers = adapt(model, method, hparams, random=False)
     before = {name: p.clone() for name, p in model.named_parameters()}
     losses = train_steps(model, layers, 12)
     assert losses[-1] < losses[0]
     changing = {id(p) for p in factors(layers) + head_of(model)}
-    changing |= {id(layer.weight) for layer in layers if layer.moves_weight}
+    may_move = {id(layer.weight) for layer in layers if layer.moves_weight}
     if method == "adalora":  # a layer that it left no rank has E = 0, as at the start
         changing -= {id(layer.lora_E) for layer in layers if not layer.lora_E.any()}
         assert any(layer.lora_E.any() for layer in layers)
     for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]) == (id(p) not in changing), name
+        assert id(p) in may_move or torch.equal(p, before[name]) == (id(p) not in changing), name
 
 
 @every_model
 @every_variant
 def test_gradcheck(method, hparams, tiny):
     """The gradient of the loss by autograd is that by finite differences, through the whole model."""
+    if not METHODS[method].adapter.exact_gradient:
+        pytest.skip("the paper cuts a part of the forward from the graph")
     model = tiny(n_layer=2)
     idx, targets = batch(model, 1, 4)
     layers = adapt(model, method, hparams, r=2)

@@ -17,10 +17,12 @@ from conftest import (
     tokens,
     train_steps,
 )
+from test_equations import Chain
 
 import lora
 from experiments.merge_at import MergedOnTheWay
 from lora import LoRALinear
+from methods import METHODS
 from reslora import MERGES, ResLoRALinear, regression
 
 
@@ -46,9 +48,10 @@ def test_merged_is_unmerged(method, hparams, tiny):
 @every_variant
 def test_merging_restores_the_architecture(method, hparams, tiny):
     """The merged model has the base's modules, keys and dtypes; a bf16 W that the method moves has become fp32."""
+    moves = METHODS[method].adapter.moves_weight
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny(dtype)
-        keys = {k: (v.shape, torch.float32 if method == "deltalora" and k.endswith("q.weight") else v.dtype)
+        keys = {k: (v.shape, torch.float32 if moves and k.endswith("q.weight") else v.dtype)
                 for k, v in model.state_dict().items()}
         modules = [type(m) for m in model.modules()]
         layers = adapt(model, method, hparams, targets=["q"])
@@ -208,6 +211,27 @@ def test_regression_has_the_least_error_of_all_merges_on_its_calibration_data(sh
     for q, A in zip(hard, A_star, strict=True):
         P = torch.linalg.lstsq(xs[q], shortcut_part(q, xs)).solution.T
         torch.testing.assert_close(A, q.lora_A + P, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("shortcut, m", APPROXIMATE)
+def test_P_is_the_ridge_solution_whose_eps_is_in_units_of_the_mean_diagonal(shortcut, m):
+    """64 channels, 40 tokens: fewer than channels, so eps decides. P = Z^T X (X^T X + 1e-3 mean_i (X^T X)_ii I)^-1."""
+    model = Chain(3, 64, 64)
+    layers = lora.apply(model, ResLoRALinear, ["q"], r=4, alpha=4, shortcut=shortcut, pre_num=m)
+    for layer in layers:
+        nn.init.normal_(layer.lora_B)
+    x = torch.randn(1, 40, 64, dtype=torch.float64)
+    xs = chain_inputs(model, layers, x)
+
+    def batches():
+        model(x)
+        yield torch.ones(1, 40, dtype=torch.bool), None
+    layers[0].calibrate(layers, batches)
+    for layer in layers[1:]:
+        X, Z = xs[layer], shortcut_part(layer, xs)
+        C = X.T @ X
+        P = Z.T @ X @ torch.linalg.inv(C + 1e-3 * C.trace() / 64 * torch.eye(64))
+        torch.testing.assert_close(layer.A_star, layer.lora_A + P, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("shortcut, m", APPROXIMATE)
