@@ -194,7 +194,8 @@ def clipping():
     found = best("deltalora-clip")
     other = found["LoRA, 3 alpha"]
     return markdown(["", "test loss", "above LoRA with 3 alpha"], [
-        [row, spread(same, "merged loss"), "" if same is other else paired(same, other)] for row, same in found.items()])
+        [row, spread(same, "merged loss"), "" if same is other else paired(same, other)]
+        for row, same in found.items()])
 
 
 def weights(where=RESULTS):

@@ -97,8 +97,8 @@ every_model = pytest.mark.parametrize("tiny", [tiny_gpt, tiny_llama, tiny_robert
 
 
 def adapt(model, method, hparams, targets=("q", "v"), r=3, alpha=5, dropout=0.0, random=True):
-    """Apply a method; with `random` the adapter does something: no factor is zero or nearly so, and where none was at the
-    start, as in PiSSA, all have moved."""
+    """Apply a method; with `random` the adapter does something: no factor is zero or nearly so, and
+    where none was at the start, as in PiSSA, all have moved."""
     layers = lora.apply(model, METHODS[method].adapter, targets, r=r, alpha=alpha, dropout=dropout, **hparams)
     if random:
         small = [p for p in factors(layers) if p.std() < 0.05]
