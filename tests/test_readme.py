@@ -38,13 +38,6 @@ def test_the_table_of_methods():
     assert "590,592" in README and sum(p.numel() for p in nn.Linear(768, 768).parameters()) == 590592
 
 
-def test_the_forward_that_readme_quotes_is_loras():
-    """Line by line, without the comments."""
-    snippet, = (s for s in SNIPPETS if "def forward" in s)
-    code = [line.partition("  #")[0].strip() for line in (ROOT / "lora.py").read_text().splitlines()]
-    assert [line for line in snippet.splitlines() if line.partition("  #")[0].strip() not in code] == []
-
-
 def test_every_file_that_readme_names_exists():
     """Links into the repository, and the scripts and recipes of its commands."""
     named = [name.partition("#")[0] for name in re.findall(r"\]\((?!http)([^)]+)\)", README)]
@@ -250,23 +243,6 @@ def test_a_new_method_is_a_class_and_a_line(tmp_path, base, monkeypatch):
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     idx = torch.randint(0, 300, (2, 9))
     torch.testing.assert_close(theirs(idx).logits, merged(idx).logits, rtol=1e-4, atol=1e-4)
-
-
-def test_a_factor_may_have_a_rate_of_its_own():
-    """lr_scale: after one SGD step B has moved 16 times as far as its gradient times the rate; the others once."""
-    model = nn.ModuleDict({"q": nn.Linear(4, 4)})
-    layer, = lora.apply(model, Shifted, ["q"], r=2, alpha=2)
-    args = train.parse(["--optimizer", "sgd", "--weight-decay", "0", "--lr", "0.1", "--device", "cpu"])
-    optimizer = train.make_optimizer(model, args)
-    before = {name: p.detach().clone() for name, p in layer.named_parameters() if p.requires_grad}
-    layer(torch.randn(3, 4)).square().sum().backward()
-    for group in optimizer.param_groups:
-        group["lr"] = args.lr * group["lr_scale"]
-    optimizer.step()
-    for name, p in layer.named_parameters():
-        if p.requires_grad:
-            scale = 16 if name == "lora_B" else 1
-            torch.testing.assert_close(p - before[name], -0.1 * scale * p.grad)
 
 
 def test_a_run_keeps_the_ratio_of_the_rates_at_every_step(tmp_path, base, monkeypatch):
