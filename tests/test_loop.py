@@ -322,12 +322,11 @@ def test_every_dataset_and_method_has_its_defaults():
 
 
 def test_defaults_that_depend_on_the_steps_are_what_the_help_says():
-    """K is a tenth of the run, at most 500; AdaLoRA's phases are a tenth and four tenths, its pace a hundredth."""
-    flags = [*METHODS["deltalora"].flags.values(), *METHODS["adalora"].flags.values()]
-    for steps, K, warmup, final, every in ((10, 1, 1, 4, 1), (100, 10, 10, 40, 1), (1000, 100, 100, 400, 10),
-                                           (10000, 500, 1000, 4000, 100)):
-        found = [flag["default"](steps) for flag in flags if callable(flag.get("default"))]
-        assert found == [K, warmup, final, every]
+    """AdaLoRA's phases are a tenth and four tenths of the run, its pace is a hundredth, at least 1. (K of Delta-LoRA:
+    test_identities.py.)"""
+    flags = METHODS["adalora"].flags.values()
+    for steps, *expected in ((10, 1, 4, 1), (100, 10, 40, 1), (1000, 100, 400, 10), (10000, 1000, 4000, 100)):
+        assert [flag["default"](steps, 0) for flag in flags if callable(flag.get("default"))] == expected
 
 
 @pytest.mark.parametrize("step, message", [(1, "interrupted; nothing was saved\n"),
