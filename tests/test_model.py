@@ -1,12 +1,13 @@
 """model.py against `transformers`: logits, loss, both directions of the checkpoint, decoding."""
 import json
+import math
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import batch, hub_cache, tiny_gpt, tiny_roberta, tokens
+from conftest import batch, every_model, hub_cache, tokens
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,21 +15,41 @@ import lora
 from checkpoints.pretrained import from_pretrained, save_pretrained
 from experiments import bench
 from loss import vocabulary_loss
-from model import GPT, GPTConfig, RoBERTa, RobertaConfig
+from model import GPT, GPTConfig, Llama, LlamaConfig, RoBERTa, RobertaConfig
 
 transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
 
 
-def their_gpt2(folder, **config):
-    """A random tiny GPT2LMHeadModel, saved by transformers, with biases and LayerNorms that matter."""
-    shape = dict(vocab_size=97, n_positions=32, n_embd=24, n_layer=3, n_head=4)
-    config = transformers.GPT2Config(**{**shape, **config})
-    model = transformers.GPT2LMHeadModel(config).eval()
+def matter(theirs, folder):
+    """Save a model of transformers in evaluation, with biases and LayerNorms that matter."""
     with torch.no_grad():
-        for p in model.parameters():
+        for p in theirs.parameters():
             p.add_(torch.randn_like(p) * 0.1)
-    model.save_pretrained(folder)
-    return model
+    theirs.eval().save_pretrained(folder)
+    return theirs
+
+
+def their_gpt2(folder, **config):
+    """A random tiny GPT2LMHeadModel."""
+    shape = dict(vocab_size=97, n_positions=32, n_embd=24, n_layer=3, n_head=4)
+    return matter(transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**shape, **config})), folder)
+
+
+def their_roberta(folder, kind="RobertaForSequenceClassification", **config):
+    """A random tiny RoBERTa."""
+    shape = dict(vocab_size=97, max_position_embeddings=34, hidden_size=24, num_hidden_layers=3, num_attention_heads=4,
+                 intermediate_size=40, type_vocab_size=1, layer_norm_eps=1e-5, num_labels=3)
+    return matter(getattr(transformers, kind)(transformers.RobertaConfig(**{**shape, **config})), folder)
+
+
+def padded_texts(T=32):
+    """(idx, attention_mask): four texts of different lengths, padding (1) behind them or before, as some do it."""
+    idx = torch.randint(3, 97, (4, T))
+    idx[:, 0] = 0
+    idx[1, 20:], idx[2, 5:] = 1, 1
+    idx[3] = idx[3].roll(4)
+    idx[3, :4] = 1
+    return idx, (idx != 1).long()
 
 
 @pytest.mark.parametrize("config", [{}, dict(n_inner=40), dict(layer_norm_epsilon=1e-3), dict(n_head=1)])
@@ -43,33 +64,55 @@ def test_logits_and_loss_equal_transformers(tmp_path, config):
     torch.testing.assert_close(ours(idx, shifted)[1], expected.loss)
 
 
-def test_what_we_save_is_what_transformers_reads(tmp_path):
-    """save_pretrained -> GPT2LMHeadModel and GPT2Model give our logits; and we read our own file back exactly."""
-    model = tiny_gpt(torch.float32)
+SMALL = GPTConfig(61, 16, 16, 2, 2), RobertaConfig(61, 18, 16, 2, 2, 32)
+
+
+@pytest.mark.parametrize("kind, labels", [("GPT2LMHeadModel", None), ("RobertaForMaskedLM", 0),
+                                          ("RobertaForSequenceClassification", 1),
+                                          ("RobertaForSequenceClassification", 3)])
+def test_what_we_save_is_what_transformers_reads(tmp_path, kind, labels):
+    """save_pretrained -> transformers, no key missing or unexpected, equal logits; and we read our own file exactly."""
+    model = GPT(SMALL[0]) if labels is None else RoBERTa(SMALL[1], labels)
     save_pretrained(model, tmp_path)
-    theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    theirs, info = getattr(transformers, kind).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    idx = tokens()[0]
-    torch.testing.assert_close(theirs.eval()(idx).logits, model(idx)[0], rtol=0, atol=1e-5)
-    assert torch.equal(from_pretrained(tmp_path)(idx)[0], model(idx)[0])
+    idx = batch(model)[0]
+    real = slice(None) if labels or model.causal else idx != 1
+    mask = idx != (-1 if model.causal else 1)
+    torch.testing.assert_close(theirs.eval()(idx, attention_mask=mask).logits[real], model(idx)[0][real], rtol=0,
+                               atol=1e-5)
+    found, saved = from_pretrained(tmp_path).state_dict(), model.state_dict()
+    assert found.keys() == saved.keys() and all(torch.equal(t, saved[key]) for key, t in found.items())
 
 
-def test_both_prefixes_and_old_masks_are_read(tmp_path):
-    """Keys with and without `transformer.`, a stored causal mask and a stored tied head load to the same model."""
-    their_gpt2(tmp_path)
-    expected = from_pretrained(tmp_path).state_dict()
-    file = tmp_path / "model.safetensors"
-    state = load_file(file)
-    bare = {k.removeprefix("transformer."): v for k, v in state.items()}
-    bare["h.0.attn.bias"], bare["h.0.attn.masked_bias"] = torch.ones(1, 1, 32, 32), torch.tensor(-1e4)
-    headed = {**state, "lm_head.weight": state["transformer.wte.weight"].clone()}
-    for variant in (bare, headed):
-        save_file(variant, file)
-        found = from_pretrained(tmp_path).state_dict()
-        assert all(torch.equal(found[k], v) for k, v in expected.items())
+def bare_gpt2(state):
+    state = {k.removeprefix("transformer."): v for k, v in state.items()}
+    return {**state, "h.0.attn.bias": torch.ones(1, 1, 32, 32), "h.0.attn.masked_bias": torch.tensor(-1e4)}
 
 
-@pytest.mark.parametrize("model", [GPT(GPTConfig(61, 16, 16, 2, 2)), RoBERTa(RobertaConfig(61, 18, 16, 2, 2, 32))])
+WORDS, WTE = "roberta.embeddings.word_embeddings.weight", "transformer.wte.weight"
+
+
+def old_roberta(state):
+    return {**state, "lm_head.decoder.weight": state[WORDS].clone(),
+            "lm_head.decoder.bias": state["lm_head.bias"].clone(),
+            "roberta.pooler.dense.weight": torch.ones(24, 24), "roberta.pooler.dense.bias": torch.ones(24),
+            "roberta.embeddings.position_ids": torch.arange(34)[None]}
+
+
+@pytest.mark.parametrize("make, change", [
+    (their_gpt2, bare_gpt2), (their_gpt2, lambda state: {**state, "lm_head.weight": state[WTE].clone()}),
+    (lambda folder: their_roberta(folder, "RobertaForMaskedLM"), old_roberta)])
+def test_what_old_files_carry_along_changes_nothing(tmp_path, make, change):
+    """No prefix, a stored causal mask, stored ties, a pooler, position ids, as gpt2 and roberta-base of the hub."""
+    make(tmp_path)
+    expected, file = from_pretrained(tmp_path).state_dict(), tmp_path / "model.safetensors"
+    save_file(change(load_file(file)), file)
+    found = from_pretrained(tmp_path).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[k], v) for k, v in expected.items())
+
+
+@pytest.mark.parametrize("model", [GPT(SMALL[0]), RoBERTa(SMALL[1])])
 def test_the_loss_is_that_of_the_positions_with_a_target(model):
     """It is F.cross_entropy of their logits, smoothed too, and NaN as there where nothing has a target."""
     idx, targets = tokens()
@@ -156,42 +199,38 @@ def test_the_logits_of_a_batch_never_stand_whole_in_memory(monkeypatch):
     assert 4 * 500_000 < found < 1.2 * 4 * 500_000
 
 
-def test_padding_on_the_right_changes_nothing():
-    """Causal attention: real tokens do not see what stands behind them."""
-    model, idx = tiny_gpt(), tokens()[0]
-    padded = torch.cat([idx, torch.zeros(3, 4, dtype=torch.long)], 1)
-    torch.testing.assert_close(model(padded)[0][:, :10], model(idx)[0])
+@every_model
+def test_padding_behind_a_text_changes_nothing(tiny):
+    """Real tokens do not see what stands behind them; in a RoBERTa nobody sees it."""
+    model = tiny()
+    idx = batch(model, 1, 9)[0]
+    padded = torch.cat([idx, torch.ones(1, 5, dtype=torch.long)], 1)
+    found = model(padded)[0]
+    torch.testing.assert_close(found[:, :9] if model.causal else found, model(idx)[0])
 
 
-def test_a_fresh_model_predicts_nothing_yet():
-    """GPT-2's init: the loss of a fresh model is log V."""
-    model = GPT(GPTConfig(vocab_size=500, n_positions=16, n_embd=32, n_layer=4, n_head=2))
-    idx = torch.randint(0, 500, (8, 16))
-    assert model(idx, idx.roll(1))[1].item() == pytest.approx(torch.tensor(500.0).log().item(), abs=0.05)
+@every_model
+def test_a_text_longer_than_the_context_is_refused(tiny):
+    """17 tokens do not fit 16 positions: an error, not an index out of range; 16 fit."""
+    tiny()(torch.full((1, 16), 5))
+    with pytest.raises(ValueError, match="17 tokens do not fit the model's context of 16"):
+        tiny()(torch.full((1, 17), 5))
 
 
-# RoBERTa
-
-def their_roberta(folder, kind, **config):
-    """A random tiny RoBERTa, saved by transformers, whose every parameter matters."""
-    shape = dict(vocab_size=97, max_position_embeddings=34, hidden_size=24, num_hidden_layers=3, num_attention_heads=4,
-                 intermediate_size=40, type_vocab_size=1, layer_norm_eps=1e-5, num_labels=3)
-    model = getattr(transformers, kind)(transformers.RobertaConfig(**{**shape, **config})).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    model.save_pretrained(folder)
-    return model
-
-
-def padded_texts(T=32):
-    """(idx, attention_mask): four texts of different lengths, padding (1) behind them or before, as some do it."""
-    idx = torch.randint(3, 97, (4, T))
-    idx[:, 0] = 0
-    idx[1, 20:], idx[2, 5:] = 1, 1
-    idx[3] = idx[3].roll(4)
-    idx[3, :4] = 1
-    return idx, (idx != 1).long()
+@pytest.mark.parametrize("config", [GPTConfig(500, 16, 128, 8, 2), LlamaConfig(500, 128, 256, 8, 2, 2, 64, 16),
+                                    RobertaConfig(500, 18, 128, 8, 2, 256)])
+def test_a_fresh_model_starts_as_in_its_paper(config):
+    """Matrices are N(0, .02^2); in GPT-2 and Llama those that write into the residual stream, two in each
+    of n blocks, smaller by sqrt(2 n); biases are 0 and norms 1. So the loss is that of knowing nothing, log V."""
+    model = {"gpt2": GPT, "llama": Llama, "roberta": RoBERTa}[config.model_type](config)
+    for name, p in model.named_parameters():
+        writes = model.causal and name.endswith(("attn.o.weight", "mlp.down.weight"))
+        if p.dim() == 2 and p.numel() > 1000:
+            assert p.std().item() == pytest.approx(0.02 / (4 if writes else 1), rel=0.06), name
+        elif p.dim() == 1:
+            assert torch.equal(p, torch.full_like(p, not name.endswith("bias"))), name
+    idx = torch.randint(3, 500, (8, 14))
+    assert model(idx, idx.roll(1))[1].item() == pytest.approx(math.log(500), abs=0.05)
 
 
 @pytest.mark.parametrize("kind", ["RobertaForSequenceClassification", "RobertaForMaskedLM", "RobertaModel"])
@@ -225,29 +264,6 @@ def test_a_regression_is_the_mean_squared_error(tmp_path):
     torch.testing.assert_close(from_pretrained(tmp_path)(idx, labels)[1], theirs(idx, mask, labels=labels).loss)
 
 
-def test_padding_changes_no_prediction_of_a_roberta():
-    """However much padding stands behind a text, its logits are the same."""
-    model = tiny_roberta()
-    idx = batch(model, 1, 9)[0]
-    padded = torch.cat([idx, torch.ones(1, 5, dtype=torch.long)], 1)
-    torch.testing.assert_close(model(padded)[0], model(idx)[0])
-
-
-@pytest.mark.parametrize("labels", [0, 1, 3])
-def test_a_saved_roberta_is_read_by_transformers(tmp_path, labels):
-    """save_pretrained -> transformers, no key missing or unexpected, equal logits; and we read our own file exactly."""
-    model = RoBERTa(RobertaConfig(61, 18, 16, 2, 2, 32), labels)
-    save_pretrained(model, tmp_path)
-    kind = transformers.RobertaForSequenceClassification if labels else transformers.RobertaForMaskedLM
-    theirs, info = kind.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    idx = batch(model)[0]
-    real = slice(None) if labels else idx != 1
-    torch.testing.assert_close(theirs.eval()(idx, idx != 1).logits[real], model(idx)[0][real], rtol=0, atol=1e-5)
-    found, saved = from_pretrained(tmp_path).state_dict(), model.state_dict()
-    assert found.keys() == saved.keys() and all(torch.equal(t, saved[key]) for key, t in found.items())
-
-
 def test_heads_are_kept_where_they_fit_and_fresh_where_not(tmp_path, capsys):
     """The base is loaded whatever head stands on it; a fresh head is announced, one of the right size is not."""
     found = {}
@@ -271,61 +287,28 @@ def test_heads_are_kept_where_they_fit_and_fresh_where_not(tmp_path, capsys):
     assert torch.equal(kept, found["RobertaForSequenceClassification", None].classifier.out_proj.weight)
 
 
-def test_old_robertas_are_read(tmp_path):
-    """A pooler, stored position ids and stored ties, as roberta-base of the hub has them, change nothing."""
-    their_roberta(tmp_path, "RobertaForMaskedLM")
-    expected, file = from_pretrained(tmp_path).state_dict(), tmp_path / "model.safetensors"
-    state = load_file(file)
-    state["lm_head.decoder.weight"] = state["roberta.embeddings.word_embeddings.weight"].clone()
-    state["lm_head.decoder.bias"] = state["lm_head.bias"].clone()
-    state["roberta.pooler.dense.weight"], state["roberta.pooler.dense.bias"] = torch.ones(24, 24), torch.ones(24)
-    state["roberta.embeddings.position_ids"] = torch.arange(34)[None]
-    save_file(state, file)
-    found = from_pretrained(tmp_path).state_dict()
-    assert found.keys() == expected.keys() and all(torch.equal(found[k], v) for k, v in expected.items())
-    state["lm_head.decoder.weight"] += 1
-    save_file(state, file)
-    with pytest.raises(ValueError, match="lm_head.decoder.weight differs from roberta.embeddings.word_embeddings"):
-        from_pretrained(tmp_path)
+@pytest.mark.parametrize("kind", ["GPT", "RobertaForMaskedLM", "RobertaForSequenceClassification"])
+def test_a_base_in_bf16_has_norms_and_a_head_in_fp32(tmp_path, kind):
+    """Linears and embeddings are rounded, norms are not, nor is the head of a classifier, which trains."""
+    their_gpt2(tmp_path) if kind == "GPT" else their_roberta(tmp_path, kind)
+    half, exact = from_pretrained(tmp_path, dtype=torch.bfloat16), from_pretrained(tmp_path)
+    for name, p in half.named_parameters():
+        whole = name.startswith("classifier.") or "ln" in name or "layer_norm" in name
+        assert torch.equal(p, exact.get_parameter(name).to(torch.float32 if whole else torch.bfloat16)), name
+        assert p.dtype == (torch.float32 if whole else torch.bfloat16), name
 
 
-@pytest.mark.parametrize("arch", ["gpt", "roberta"])
-def test_the_gradients_of_adapters_are_pefts(tmp_path, arch):
-    """Same weights, same factors, same batch: dL/dA and dL/dB equal transformers + peft's within 1e-4 relative."""
-    peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
-    gpt = arch == "gpt"
-    theirs = their_gpt2(tmp_path) if gpt else their_roberta(tmp_path, "RobertaForSequenceClassification")
-    ours = from_pretrained(tmp_path)
-    targets = ["attn.c_proj", "mlp.c_fc"] if gpt else ["query", "value", "intermediate.dense"]
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, fan_in_fan_out=gpt))
-    lora.apply(ours, lora.LoRALinear, ["o", "up"] if gpt else ["q", "v", "up"], r=3, alpha=6)
-    if gpt:
-        idx, _ = tokens(3, 16, 97)
-        shifted = torch.cat([idx[:, 1:], torch.full((3, 1), -100)], 1)
-        inputs, their_loss = (idx, shifted), lambda: theirs(idx, labels=idx).loss
-        names = {"attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc"}
-        place = "base_model.model.transformer.h.{}.{}"
-    else:
-        idx, mask = (t[:3] for t in padded_texts())
-        labels = torch.tensor([0, 2, 1])
-        inputs, their_loss = (idx, labels), lambda: theirs(input_ids=idx, attention_mask=mask, labels=labels).loss
-        names = {"attn.q": "attention.self.query", "attn.v": "attention.self.value", "mlp.up": "intermediate.dense"}
-        place = "base_model.model.roberta.encoder.layer.{}.{}"
-    pairs = []
-    for i in range(3):
-        for mine, name in names.items():
-            a, b = ours.get_submodule(f"h.{i}.{mine}"), theirs.get_submodule(place.format(i, name))
-            with torch.no_grad():
-                b.lora_B["default"].weight.normal_(std=0.3)
-                a.lora_A.copy_(b.lora_A["default"].weight)
-                a.lora_B.copy_(b.lora_B["default"].weight)
-            pairs += [(a.lora_A, b.lora_A["default"].weight), (a.lora_B, b.lora_B["default"].weight)]
-    loss, expected = ours(*inputs)[1], their_loss()
-    torch.testing.assert_close(loss, expected)
-    loss.backward()
-    expected.backward()
-    for a, b in pairs:
-        assert b.grad.abs().max() > 0 and (a.grad - b.grad).abs().max() < 1e-4 * b.grad.abs().max()
+def test_a_fresh_head_is_drawn_from_the_seed(tmp_path):
+    """N(0, .02^2) with biases of 0; another seed draws another, and what draws nothing is the rest of the model."""
+    their_roberta(tmp_path, "RobertaModel", hidden_size=48)
+    heads = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        heads.append(from_pretrained(tmp_path, 50).classifier)
+    assert torch.equal(heads[0].dense.weight, heads[1].dense.weight)
+    assert not torch.equal(heads[0].dense.weight, heads[2].dense.weight)
+    for linear in (heads[0].dense, heads[0].out_proj):
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1) and not linear.bias.any()
 
 
 # The hub
@@ -353,15 +336,6 @@ def test_a_model_that_is_not_to_be_had_says_what_to_do(no_network):
 
 # Damaged and foreign checkpoints
 
-def breaking(tmp_path, change, make=their_gpt2):
-    """The message of loading a checkpoint after `change(folder)`."""
-    make(tmp_path)
-    change(tmp_path)
-    with pytest.raises(ValueError) as e:
-        from_pretrained(tmp_path)
-    return str(e.value)
-
-
 def edit_config(**values):
     def change(folder):
         config = json.loads((folder / "config.json").read_text())
@@ -369,11 +343,18 @@ def edit_config(**values):
     return change
 
 
-def edit_weights(edit):
+def edit_weights(tensors):
+    """Put tensors in, or with None take one out."""
     def change(folder):
-        state = load_file(folder / "model.safetensors")
-        edit(state)
-        save_file(state, folder / "model.safetensors")
+        state = {**load_file(folder / "model.safetensors"), **tensors}
+        save_file({name: t for name, t in state.items() if t is not None}, folder / "model.safetensors")
+    return change
+
+
+def with_file(name, content):
+    def change(folder):
+        file = folder / name
+        file.unlink() if content is None else file.write_bytes(content)
     return change
 
 
@@ -382,7 +363,7 @@ def truncate(folder):
     file.write_bytes(file.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize("change, message", [
+BAD_GPT2 = [
     (edit_config(model_type="mamba"), "model_type 'mamba' is not supported, only 'gpt2' or 'roberta' or 'llama'"),
     (edit_config(activation_function="relu"), "activation_function 'relu'"),
     (edit_config(tie_word_embeddings=False), "tie_word_embeddings False"),
@@ -396,54 +377,51 @@ def truncate(folder):
     (edit_config(vocab_size=10**12), "vocab_size must be"),
     (edit_config(layer_norm_epsilon=1e300), "must be in (0, 1)"), (edit_config(n_inner=10), "has shape"),
     (edit_config(n_inner=0), "n_inner must be a whole number"), (edit_config(n_embd=None), "n_embd must be"),
-    (edit_weights(lambda s: s.update({"transformer.h.0.attn.c_attn.bias": torch.ones(7)})),
+    (edit_weights({"transformer.h.0.attn.c_attn.bias": torch.ones(7)}),
      "transformer.h.0.attn.c_attn.bias has shape (7,), not (72,)"),
-    (edit_weights(lambda s: s.pop("transformer.ln_f.bias")), "lacks transformer.ln_f.bias"),
-    (edit_weights(lambda s: s.update({"transformer.extra": torch.ones(1)})), "holds unexpected transformer.extra"),
-    (edit_weights(lambda s: s.update({"lm_head.bias": torch.ones(97)})), "holds unexpected lm_head.bias"),
-    (edit_weights(lambda s: s.update({"lm_head.weight": torch.ones(97, 24)})), "lm_head.weight differs"),
-    (truncate, "damaged"),
-    (lambda folder: (folder / "model.safetensors").write_bytes(b"\x80\x04pickle"), "damaged or no safetensors"),
-    (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
-    (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
-    (lambda folder: (folder / "config.json").write_text("[]"), "not a JSON object"),
-    (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
-])
-def test_a_bad_checkpoint_is_refused_with_its_reason(tmp_path, change, message):
-    """Nothing is loaded halfway: each defect is named, with the file."""
-    assert message in breaking(tmp_path, change)
-
-
-@pytest.mark.parametrize("change, message", [
+    (edit_weights({"transformer.ln_f.bias": None}), "lacks transformer.ln_f.bias"),
+    (edit_weights({"transformer.extra": torch.ones(1)}), "holds unexpected transformer.extra"),
+    (edit_weights({"lm_head.bias": torch.ones(97)}), "holds unexpected lm_head.bias"),
+    (edit_weights({"lm_head.weight": torch.ones(97, 24)}), "lm_head.weight differs"),
+    (edit_weights({"module.transformer.ln_f.bias": torch.ones(24)}), "holds both"),
+    (truncate, "damaged"), (with_file("model.safetensors", b"\x80\x04pickle"), "damaged or no safetensors"),
+    (with_file("model.safetensors", None), "has no model.safetensors"),
+    (with_file("config.json", b"{"), "not valid JSON"), (with_file("config.json", b"[]"), "not a JSON object"),
+    (with_file("config.json", None), "holds no config.json"),
+]
+BAD_ROBERTA = [
     (edit_config(hidden_act="relu"), "hidden_act 'relu' is not supported, only 'gelu'"),
     (edit_config(type_vocab_size=2), "type_vocab_size 2"), (edit_config(is_decoder=True), "is_decoder True"),
     (edit_config(model_type="bert"), "model_type 'bert' is not supported, only 'gpt2' or 'roberta'"),
     (edit_config(model_type=None), "model_type None"), (edit_config(model_type=["roberta"]), "model_type ['roberta']"),
     (edit_config(num_attention_heads=5), "hidden_size 24 is no multiple of num_attention_heads 5"),
     (edit_config(num_hidden_layers=4), "lacks roberta.encoder.layer.3.attention.output.LayerNorm.bias and 15 more"),
-    (lambda folder: (folder / "config.json").write_text('{"model_type": "roberta"}'), "lacks hidden_size"),
+    (with_file("config.json", b'{"model_type": "roberta"}'), "lacks hidden_size"),
     (edit_config(pad_token_id=0), "pad_token_id 0 is not supported, only 1"),
     (edit_config(eos_token_id=7), "eos_token_id 7 is not supported, only 2"),
     (edit_config(max_position_embeddings=3), "max_position_embeddings 3 or vocab_size 97 leaves nothing"),
     (edit_config(max_position_embeddings=40), "roberta.embeddings.position_embeddings.weight has shape (34, 24)"),
     (edit_config(layer_norm_eps="small"), "layer_norm_eps must be in (0, 1)"),
-    (edit_weights(lambda s: s.pop("classifier.dense.bias")), "lacks classifier.dense.bias"),
-    (edit_weights(lambda s: s.update({"roberta.a\nb.weight": torch.ones(1)})), "unexpected roberta.a\nb.weight"),
-    (edit_weights(lambda s: s.update({"classifier.dense.bias": torch.ones(24) * 1j})), "is of complex numbers"),
-    (edit_weights(lambda s: s.update({"roberta.encoder.layer.0.odd": torch.ones(1)})), "unexpected roberta.encoder."),
-])
-def test_a_bad_roberta_is_refused_with_its_reason(tmp_path, change, message):
-    """As for GPT-2: each defect is named, with the file."""
-    assert message in breaking(tmp_path, change, lambda f: their_roberta(f, "RobertaForSequenceClassification"))
+    (edit_weights({"classifier.dense.bias": None}), "lacks classifier.dense.bias"),
+    (edit_weights({"roberta.a\nb.weight": torch.ones(1)}), "unexpected roberta.a\nb.weight"),
+    (edit_weights({"classifier.dense.bias": torch.ones(24) * 1j}), "is of complex numbers"),
+    (edit_weights({"roberta.encoder.layer.0.odd": torch.ones(1)}), "unexpected roberta.encoder."),
+    (edit_weights({"lm_head.decoder.weight": torch.ones(97, 24)}), f"lm_head.decoder.weight differs from {WORDS}"),
+]
+
+
+@pytest.mark.parametrize("make, change, message", [(their_gpt2, *case) for case in BAD_GPT2] + [
+    (their_roberta, *case) for case in BAD_ROBERTA], ids=[case[1] for case in BAD_GPT2 + BAD_ROBERTA])
+def test_a_bad_checkpoint_is_refused_with_its_reason(tmp_path, make, change, message):
+    """Nothing is loaded halfway: each defect is named, with the file."""
+    make(tmp_path)
+    change(tmp_path)
+    with pytest.raises(ValueError) as e:
+        from_pretrained(tmp_path)
+    assert message in str(e.value)
 
 
 def test_a_folder_that_is_not_there(tmp_path):
     """A path that looks like a folder is never looked up on the hub."""
     with pytest.raises(ValueError, match="does not exist"):
         from_pretrained(tmp_path / "nowhere")
-
-
-def test_a_text_longer_than_the_context_is_refused():
-    """17 tokens do not fit 16 positions: an error, not an index out of range."""
-    with pytest.raises(ValueError, match="17 tokens do not fit the model's context of 16"):
-        tiny_gpt()(torch.zeros(1, 17, dtype=torch.long))
