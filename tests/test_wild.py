@@ -22,11 +22,14 @@ import data
 import generate
 import train
 from checkpoints import adapters, state, tokenizers
+from checkpoints.files import read_csv
 from checkpoints.pretrained import from_pretrained, locate
+from checkpoints.weights import fingerprint_weights, weight_files
 from data import sets, text
 from data.files import read_rows
 from data.tasks import Write
 from evaluation import decoding
+from evaluation.printing import print_table
 
 transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
 peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
@@ -35,23 +38,30 @@ RECORD = "name : The Mill | food : Italian"
 TEXTS = ["a stirring , funny film", " two  spaces\n\nand <|endoftext|> <mask> </s>", "naïve 日本語 🙂", "", "it's 007"]
 
 
-def their_gpt2(folder=None, cls="GPT2LMHeadModel", vocab_size=320, **more):
+def made(cls, config, folder):
+    """A model of transformers, always the same, saved if a folder is given."""
     torch.manual_seed(0)
-    model = getattr(transformers, cls)(transformers.GPT2Config(
-        **{**dict(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=2, n_positions=256), **more})).eval()
+    model = getattr(transformers, cls)(config).eval()
     if folder:
         model.save_pretrained(folder)
     return model
+
+
+def their_gpt2(folder=None, cls="GPT2LMHeadModel", vocab_size=320, **more):
+    shape = dict(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=2, n_positions=256)
+    return made(cls, transformers.GPT2Config(**{**shape, **more}), folder)
 
 
 def their_roberta(folder=None, cls="RobertaForMaskedLM", vocab_size=325, **more):
-    torch.manual_seed(0)
-    model = getattr(transformers, cls)(transformers.RobertaConfig(
+    return made(cls, transformers.RobertaConfig(
         vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=130, type_vocab_size=1, layer_norm_eps=1e-5, **more)).eval()
-    if folder:
-        model.save_pretrained(folder)
-    return model
+        max_position_embeddings=130, type_vocab_size=1, layer_norm_eps=1e-5, **more), folder)
+
+
+def their_classifier(folder, names):
+    """A RoBERTa whose config.json gives its classes these names."""
+    return their_roberta(folder, "RobertaForSequenceClassification", num_labels=len(names), id2label=names,
+                         label2id={name: i for i, name in names.items()})
 
 
 def vocab_and_merges(folder, size=300, special=("<|endoftext|>",)):
@@ -68,41 +78,32 @@ ROBERTA = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
 
 # The tokenizer is part of the checkpoint
 
-def gpt2_kinds(folder, base):
-    """{kind of tokenizer: (folder of a GPT-2 with it, its rows)}"""
-    kinds = {}
-
-    def kind(name, rows=320):
-        kinds[name] = folder / name, rows
-        their_gpt2(folder / name, vocab_size=rows)
-        return folder / name
-    where = kind("vocab.json and merges.txt", 512)  # more rows than tokens
-    vocab_and_merges(where)
-    saved = kind("tokenizer.json of transformers")
-    transformers.GPT2TokenizerFast.from_pretrained(where).save_pretrained(saved)
-    ours = kind("tokenizer.json of ours")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(base / name, ours / name)
-    added = kind("added words", 512)  # HF 912, 7897: words added to the vocabulary
-    vocab_and_merges(added)
-    (added / "added_tokens.json").write_text(json.dumps({"Cotto": 300, "[PAD]": 301}))
-    (added / "special_tokens_map.json").write_text(json.dumps({"pad_token": "[PAD]"}))
-    cut = kind("truncation and padding", 512)  # HF 25053, daulet/tokenizers 30: a tokenizer.json remembers both
-    vocab_and_merges(cut)
-    theirs = transformers.GPT2TokenizerFast.from_pretrained(cut, pad_token="<|endoftext|>")
-    theirs(["a b", "a"], padding="max_length", truncation=True, max_length=4)
-    theirs.save_pretrained(cut)
-    assert json.loads((cut / "tokenizer.json").read_text())["truncation"]
-    return kinds
-
-
 KINDS = ("vocab.json and merges.txt", "tokenizer.json of transformers", "tokenizer.json of ours", "added words",
          "truncation and padding")
 
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory, base):
-    return gpt2_kinds(tmp_path_factory.mktemp("kinds"), base)
+    """{kind of tokenizer: (folder of a GPT-2 with it, its rows)}; most have more rows than tokens"""
+    rows = {kind: 320 if "tokenizer.json" in kind else 512 for kind in KINDS}
+    kinds = {kind: (tmp_path_factory.mktemp("kinds") / "base", rows[kind]) for kind in KINDS}
+    plain, saved, ours, added, cut = (folder for folder, _ in kinds.values())
+    for folder, size in kinds.values():
+        their_gpt2(folder, vocab_size=size)
+    for folder in (plain, added, cut):
+        vocab_and_merges(folder)
+    transformers.GPT2TokenizerFast.from_pretrained(plain).save_pretrained(saved)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(base / name, ours / name)
+    # HF 912, 7897: words added to the vocabulary
+    (added / "added_tokens.json").write_text(json.dumps({"Cotto": 300, "[PAD]": 301}))
+    (added / "special_tokens_map.json").write_text(json.dumps({"pad_token": "[PAD]"}))
+    # HF 25053, daulet/tokenizers 30: a tokenizer.json remembers both
+    theirs = transformers.GPT2TokenizerFast.from_pretrained(cut, pad_token="<|endoftext|>")
+    theirs(["a b", "a"], padding="max_length", truncation=True, max_length=4)
+    theirs.save_pretrained(cut)
+    assert json.loads((cut / "tokenizer.json").read_text())["truncation"]
+    return kinds
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -134,6 +135,9 @@ def test_a_pipeline_on_merged_writes_what_generate_writes(kinds, kind, tmp_path,
     generate.py stops."""
     folder, rows = kinds[kind]
     train.main(command(folder, tmp_path, "--context", 256, "--save-merged"))
+    with pytest.raises(SystemExit):
+        generate.main([str(tmp_path), "\udcff caf\udce9"])  # bytes that are no UTF-8, as Python reads them
+    assert "half a surrogate pair" in capsys.readouterr().err
     files = {name for name in tokenizers.FILES if (folder / name).exists()}
     assert all((tmp_path / "merged" / name).read_bytes() == (folder / name).read_bytes() for name in files)
     capsys.readouterr()
@@ -169,34 +173,29 @@ def test_gpt2s_own_vocabulary_reaches_merged(tmp_path, capsys):
 @pytest.mark.parametrize("files", ["vocab.json", "tokenizer.json", "own vocab.json and merges.txt", "ours"])
 def test_a_classifiers_pipeline_on_merged_gives_the_same_labels(files, tmp_path, small_roberta):
     """By name, for every kind of tokenizer that a RoBERTa may have, and a text has AutoTokenizer's ids."""
-    folder = tmp_path / "base"
+    folder, merged = tmp_path / "base", tmp_path / "out/merged"
     if files == "ours":
         shutil.copytree(small_roberta, folder)
+    elif "own" in files:
+        their_roberta(folder, vocab_size=400)
+        vocab_and_merges(folder, 300, ROBERTA)  # <mask> is 4 there, as in the tutorials, not the last token
+        tokenizer = tokenizers.RobertaTokenizer(folder, 400)
+        assert tokenizer.mask == 4 and set(tokenizer.ids) == set(range(5, 300))  # words shown in place of masked ones
     else:
-        their_roberta(folder, vocab_size=50266 if files != "own vocab.json and merges.txt" else 400)
-        if files == "own vocab.json and merges.txt":
-            vocab_and_merges(folder, 300, ROBERTA)  # <mask> is 4 there, as in the tutorials, not the last token
-        else:
-            shutil.copyfile(Path(REAL) / "roberta-base-vocab/vocab.json", folder / "vocab.json")
+        their_roberta(folder, vocab_size=50266)
+        shutil.copyfile(Path(REAL) / "roberta-base-vocab/vocab.json", folder / "vocab.json")
         if files == "tokenizer.json":
             tokenizers.RobertaTokenizer(folder, 50265).save(folder, roberta=True)
             (folder / "vocab.json").unlink()
     train.main(command(folder, tmp_path / "out", "--dataset", "reviews", "--context", 64, "--save-merged", "--lr", .1))
-    merged = from_pretrained(tmp_path / "out/merged")
-    ours = tokenizers.for_model(tmp_path / "out/merged", merged.config)
-    pipe = transformers.pipeline("text-classification", model=str(tmp_path / "out/merged"), device="cpu")
+    model = from_pretrained(merged)
+    ours = tokenizers.for_model(merged, model.config)
+    pipe = transformers.pipeline("text-classification", model=str(merged), device="cpu")
     texts = [texts[0] for texts, _ in data.load("reviews")["test"]]
     for sample, answer in zip(texts, pipe(texts), strict=True):
         ids = ours.build(ours.encode_ordinary(sample))
         assert pipe.tokenizer(sample)["input_ids"] == ids
-        assert answer["label"] == data.about("reviews", "LABELS")[merged(torch.tensor([ids]))[0].argmax()]
-
-
-def test_masked_words_are_replaced_by_ordinary_ones(tmp_path):
-    """With <mask> among the first tokens, words shown in place of others are still no special token."""
-    vocab_and_merges(tmp_path, 300, ROBERTA)
-    tokenizer = tokenizers.RobertaTokenizer(tmp_path, 400)
-    assert tokenizer.mask == 4 and set(tokenizer.ids) == set(range(5, 300))
+        assert answer["label"] == data.about("reviews", "LABELS")[model(torch.tensor([ids]))[0].argmax()]
 
 
 @pytest.mark.parametrize("files, vocab_size, message", [
@@ -237,20 +236,28 @@ def test_a_gpt2_may_end_its_texts_otherwise(tmp_path):
 
 # Containers of weights
 
-def standard_logits(folder, theirs):
+def difference(folder, theirs):
+    """Of our logits and theirs, as a share of the largest."""
     idx = torch.randint(3, 300, (2, 9))
     return relative(from_pretrained(folder)(idx)[0], theirs(idx).logits.detach())
 
 
-def rewrite(folder, change):
+def rewrite(folder, change, file="model.safetensors"):
     """Save the weights again with other names: change(name) -> name, or None to leave one out."""
-    state = load_file(folder / "model.safetensors")
-    save_file({change(k): v.contiguous().clone() for k, v in state.items() if change(k)}, folder / "model.safetensors")
+    state = load_file(folder / file)
+    save_file({change(k): v.contiguous().clone() for k, v in state.items() if change(k)}, folder / file)
+
+
+HEAD_NAMES = {"transformer.wte.weight": "lm_head.weight", "lm_head.bias": "lm_head.decoder.bias",
+              "roberta.embeddings.word_embeddings.weight": "lm_head.decoder.weight"}
+# {container: the name of a tensor in it}
+NAMES_OF = {"the head's name": lambda name: HEAD_NAMES.get(name, name),
+            "DataParallel": lambda name: "module." + name, "torch.compile": lambda name: "_orig_mod." + name,
+            "gamma and beta": lambda name: name.replace("orm.weight", "orm.gamma").replace("orm.bias", "orm.beta")}
 
 
 @pytest.mark.parametrize("make", [their_gpt2, their_roberta])
-@pytest.mark.parametrize("container", ["shards", "save_model", "the head's name", "DataParallel", "torch.compile",
-                                       "gamma and beta", "half"])
+@pytest.mark.parametrize("container", ["shards", "save_model", "half", *NAMES_OF])
 def test_every_container_gives_the_same_model(tmp_path, make, container):
     """Shards with an index; safetensors' save_model, which keeps one of two tied tensors (HF 38870); the prefixes of
     DataParallel and torch.compile (pytorch 101107, nanoGPT 325); TensorFlow's gamma and beta (HF 11809); halves."""
@@ -261,50 +268,30 @@ def test_every_container_gives_the_same_model(tmp_path, make, container):
         assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     elif container == "save_model":
         save_model(theirs, str(tmp_path / "model.safetensors"))
-    elif container == "the head's name":
-        table = {"transformer.wte.weight": "lm_head.weight", "lm_head.bias": "lm_head.decoder.bias",
-                 "roberta.embeddings.word_embeddings.weight": "lm_head.decoder.weight"}
-        rewrite(tmp_path, lambda name: table.get(name, name))
-    elif container == "gamma and beta":
-        rewrite(tmp_path, lambda name: name.replace("orm.weight", "orm.gamma").replace("orm.bias", "orm.beta"))
     elif container == "half":
-        theirs = theirs.half().float()
         theirs.half().save_pretrained(tmp_path)
         theirs.float()
     else:
-        prefix = {"DataParallel": "module.", "torch.compile": "_orig_mod."}[container]
-        rewrite(tmp_path, lambda name: prefix + name)
-    assert standard_logits(tmp_path, theirs) < 1e-5
+        rewrite(tmp_path, NAMES_OF[container])
+    assert difference(tmp_path, theirs) < 1e-5
 
 
-@pytest.mark.parametrize("cls, left", [("GPT2ForSequenceClassification", "score"), ("GPT2Model", None),
-                                       ("GPT2ForTokenClassification", "classifier"),
-                                       ("GPT2ForQuestionAnswering", "qa_outputs")])
-def test_a_gpt2_with_the_head_of_another_task_writes(tmp_path, cls, left, capsys):
-    """The head is left out with a line; the body is the body."""
-    theirs = their_gpt2(tmp_path, cls)
-    body = theirs if cls == "GPT2Model" else theirs.transformer
-    lm = their_gpt2()
-    lm.transformer.load_state_dict(body.state_dict())
-    assert standard_logits(tmp_path, lm) < 1e-5
-    assert capsys.readouterr().out.startswith("head ") == bool(left)
-    if left:
-        from_pretrained(tmp_path)
-        assert f"left out is {left}, the head of another task" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("cls, left", [("RobertaForQuestionAnswering", "qa_outputs"), ("RobertaModel", None),
-                                       ("RobertaForTokenClassification", "classifier"),
-                                       ("RobertaForMultipleChoice", "classifier")])
-def test_a_roberta_with_the_head_of_another_task_classifies(tmp_path, cls, left, capsys):
-    """Its head is left out and a fresh one is made, and one line says both."""
-    theirs = their_roberta(tmp_path, cls)
-    model = from_pretrained(tmp_path, 2)
-    line = "has no head for 2 labels: a fresh one is trained from scratch" + (f" (left out: {left})" if left else "")
-    assert line + "\n" in capsys.readouterr().out and model.fresh_head
-    idx = torch.randint(3, 300, (2, 9))
-    body = theirs if cls == "RobertaModel" else theirs.roberta
-    assert relative(model.hidden(idx), body(idx).last_hidden_state.detach()) < 1e-5
+@pytest.mark.parametrize("cls, left", [
+    ("GPT2ForSequenceClassification", "score"), ("GPT2Model", None), ("GPT2ForTokenClassification", "classifier"),
+    ("GPT2ForQuestionAnswering", "qa_outputs"), ("RobertaForQuestionAnswering", "qa_outputs"), ("RobertaModel", None),
+    ("RobertaForTokenClassification", "classifier"), ("RobertaForMultipleChoice", "classifier")])
+def test_the_head_of_another_task_is_left_out(tmp_path, cls, left, capsys):
+    """With a line, and the body is the body; a RoBERTa gets a fresh one, and the same line says so."""
+    gpt = cls.startswith("GPT2")
+    theirs = (their_gpt2 if gpt else their_roberta)(tmp_path, cls)
+    model, idx = from_pretrained(tmp_path, None if gpt else 2), torch.randint(3, 300, (2, 9))
+    fresh = "has no head for 2 labels: a fresh one is trained from scratch" + f" (left out: {left})" * bool(left)
+    said = f"left out is {left}, the head of another task" * bool(left) if gpt else fresh
+    out = capsys.readouterr().out
+    assert (said + "\n" in out and out.startswith("head ")) if said else not out
+    assert model.fresh_head != gpt
+    body = theirs.base_model(idx).last_hidden_state.detach()
+    assert relative(model.ln_f(model.hidden(idx)) if gpt else model.hidden(idx), body) < 1e-5
 
 
 def shards(folder):
@@ -317,33 +304,30 @@ def shards(folder):
 def test_a_folder_without_readable_weights_says_what_it_has(tmp_path):
     """Pickles and how to convert them; shards that are missing, or lie elsewhere; an adapter that is no model; a file
     of another name; in the names of the files."""
-    def message(folder):
+    def says(message):
         with pytest.raises(ValueError) as e:
-            from_pretrained(folder)
-        return str(e.value)
+            from_pretrained(tmp_path)
+        assert message in str(e.value)
     index = shards(tmp_path)
-    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
-    held = shard.read_bytes()
+    shard, table = sorted(tmp_path.glob("model-*.safetensors"))[1], json.loads(index.read_text())
+    held, weights = shard.read_bytes(), table["weight_map"]
     shard.unlink()
-    assert f"index.json names {shard.name}, which does not exist" in message(tmp_path)
+    says(f"index.json names {shard.name}, which does not exist")
     shard.write_bytes(held)
-    table = json.loads(index.read_text())
-    for bad in ({}, {"weight_map": {"a": "../model.safetensors"}}, {"weight_map": []}, {"weight_map": {"a": 1}}):
-        index.write_text(json.dumps({**table, "weight_map": None, **bad}))
-        assert "index.json is damaged" in message(tmp_path)
-    names = sorted(table["weight_map"])
-    index.write_text(json.dumps({"weight_map": {name: table["weight_map"][name] for name in names[1:]}}))
-    assert f"index.json and its files have different tensors: {names[0]}" in message(tmp_path)
+    for bad in (None, {"a": "../model.safetensors"}, [], {"a": 1}):
+        index.write_text(json.dumps({**table, "weight_map": bad}))
+        says("index.json is damaged")
+    index.write_text(json.dumps({"weight_map": dict(sorted(weights.items())[1:])}))
+    says(f"index.json and its files have different tensors: {min(weights)}")
     index.unlink()
-    first = min(path.name for path in tmp_path.glob("*.safetensors"))
-    assert f"has no model.safetensors, only {first}" in message(tmp_path)
+    says(f"has no model.safetensors, only {min(path.name for path in tmp_path.glob('*.safetensors'))}")
     for name in ("pytorch_model.bin", "tf_model.h5", "model.ckpt", "flax_model.msgpack", "pytorch_model-01-of-2.bin"):
         (tmp_path / name).write_bytes(b"x")
-        assert f"has its weights in {name}, and only safetensors are read here" in message(tmp_path)
-        assert "save_pretrained(folder) writes model.safetensors" in message(tmp_path)
+        says(f"has its weights in {name}, and only safetensors are read here")
+        says("save_pretrained(folder) writes model.safetensors")
         (tmp_path / name).unlink()
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "is an adapter and no model: give its base as --model, and the adapter as --init-from" in message(tmp_path)
+    says("is an adapter and no model: give its base as --model, and the adapter as --init-from")
 
 
 def test_the_download_asks_for_all_that_can_be_read(monkeypatch, tmp_path):
@@ -359,56 +343,48 @@ def test_the_download_asks_for_all_that_can_be_read(monkeypatch, tmp_path):
 
 # Labels
 
-NAMES = {0: "CONTRADICTION", 1: "NEUTRAL", 2: "ENTAILMENT"}  # roberta-large-mnli's (HF 10386, 10401)
+MNLI, RTE = {0: "CONTRADICTION", 1: "NEUTRAL", 2: "ENTAILMENT"}, {0: "not_entailment", 1: "entailment"}
+MATCHED = "its head is matched by name"
 
 
-@pytest.mark.parametrize("names, order, line", [
-    (NAMES, [2, 1, 0], "its head is matched by name"),
-    ({0: "entailment", 1: "neutral", 2: "contradiction"}, [0, 1, 2], ""),
-    ({0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}, [0, 1, 2], ""), ({0: "0", 1: "1", 2: "2"}, [0, 1, 2], ""),
-    ({0: "joy", 1: "anger", 2: "fear"}, [0, 1, 2], "calls them joy, anger, fear"),
-    ({0: "Neutral", 1: " contradiction", 2: "Entailment"}, [2, 0, 1], "its head is matched by name")])
-def test_labels_are_matched_by_name(tmp_path, names, order, line, capsys):
+@pytest.mark.parametrize("task, names, order, line", [
+    ("mnli", MNLI, [2, 1, 0], MATCHED),  # roberta-large-mnli's (HF 10386, 10401)
+    ("mnli", {0: "entailment", 1: "neutral", 2: "contradiction"}, [0, 1, 2], ""),
+    ("mnli", {i: f"LABEL_{i}" for i in range(3)}, [0, 1, 2], ""), ("mnli", {0: "0", 1: "1", 2: "2"}, [0, 1, 2], ""),
+    ("mnli", {0: "joy", 1: "anger", 2: "fear"}, [0, 1, 2], "calls them joy, anger, fear"),
+    ("mnli", {0: "Neutral", 1: " contradiction", 2: "Entailment"}, [2, 0, 1], MATCHED),
+    # nyu-mll/glue's own names, in whatever spelling
+    ("rte", RTE, [1, 0], MATCHED), ("sst2", {0: "POSITIVE", 1: "NEGATIVE"}, [1, 0], MATCHED),
+    ("mrpc", {0: "equivalent", 1: "not_equivalent"}, [1, 0], MATCHED),
+    ("qqp", {0: "duplicate", 1: "not_duplicate"}, [1, 0], MATCHED)])
+def test_labels_are_matched_by_name(tmp_path, task, names, order, line, capsys):
     """Where names mean something the rows of the head take the order of the dataset's, and a line says so; where they
     say nothing, or differ, the order stays."""
-    theirs = their_roberta(tmp_path, "RobertaForSequenceClassification", num_labels=3, id2label=names,
-                           label2id={v: k for k, v in names.items()})
+    theirs = their_classifier(None, names)
     torch.nn.init.normal_(theirs.classifier.out_proj.bias)
     theirs.save_pretrained(tmp_path)
-    labels = data.about("glue/mnli", "LABELS")
+    labels = data.about(f"glue/{task}", "LABELS")
+    capsys.readouterr()
     model, idx = from_pretrained(tmp_path, labels=labels), torch.randint(3, 300, (4, 9))
     out = capsys.readouterr().out
     assert (line in out) if line else not out
     assert relative(model(idx)[0], theirs(idx).logits.detach()[:, order]) < 1e-5 and model.labels == labels
 
 
-@pytest.mark.parametrize("task, theirs", [("rte", ["not_entailment", "entailment"]), ("sst2", ["POSITIVE", "NEGATIVE"]),
-                                          ("mrpc", ["equivalent", "not_equivalent"]),
-                                          ("qqp", ["duplicate", "not_duplicate"])])
-def test_the_hubs_names_of_glues_labels_are_ours(tmp_path, task, theirs, capsys):
-    """nyu-mll/glue's own label names, in whatever spelling."""
-    their_roberta(tmp_path, "RobertaForSequenceClassification", num_labels=2, id2label=dict(enumerate(theirs)),
-                  label2id={name: i for i, name in enumerate(theirs)})
-    from_pretrained(tmp_path, labels=data.about(f"glue/{task}", "LABELS"))
-    assert "its head is matched by name" in capsys.readouterr().out
-
-
-def test_an_id2label_that_names_other_labels_than_the_head_has_is_refused(tmp_path):
-    their_roberta(tmp_path, "RobertaForSequenceClassification", num_labels=3)
+def test_a_head_that_does_not_fit_its_labels_is_refused(tmp_path):
+    """An id2label that names other labels than the head has; a classifier without its output, with
+    names of labels or without."""
+    their_classifier(tmp_path, MNLI)
     config = json.loads((tmp_path / "config.json").read_text())
     for bad in ({"0": "a", "1": "b"}, {"1": "a", "2": "b", "3": "c"}, ["a", "b", "c"], {"0": 1, "1": 2, "x": 3}):
         (tmp_path / "config.json").write_text(json.dumps({**config, "id2label": bad}))
         with pytest.raises(ValueError, match="id2label .* does not name the 3 labels of the head"):
             from_pretrained(tmp_path, labels=("a", "b", "c"))
-
-
-def test_half_a_head_is_refused_by_its_own_names(tmp_path):
-    """A classifier without its output, with names of labels or without."""
-    their_roberta(tmp_path, "RobertaForSequenceClassification", num_labels=3, id2label=NAMES,
-                  label2id={v: k for k, v in NAMES.items()})
+    (tmp_path / "config.json").write_text(json.dumps(config))
     rewrite(tmp_path, lambda name: None if name == "classifier.out_proj.weight" else name)
-    with pytest.raises(ValueError, match="lacks classifier.out_proj.weight"):
-        from_pretrained(tmp_path, labels=data.about("glue/mnli", "LABELS"))
+    for more in (dict(labels=data.about("glue/mnli", "LABELS")), dict(num_labels=3)):
+        with pytest.raises(ValueError, match="lacks classifier.out_proj.weight"):
+            from_pretrained(tmp_path, **more)
 
 
 def test_label_names_and_the_bases_name_are_written(tmp_path, small_roberta, monkeypatch):
@@ -459,7 +435,7 @@ def killed(monkeypatch, flags, step):
             train.main(list(map(str, flags)))
 
 
-@pytest.mark.parametrize("method", ["lora", "reslora", "deltalora", "dylora", "full"])
+@pytest.mark.parametrize("method", ["lora", "deltalora", "dylora", "full"])
 def test_a_finished_run_goes_on_for_more_steps(tmp_path, base, method, capsys):
     """With a constant rate and a warm-up in steps, 4 steps and then 4 more are the run of 8 steps (as is asked in
     milesial/Pytorch-UNet 326)."""
@@ -478,33 +454,26 @@ def test_a_longer_run_follows_the_schedule_of_all_its_steps(tmp_path, base):
     """Linear decay: the rate after the 4th step is that of a run of 8 steps, as the line says."""
     train.main(command(base, tmp_path, "--steps", 4))
     train.main(["--resume", "--out", str(tmp_path), "--steps", "8"])
-    from data import files  # the log has both halves
-    rates = [float(row["lr"]) for _, row in files.csv_rows(tmp_path / "log.csv")]
+    rates = [float(row["lr"]) for row in read_csv(tmp_path / "log.csv")]  # the log has both halves
     args = train.parse(command(base, tmp_path / "x", "--steps", 8))
-    assert rates == [train.lr_at(2, 4, args), train.lr_at(4, 4, args), train.lr_at(6, 8, args), train.lr_at(8, 8, args)]
+    assert rates == [train.lr_at(*at, args) for at in ((2, 4), (4, 4), (6, 8), (8, 8))]
 
 
-def test_a_run_cannot_be_made_shorter_than_it_is_nor_adaloras_plan_longer(tmp_path, base, capsys):
-    """In words that the user can act on."""
+def test_a_refusal_to_resume_names_what_the_user_gave(tmp_path, base, capsys):
+    """Never a setting that was not given, and no fingerprints; a run cannot be made shorter than it is, nor AdaLoRA's
+    plan longer."""
     train.main(command(base, tmp_path / "a"))
-    resume = ["--resume", "--out", tmp_path / "a"]
-    assert "for 4 steps: it has done 6 already" in refused(capsys, [*resume, "--steps", 4])
+    for flags, message in (
+            (["--lr", "1"], "lr is 1.0 now, and it began with 0.01. Start a new run with another --out, or"),
+            (["--seed", "1"], "seed is 1 now, and it began with 0"), (["--steps", "4"], "it has done 6 already"),
+            (["--method", "rslora"], "with method rslora: it began with"),
+            (["--dataset", "stdlib"], "with dataset stdlib: it began with restaurants"),
+            (["--batch-size", "4"], "batch_size is 4 now, and it began with 8"),
+            (["--model", "tiny-gpt"], "the model tiny-gpt has other weights than it began with")):
+        line = refused(capsys, ["--resume", "--out", tmp_path / "a", *flags])
+        assert message in line and "eval_every" not in line and "base_weights" not in line
     train.main(command(base, tmp_path / "b", "--method", "adalora", "--budget-warmup", 1, "--budget-final", 2))
     assert "adalora has planned its ranks for 6" in refused(capsys, ["--resume", "--out", tmp_path / "b", "--steps", 9])
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--lr", "1"], "lr is 1.0 now, and it began with 0.01. Start a new run with another --out, or go on from its"),
-    (["--seed", "1"], "seed is 1 now, and it began with 0"),
-    (["--method", "rslora"], "with method rslora: it began with"),
-    (["--dataset", "stdlib"], "with dataset stdlib: it began with restaurants"),
-    (["--batch-size", "4"], "batch_size is 4 now, and it began with 8"),
-    (["--model", "tiny-gpt"], "the model tiny-gpt has other weights than it began with")])
-def test_a_refusal_to_resume_names_what_the_user_gave(tmp_path, base, flags, message, capsys):
-    """Never a setting that was not given, and no fingerprints."""
-    train.main(command(base, tmp_path))
-    line = refused(capsys, ["--resume", "--out", tmp_path, *flags])
-    assert message in line and "eval_every" not in line and "base_weights" not in line
 
 
 def test_a_moved_base_and_moved_data_are_the_same(tmp_path, base, capsys):
@@ -522,21 +491,17 @@ def test_a_moved_base_and_moved_data_are_the_same(tmp_path, base, capsys):
     again = train.main([str(a) for a in ["--resume", "--out", tmp_path / "out", *moved]])
     assert again["metrics"] == whole["metrics"]
     (tmp_path / "base-2").rename(tmp_path / "base-3")
-    with pytest.raises(SystemExit):
-        generate.main([str(tmp_path / "out"), RECORD])
-    assert "if the base has moved, --model gives its new place" in capsys.readouterr().err
+    for more, message in (([], "if the base has moved, --model gives its new place"),
+                          (["--model", str(tmp_path / "nowhere")], "nowhere does not exist\n"),
+                          (["--model", "tiny-gpt"], "has other weights than those that")):
+        with pytest.raises(SystemExit):
+            generate.main([str(tmp_path / "out"), RECORD, *more])
+        assert message in capsys.readouterr().err
     generate.main([str(tmp_path / "out"), RECORD, "--max-new", "3", "--model", str(tmp_path / "base-3")])
-    with pytest.raises(SystemExit):
-        generate.main([str(tmp_path / "out"), RECORD, "--model", str(tmp_path / "nowhere")])
-    assert capsys.readouterr().err.endswith("nowhere does not exist\n")
-    with pytest.raises(SystemExit):
-        generate.main([str(tmp_path / "out"), RECORD, "--model", "tiny-gpt"])
-    assert "has other weights than those that" in capsys.readouterr().err
 
 
 def test_a_saved_again_base_in_shards_is_fingerprinted(tmp_path):
     """The fingerprint is that of all files of the weights: a changed byte in any shard changes it."""
-    from checkpoints.weights import fingerprint_weights, weight_files
     shards(tmp_path)
     before = fingerprint_weights(tmp_path)
     for file in weight_files(tmp_path):
@@ -572,26 +537,22 @@ def test_one_policy_for_marks_and_line_ends(tmp_path):
         text.read(tmp_path / "book.txt")
 
 
-@pytest.mark.parametrize("between", [",", ";", "\t", "|"])
-@pytest.mark.parametrize("ending", ["csv", "tsv"])
+@pytest.mark.parametrize("between, ending", [(",", "csv"), (";", "csv"), ("|", "csv"), ("\t", "tsv"), (";", "tsv")])
 def test_csv_as_people_have_it(tmp_path, between, ending):
     """Other separators, fields of any length (orange3 2404, csvw 69), several lines in a field, empty lines; an error
     names the line where its row begins."""
-    long = "x" * 200000
-    lines = [f"sentence{between}label", f'"a {between} b"{between}1', "", f'"two\nlines"{between}0',
-             f"{long}{between}1"]
-    file = tmp_path / f"train.{ending}"
-    file.write_text("\n".join(lines) + "\n")
-    rows = read_rows(tmp_path, "train")
-    assert [row["sentence"] for _, row in rows] == [f"a {between} b", "two\nlines", long]
-    assert [where.rpartition(" ")[2] for where, _ in rows] == ["2", "4", "6"]
-    file.write_text("\n".join([*lines[:4], f'"two\nmore"{between}0{between}3']) + "\n")
+    long, file = "x" * 200000, tmp_path / f"train.{ending}"
+    lines = ["sentence@label", '"a @ b"@1', "", '"two\nlines"@0', f"{long}@1"]
+    file.write_text("\n".join([*lines, ""]).replace("@", between))
+    rows = [(where.rpartition(" ")[2], row["sentence"]) for where, row in read_rows(tmp_path, "train")]
+    assert rows == [("2", f"a {between} b"), ("4", "two\nlines"), ("6", long)]
+    file.write_text("\n".join([*lines[:4], '"two\nmore"@0@3', ""]).replace("@", between))
     with pytest.raises(ValueError, match="line 6: 3 fields, the first line has 2 columns"):
         read_rows(tmp_path, "train")
 
 
 def test_parquet_as_the_hub_names_it(tmp_path):
-    """SPLIT-00000-of-00002.parquet in the folder or in data/, SPLIT/0000.parquet; a missing part is named."""
+    """SPLIT-00000-of-00002.parquet in the folder or in data/, SPLIT/0000.parquet."""
     import pyarrow
     import pyarrow.parquet
 
@@ -604,9 +565,6 @@ def test_parquet_as_the_hub_names_it(tmp_path):
         put(f"test/000{part}.parquet", part)
     for split in ("train", "validation", "test"):
         assert [row["label"] for _, row in read_rows(tmp_path, split)] == [0, 1]
-    (tmp_path / "train-00001-of-00002.parquet").unlink()
-    with pytest.raises(ValueError, match="has 1 of the 2 parts of train"):
-        read_rows(tmp_path, "train")
 
 
 @pytest.mark.parametrize("sample", [" " * 10**6, "\n" * 10**6, "a" * 10**6, "\u0301" * 10**5, "\x00" * 1000])
@@ -631,27 +589,16 @@ def test_a_book_in_pieces_has_the_ids_of_the_book(kinds, kind, monkeypatch):
 
 
 def test_special_tokens_in_a_text_are_ordinary_text(base, small_roberta):
-    """<|endoftext|>, <mask> and </s> in texts and records are letters; README says so."""
+    """<|endoftext|>, <mask> and </s> in texts and records are letters."""
     gpt = tokenizers.load(base, 320)
     (ids, start), = Write(gpt, 64).encode([("a <|endoftext|>", "b <|endoftext|>")])[0]
     assert [i for i, token in enumerate(ids) if token == gpt.eos] == [0, len(ids) - 1]
     assert gpt.decode(ids[start:-1]) == " b <|endoftext|>"
     roberta = tokenizers.RobertaTokenizer(small_roberta, 325)
     assert set(roberta.encode_ordinary("<s> a </s> <pad><mask>")) <= set(roberta.ids)
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert "`<|endoftext|>` in a text or a record are ordinary text" in readme
 
 
-def test_half_a_surrogate_on_the_command_line_is_a_line(tmp_path, base, capsys):
-    """Bytes that are no UTF-8 reach Python as half a surrogate pair."""
-    train.main(command(base, tmp_path))
-    with pytest.raises(SystemExit) as e:
-        generate.main([str(tmp_path), "\udcff caf\udce9"])
-    assert e.value.code == 2 and "half a surrogate pair" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("locale", [dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")])
-def test_a_locale_that_is_not_utf8_changes_nothing(tmp_path, locale, small_roberta):
+def test_a_locale_that_is_not_utf8_changes_nothing(tmp_path, small_roberta):
     """Files of flags, vocabularies, texts and results are UTF-8 in a C locale too."""
     folder = tmp_path / "naïve"
     folder.mkdir()
@@ -660,42 +607,49 @@ def test_a_locale_that_is_not_utf8_changes_nothing(tmp_path, locale, small_rober
         (folder / f"{split}.csv").write_text("sentence,label\n" + "schön 日本,1\nnaïve,0\n" * 9, encoding="utf-8")
     run = subprocess.run([sys.executable, "train.py", f"@{folder / 'flags.args'}", *FAST[4:], "--rank", "2", "--model",
                           small_roberta, "--dataset", "glue/sst2", "--data-dir", folder, "--out", tmp_path / "out"],
-                         cwd=ROOT, env={**os.environ, **locale}, capture_output=True, text=True)
+                         env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, cwd=ROOT,
+                         capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert {texts[0] for texts, _ in data.load("glue/sst2", folder)["train"]} == {"schön 日本", "naïve"}
 
 
 # Adapters
 
-def adapter(folder, theirs, config, change=lambda name: name):
+def adapter(folder, theirs, change=lambda name: name, **config):
     """Save an adapter of PEFT's with random factors, under names that `change` gives; returns PEFT's model."""
     torch.manual_seed(1)
-    model = peft.get_peft_model(theirs, config).eval()
+    model = peft.get_peft_model(theirs, peft.LoraConfig(**{"r": 2, **config})).eval()
     for name, p in model.named_parameters():
         if "lora_B" in name or "modules_to_save" in name:
             p.data += 0.3 * torch.randn_like(p)
     model.save_pretrained(folder)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    save_file({change(k): v for k, v in tensors.items()}, folder / "adapter_model.safetensors")
+    rewrite(folder, change, "adapter_model.safetensors")
     return model
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("change", [
     lambda name: name, lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
     lambda name: name.replace(".weight", ".default.weight"), lambda name: "module." + name])
 def test_adapters_under_the_names_of_raw_state_dicts_load(tmp_path, change):
     """A compiled model inside PEFT's, the adapter's name left in (YiyangZhou/POVID 13), DataParallel."""
-    theirs = adapter(tmp_path / "a", their_gpt2(tmp_path), peft.LoraConfig(r=2, target_modules=["c_attn"]), change)
-    model, idx = from_pretrained(tmp_path), torch.randint(0, 300, (2, 9))
-    adapters.load_adapter(model, tmp_path / "a")
-    assert relative(model(idx)[0], theirs(idx).logits.detach()) < 1e-5
+    theirs = adapter(tmp_path / "a", their_gpt2(tmp_path), change, target_modules=["c_attn"])
+    assert loaded_difference(tmp_path, theirs) < 1e-5
 
 
+def loaded_difference(folder, theirs, num_labels=None):
+    """Of our logits with the adapter in folder / "a" and PEFT's."""
+    model, idx = from_pretrained(folder, num_labels), torch.randint(3, 300, (2, 9))
+    adapters.load_adapter(model, folder / "a")
+    return relative(model(idx)[0], theirs(idx).logits.detach())
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("make, cls, target", [(their_gpt2, "GPT2Model", "c_attn"),
                                                (their_roberta, "RobertaModel", "query")])
 def test_adapters_of_bare_models_load(tmp_path, make, cls, target, capsys):
     """Made on GPT2Model or RobertaModel: no prefix in the names, and no head (PEFT 3110)."""
-    theirs = adapter(tmp_path / "a", make(tmp_path, cls), peft.LoraConfig(r=2, target_modules=[target]))
+    theirs = adapter(tmp_path / "a", make(tmp_path, cls), target_modules=[target])
     model, idx = from_pretrained(tmp_path, None if make is their_gpt2 else 3), torch.randint(3, 300, (2, 9))
     capsys.readouterr()
     adapters.load_adapter(model, tmp_path / "a")
@@ -707,66 +661,51 @@ def test_adapters_of_bare_models_load(tmp_path, make, cls, target, capsys):
 
 def test_an_adapter_without_a_head_keeps_the_models(tmp_path, capsys):
     """The base's own head stays and a line says so; it trains. A head of another task is left out."""
-    theirs = their_roberta(tmp_path, "RobertaForSequenceClassification", num_labels=3)
-    config = peft.LoraConfig(r=2, target_modules=["query"])
-    theirs = adapter(tmp_path / "a", theirs, config)
-    model, idx = from_pretrained(tmp_path, 3), torch.randint(3, 300, (2, 9))
-    adapters.load_adapter(model, tmp_path / "a")
+    base = their_roberta(tmp_path, "RobertaForSequenceClassification", num_labels=3)
+    theirs = adapter(tmp_path / "a", base, target_modules=["query"])
+    assert loaded_difference(tmp_path, theirs, 3) < 1e-5
     assert "has no head for this task: the model's own stays" in capsys.readouterr().out
-    assert relative(model(idx)[0], theirs(idx).logits.detach()) < 1e-5
-    assert all(p.requires_grad for p in model.classifier.parameters())
-    adapter(tmp_path / "b", their_roberta(None, "RobertaForTokenClassification", num_labels=5), peft.LoraConfig(
-        r=2, target_modules=["query"], task_type="TOKEN_CLS"))
-    adapters.load_adapter(from_pretrained(tmp_path, 3), tmp_path / "b")
+    adapter(tmp_path / "b", their_roberta(None, "RobertaForTokenClassification", num_labels=5),
+            target_modules=["query"], task_type="TOKEN_CLS")
+    adapters.load_adapter(model := from_pretrained(tmp_path, 3), tmp_path / "b")
     assert "the model's own stays (left out: classifier)" in capsys.readouterr().out
+    assert all(p.requires_grad for p in model.classifier.parameters())
 
 
-def own_configs():
-    from peft.tuners.lora import config as c
-    return {"lora_bias": dict(lora_bias=True), "use_dora": dict(use_dora=True),
-            "kasa_config": dict(kasa_config=c.KasaConfig()), "use_bdlora": dict(use_bdlora=c.BdLoraConfig(
-                target_modules_bd_a=["query"], nblocks=2)),
-            "init_lora_weights": dict(init_lora_weights="pissa"), "modules_to_save": dict(
-                modules_to_save=["word_embeddings"]),
-            "trainable_token_indices": dict(trainable_token_indices={"word_embeddings": [1, 2]}),
-            "layer_replication": None}
-
-
-@pytest.mark.parametrize("flag", own_configs())
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("flag", ["lora_bias", "use_dora", "kasa_config", "use_bdlora", "init_lora_weights",
+                                  "modules_to_save", "trainable_token_indices", "layer_replication"])
 def test_an_adapter_that_is_no_plain_lora_is_refused_by_its_flag(tmp_path, flag):
     """The config's flag is named, not a tensor's shape (PEFT's configs of today; one that does not run on this model is
     written by hand)."""
-    their_roberta(tmp_path)
-    more = own_configs()[flag]
+    from peft.tuners.lora import config as c
+    values = {"kasa_config": c.KasaConfig(), "init_lora_weights": "pissa", "modules_to_save": ["word_embeddings"],
+              "use_bdlora": c.BdLoraConfig(target_modules_bd_a=["query"], nblocks=2),
+              "trainable_token_indices": {"word_embeddings": [1, 2]}, "layer_replication": None}
     try:
-        adapter(tmp_path / "a", their_roberta(), peft.LoraConfig(r=4, target_modules=["query"], **(more or {})))
+        adapter(tmp_path / "a", their_roberta(tmp_path), target_modules=["query"], **{flag: values.get(flag, True)})
     except (TypeError, ValueError, RuntimeError, NotImplementedError):
         pytest.skip(f"this PEFT makes no {flag}")
-    if more is None:
+    if flag == "layer_replication":
         config = json.loads((tmp_path / "a/adapter_config.json").read_text())
         (tmp_path / "a/adapter_config.json").write_text(json.dumps({**config, flag: [[0, 2]]}))
     with pytest.raises(ValueError, match="word_embeddings" if flag == "modules_to_save" else flag):
         adapters.load_adapter(from_pretrained(tmp_path), tmp_path / "a")
 
 
-@pytest.mark.parametrize("flag", ["velora_config", "monteclora_config", "use_rslora", "gaussian"])
+@pytest.mark.parametrize("flag", ["velora_config", "monteclora_config", "use_rslora", "init_lora_weights"])
 def test_variants_that_are_plain_lora_in_the_end_load(tmp_path, flag):
     """VeLoRA compresses what backward keeps, MonteCLoRA draws noise while it trains: evaluated, both are B A x."""
     from peft.tuners.lora import config as c
-    more = {"velora_config": dict(velora_config=c.VeloraConfig(num_groups=4)), "use_rslora": dict(use_rslora=True),
-            "monteclora_config": dict(monteclora_config=c.MontecloraConfig()),
-            "gaussian": dict(init_lora_weights="gaussian")}
-    config = peft.LoraConfig(r=4, target_modules=["query"], **more[flag])
-    theirs = adapter(tmp_path / "a", their_roberta(tmp_path), config)
-    model, idx = from_pretrained(tmp_path), torch.randint(3, 300, (2, 9))
-    adapters.load_adapter(model, tmp_path / "a")
-    assert relative(model(idx)[0], theirs(idx).logits.detach()) < 1e-5
+    values = {"velora_config": c.VeloraConfig(num_groups=4), "use_rslora": True, "init_lora_weights": "gaussian",
+              "monteclora_config": c.MontecloraConfig()}
+    theirs = adapter(tmp_path / "a", their_roberta(tmp_path), r=4, target_modules=["query"], **{flag: values[flag]})
+    assert loaded_difference(tmp_path, theirs) < 1e-5
 
 
 def test_an_adapter_that_is_none_says_so(tmp_path):
     """A pickled adapter and how to convert it; a model in the place of an adapter."""
-    their_gpt2(tmp_path)
-    adapter(tmp_path / "a", their_gpt2(), peft.LoraConfig(r=2, target_modules=["c_attn"]))
+    adapter(tmp_path / "a", their_gpt2(tmp_path), target_modules=["mlp.c_proj"], fan_in_fan_out=True)
     (tmp_path / "a/adapter_model.safetensors").rename(tmp_path / "a/adapter_model.bin")
     for folder, message in ((tmp_path / "a", "adapter_model.bin, and only safetensors are read here: PEFT's"),
                             (tmp_path, "is a model and no adapter: give it as --model")):
@@ -774,10 +713,7 @@ def test_an_adapter_that_is_none_says_so(tmp_path):
             adapters.load_adapter(from_pretrained(tmp_path), folder)
 
 
-# What is printed
-
 def test_columns_of_a_table_stand_apart(capsys):
-    from evaluation.printing import print_table
     row = {"loss": 1.0, "accuracy (mismatched)": 0.5}
     print_table("t", {"base": row, "merged": row})
     header, base, _ = capsys.readouterr().out.strip("\n").splitlines()
@@ -786,29 +722,23 @@ def test_columns_of_a_table_stand_apart(capsys):
 
 # A thousand folders
 
-def test_any_folder_ends_well(tmp_path, base, small_roberta, long, capsys):
+def test_any_folder_ends_well(tmp_path, base, small_roberta, long):
     """Files removed, renamed, cut short, shuffled, keys renamed, values replaced: success, or one line."""
-    rng = random.Random(0)
-    bases = [base, small_roberta]
-    for i, (make, special) in enumerate(((their_gpt2, ("<|endoftext|>",)), (their_roberta, ROBERTA))):
-        make(tmp_path / f"theirs{i}", vocab_size=400)
-        vocab_and_merges(tmp_path / f"theirs{i}", 300, special)
-        bases.append(tmp_path / f"theirs{i}")
-    shards(tmp_path / "shards")
-    vocab_and_merges(tmp_path / "shards")
-    bases.append(tmp_path / "shards")
+    rng, bases = random.Random(0), [base, small_roberta, tmp_path / "gpt2", tmp_path / "roberta", tmp_path / "shards"]
+    their_gpt2(bases[2], vocab_size=400)
+    their_roberta(bases[3], vocab_size=400)
+    shards(bases[4])
+    for folder, special in zip(bases[2:], (("<|endoftext|>",), ROBERTA, ("<|endoftext|>",)), strict=True):
+        vocab_and_merges(folder, 300, special)
     ends = {True: 0, False: 0}
     for case in range(1000 if long else 40):
         folder = tmp_path / f"case{case}"
         shutil.copytree(rng.choice(bases), folder)
         for _ in range(rng.choice((1, 1, 2))):
             damage(rng, rng.choice(sorted(folder.iterdir())))
-            if not any(folder.iterdir()):
-                break
         try:
             model = from_pretrained(folder, rng.choice((None, None, 0, 2, 3)))
-            tokenizer = tokenizers.for_model(folder, model.config)
-            ids = tokenizer.encode_ordinary("Hello there, naïve 日本 <mask>")
+            ids = tokenizers.for_model(folder, model.config).encode_ordinary("Hello there, naïve 日本 <mask>")
             assert all(0 <= i < model.config.vocab_size for i in ids)
             ends[True] += 1
         except (ValueError, OSError) as e:
@@ -820,8 +750,7 @@ def test_any_folder_ends_well(tmp_path, base, small_roberta, long, capsys):
 
 def damage(rng, file):
     """Do one thing to a file that people or programs do to files."""
-    content = file.read_bytes()
-    kind = rng.randrange(7)
+    content, kind = file.read_bytes(), rng.randrange(7)
     if kind == 0:
         file.unlink()
     elif kind == 1:
@@ -829,10 +758,8 @@ def damage(rng, file):
     elif kind == 2:
         file.write_bytes(content[:rng.randrange(len(content) + 1)])
     elif kind == 3:
-        cuts = sorted(rng.randrange(len(content) + 1) for _ in range(2))
-        parts = [content[:cuts[0]], content[cuts[0]:cuts[1]], content[cuts[1]:]]
-        rng.shuffle(parts)
-        file.write_bytes(b"".join(parts))
+        a, b = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+        file.write_bytes(b"".join(rng.sample([content[:a], content[a:b], content[b:]], 3)))
     elif file.suffix == ".safetensors":
         try:
             state = load_file(file)
