@@ -4,6 +4,8 @@ import os
 
 import pytest
 import torch
+from conftest import ROOT
+from test_checkpoint import oracle
 from test_llama import real_lines
 
 from checkpoints import adapters, tokenizers
@@ -20,9 +22,8 @@ PROMPTS = ["The capital of France is", "name : The Mill | food : Italian ||", "L
 @pytest.fixture(scope="module")
 def models():
     """(ours, theirs), in fp32"""
-    transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
-    return (from_pretrained(FOLDER).eval(),
-            transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval())
+    theirs = oracle("transformers").AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    return from_pretrained(FOLDER).eval(), theirs.eval()
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,6 @@ def tokenizer():
 @torch.no_grad()
 def test_logits_on_real_text_are_those_of_transformers(models, tokenizer):
     """Within 1e-4 of the largest, over 300 tokens of this repository's README; and the loss."""
-    from conftest import ROOT
     idx = torch.tensor([tokenizer.encode_ordinary((ROOT / "README.md").read_text(encoding="utf-8"))[:300]])
     ours, theirs = (m(idx) for m in models)
     assert (ours[0] - theirs.logits).abs().max() < 1e-4 * theirs.logits.abs().max()
@@ -44,10 +44,9 @@ def test_logits_on_real_text_are_those_of_transformers(models, tokenizer):
 @pytest.mark.skipif(not os.environ.get("REAL_DATA"), reason="real texts: set REAL_DATA to their folder")
 def test_token_ids_are_those_of_transformers(tokenizer):
     """On every line of E2E, GSM8K and SST-2."""
-    transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
     texts = list(real_lines())
     assert len(texts) > 20000
-    theirs = transformers.AutoTokenizer.from_pretrained(FOLDER)
+    theirs = oracle("transformers").AutoTokenizer.from_pretrained(FOLDER)
     assert tokenizer.encode_ordinary_batch(texts) == theirs(texts, add_special_tokens=False).input_ids
 
 
@@ -74,13 +73,12 @@ def test_decoding_is_that_of_transformers_and_that_without_a_cache(models, token
 @torch.no_grad()
 def test_peft_loads_an_adapter_over_the_same_folder(models, tokenizer, tmp_path):
     """An adapter on all linears: our logits are PEFT's, within 1e-4 of the largest."""
-    peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
     model = from_pretrained(FOLDER).eval()
     for layer in apply(model, LoRALinear, ["q", "k", "v", "o", "gate", "up", "down"], r=4, alpha=8):
         layer.lora_B.normal_(std=0.01)
     adapters.save_adapter(tmp_path, model, FOLDER)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     idx = torch.tensor([tokenizer.encode_ordinary(PROMPTS[3])])
-    theirs = peft.PeftModel.from_pretrained(models[1], tmp_path).eval()(idx).logits
+    theirs = oracle("peft").PeftModel.from_pretrained(models[1], tmp_path).eval()(idx).logits
     assert (model(idx)[0] - theirs).abs().max() < 1e-4 * theirs.abs().max()
     assert (models[0](idx)[0] - theirs).abs().max() > 0.01 * theirs.abs().max()
