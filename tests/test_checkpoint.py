@@ -125,12 +125,14 @@ OUTPUTS = "0.output.dense", "1.output.dense"  # and not attention.output.dense
 
 @pytest.mark.parametrize("targets", [
     QV, ("key",), ("attention.output.dense",), OUTPUTS, OUTPUTS[:1],
-    ("query", "key", "value", "attention.output.dense", "intermediate.dense", *OUTPUTS)], ids="+".join)
+    ("query", "key", "value", "attention.output.dense", "intermediate.dense", *OUTPUTS)],
+    ids="+".join)
 def test_peft_adapts_exactly_the_modules_of_their_roberta_that_we_adapted(tmp_path, targets):
     """The same on a model of `transformers`."""
     transformers = oracle("transformers")
     model = transformers.RobertaForMaskedLM(transformers.RobertaConfig(
-        vocab_size=61, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32))
+        vocab_size=61, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32))
     model.save_pretrained(tmp_path / "base")
     targets = [{"q": "query", "v": "value"}.get(target, target) for target in targets]
     lora.apply(model, lora.LoRALinear, targets, r=2, alpha=4)
@@ -147,8 +149,8 @@ def test_peft_adapts_exactly_the_modules_of_their_roberta_that_we_adapted(tmp_pa
     (tiny_llama, "CAUSAL_LM", {"self_attn.q_proj": (4, 32), "self_attn.v_proj": (4, 16)}),
     (tiny_roberta, "SEQ_CLS", {"attention.self.query": (4, 16), "attention.self.value": (4, 16)})])
 def test_the_adapter_folder_is_small_and_named_as_peft_names_it(tmp_path, tiny, task, shapes):
-    """No base weights; names, shapes and config of q and v: of GPT-2 one c_attn of rank 2 r, its scale
-    unchanged. The head of a classifier lies beside them."""
+    """No base weights; names, shapes and config of q and v: of GPT-2 one c_attn of rank 2 r, its
+    scale unchanged. The head of a classifier lies beside them."""
     model = tiny(torch.float32)
     layers = adapt(model, "rslora", {}, r=4, alpha=6)
     adapters.save_adapter(tmp_path, model, "some/base")
@@ -176,14 +178,17 @@ GPT_ADAPTERS = [
 ROBERTA_ADAPTERS = [(["query", "value"], {}), (["query"], dict(r=20)),
                     (["dense"], dict(use_rslora=True, exclude_modules="classifier.dense"))]
 LLAMA_ADAPTERS = [
-    ("all-linear", {}), (["q_proj", "down_proj"], dict(use_rslora=True)), (r".*\.(gate|o)_proj", {}),
+    ("all-linear", {}), (["q_proj", "down_proj"], dict(use_rslora=True)),
+    (r".*\.(gate|o)_proj", {}),
     (["q_proj", "v_proj"], dict(layers_to_transform=[0, 2], layers_pattern="layers"))]
 
 
 @pytest.mark.parametrize("tiny, targets, config", [(tiny_gpt, *case) for case in GPT_ADAPTERS] + [
-    (tiny_roberta, *case) for case in ROBERTA_ADAPTERS] + [(tiny_llama, *case) for case in LLAMA_ADAPTERS])
+    (tiny_roberta, *case) for case in ROBERTA_ADAPTERS] + [(tiny_llama, *case)
+                                                           for case in LLAMA_ADAPTERS])
 def test_an_adapter_made_by_peft_loads_here(tmp_path, tiny, targets, config):
-    """Whatever it says of targets, alpha / r, use_rslora, patterns, ranks beyond the width: same logits."""
+    """Whatever it says of targets, alpha / r, use_rslora, patterns, ranks beyond the width: same
+    logits."""
     model, theirs = made_by_peft(tmp_path, tiny, target_modules=targets, **config)
     idx = batch(model)[0]
     base = model(idx)[0]
@@ -195,7 +200,8 @@ def test_an_adapter_made_by_peft_loads_here(tmp_path, tiny, targets, config):
 
 
 def made_by_peft(folder, tiny, **config):
-    """(our model, PEFT's of the same weights with random factors), its adapter in folder / "adapter"."""
+    """(our model, PEFT's of the same weights with random factors), its adapter in folder /
+    "adapter"."""
     model = tiny(torch.float32)
     save_pretrained(model, folder / "base")
     kind, = json.loads((folder / "base/config.json").read_text())["architectures"]
@@ -211,17 +217,21 @@ def made_by_peft(folder, tiny, **config):
     return model, theirs
 
 
-GENERAL, SPECIAL, ANCHORED = "query", r"layer\.[12]\..*query", "^roberta.encoder.layer.2.*(query|value)"
+GENERAL, SPECIAL = "query", r"layer\.[12]\..*query"
+ANCHORED = "^roberta.encoder.layer.2.*(query|value)"
 
 
-@pytest.mark.parametrize("ranks", [(GENERAL, SPECIAL), (SPECIAL, GENERAL), (ANCHORED, SPECIAL, GENERAL),
+@pytest.mark.parametrize("ranks", [(GENERAL, SPECIAL), (SPECIAL, GENERAL),
+                                   (ANCHORED, SPECIAL, GENERAL),
                                    ("2.attention.self.query", ANCHORED, "value"), ("uery", "self")],
                          ids="before".join)
 @pytest.mark.filterwarnings("ignore:.*pattern")  # PEFT's, of a key that is no whole name
-@pytest.mark.parametrize("alphas", [(), (SPECIAL, ANCHORED, "self.value"), ("value|query", SPECIAL)])
+@pytest.mark.parametrize("alphas", [(), (SPECIAL, ANCHORED, "self.value"),
+                                    ("value|query", SPECIAL)])
 def test_of_two_patterns_that_match_the_one_of_peft_is_taken(tmp_path, ranks, alphas):
-    """Every layer has the rank and the scale that PeftModel.from_pretrained gives it, whatever the order
-    in the file (PEFT writes them sorted, people do not) and whatever its other table says."""
+    """Every layer has the rank and the scale that PeftModel.from_pretrained gives it, whatever
+    the order in the file (PEFT writes them sorted, people do not) and whatever its other table
+    says."""
     patterns = dict(rank_pattern={key: 5 + i for i, key in enumerate(ranks)},
                     alpha_pattern={key: 10 + 3 * i for i, key in enumerate(alphas)})
     model, _ = made_by_peft(tmp_path, tiny_roberta, target_modules=["query", "value"], **patterns)
@@ -239,8 +249,8 @@ def test_of_two_patterns_that_match_the_one_of_peft_is_taken(tmp_path, ranks, al
 
 @every_model
 def test_every_module_stays_in_training_or_in_evaluation(tmp_path, tiny):
-    """A loaded model trains throughout. Loading and merging an adapter leave each module's mode, and a
-    layer with its dropout has that of the linear whose place it takes."""
+    """A loaded model trains throughout. Loading and merging an adapter leave each module's mode,
+    and a layer with its dropout has that of the linear whose place it takes."""
     save_pretrained(tiny(torch.float32), tmp_path)
     model = from_pretrained(tmp_path)
     assert all(m.training for m in model.modules())
@@ -270,8 +280,8 @@ def test_an_untrained_adapter_loads_too(tmp_path):
 
 
 def test_q_and_v_come_back_out_of_c_attn_with_their_own_rank(tmp_path):
-    """One c_attn of rank 2 r holds both; loading gives each the r rows of A that its part of B uses, and k
-    nothing: the same numbers, in fp32 on a base in bf16 too."""
+    """One c_attn of rank 2 r holds both; loading gives each the r rows of A that its part of B
+    uses, and k nothing: the same numbers, in fp32 on a base in bf16 too."""
     model = tiny_gpt(torch.float32)
     adapt(model, "lora", {}, r=3)
     adapters.save_adapter(tmp_path, model, "some/base")
@@ -280,18 +290,21 @@ def test_q_and_v_come_back_out_of_c_attn_with_their_own_rank(tmp_path):
         assert len(layers) == 8 and {layer.r for layer in layers} == {3}
         for factor in ("lora_A", "lora_B"):
             found = getattr(fresh.h[1].attn.v, factor)
-            assert found.dtype == torch.float32 and torch.equal(found, getattr(model.h[1].attn.v, factor))
+            assert found.dtype == torch.float32
+            assert torch.equal(found, getattr(model.h[1].attn.v, factor))
         assert type(fresh.h[1].attn.k) is nn.Linear
 
 
-LAYER, HEAD_BIAS = "base_model.model.roberta.encoder.layer.", "base_model.model.classifier.dense.bias"
-QUERY = LAYER + "2.attention.self.query.lora_"
+HEAD_BIAS = "base_model.model.classifier.dense.bias"
+QUERY = "base_model.model.roberta.encoder.layer.2.attention.self.query.lora_"
 BAD_CONFIGS = [
-    ("peft_type 'LOHA' is not supported", {"peft_type": "LOHA"}), ("use_dora True", {"use_dora": True}),
+    ("peft_type 'LOHA' is not supported", {"peft_type": "LOHA"}),
+    ("use_dora True", {"use_dora": True}),
     ("bias 'all'", {"bias": "all"}), ("init_lora_weights 'pissa'", {"init_lora_weights": "pissa"}),
     ("alora_invocation_tokens", {"alora_invocation_tokens": [5]}), ("says r 3", {"r": 3}),
     ("rank_pattern .* is none", {"rank_pattern": ["a"]}),
-    ("rank_pattern .* is none", {"rank_pattern": {"(": 1}}), ("lora_alpha '8'", {"lora_alpha": "8"}),
+    ("rank_pattern .* is none", {"rank_pattern": {"(": 1}}),
+    ("lora_alpha '8'", {"lora_alpha": "8"}),
     ("lora_alpha", {"lora_alpha": 10**400})]
 BAD_TENSORS = [
     ("lacks .*query.lora_B.weight", {QUERY + "B.weight": None}),
@@ -315,7 +328,8 @@ def test_a_bad_adapter_folder_is_refused(tmp_path):
     def refused(message, change=None, settings=None):
         (tmp_path / "adapter_config.json").write_text(json.dumps({**good, **(settings or {})}))
         if tensors.exists():
-            save_file({k: v for k, v in {**whole, **(change or {})}.items() if v is not None}, tensors)
+            save_file({k: v for k, v in {**whole, **(change or {})}.items() if v is not None},
+                      tensors)
         fresh = tiny_roberta(torch.float32)
         modules, before = list(fresh.modules()), copy.deepcopy(fresh.state_dict())
         with pytest.raises(ValueError, match=message):
@@ -443,7 +457,8 @@ def test_a_bad_state_is_refused(tmp_path):
                             ({key: torch.ones(2, 16)}, r"shape \(2, 16\), not \(3, 16\)")):
         save_file({k: v for k, v in {**tensors, **change}.items() if v is not None}, file, good)
         refused(message)
-    rows = [[], [row, row], [{**row, "step": 2}, row], [{**row, "step": 0}], [{**row, "seconds": "1"}],
+    rows = [[], [row, row], [{**row, "step": 2}, row], [{**row, "step": 0}],
+            [{**row, "seconds": "1"}],
             [{**row, "step": 0.5, "more": 1}, row]]
     for bad in ({"step": "2"}, {"settings": "[]"}, *({"rows": json.dumps(some)} for some in rows)):
         save_file(tensors, file, {**good, **bad})

@@ -10,13 +10,16 @@ from methods import METHODS
 
 ALL = "regression,input,weight,none"
 RUNS = ["lora", "reslora --shortcut block", f"reslora --merge {ALL} --shortcut input --pre-num -1",
-        "deltalora --delta-start 1", "dylora --frozen", "adalora --budget-warmup 1 --budget-final 1"]
+        "deltalora --delta-start 1", "dylora --frozen",
+        "adalora --budget-warmup 1 --budget-final 1"]
 RUNS += sorted(METHODS.keys() - {run.split()[0] for run in RUNS} - {"head"})  # a new method, as it is by default
-RUNS += [f"{run} --model LLAMA" for run in ("lora --dropout 0.1", "reslora --checkpoint-activations",
+RUNS += [f"{run} --model LLAMA" for run in ("lora --dropout 0.1",
+                                            "reslora --checkpoint-activations",
                                             f"reslora --shortcut middle --merge {ALL}", "dylora")]
 RUNS += [f"{run} --model ROBERTA --context 64" for run in (
     "lora --dataset stdlib", "reslora --dataset reviews", "head --dataset reviews")]
-TEXTS = ["0", "0 --beams 3", "2 --unmerged", "2 --unmerged --beams 2"]  # generate.py: number of the run, flags
+# generate.py: number of the run, flags
+TEXTS = ["0", "0 --beams 3", "2 --unmerged", "2 --unmerged --beams 2"]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,8 @@ def held(tmp_path_factory, base, small_llama, small_roberta):
     folder = tmp_path_factory.mktemp("gpu")
     places, lines = {"LLAMA": small_llama, "ROBERTA": small_roberta}, {}
     for i, run in enumerate(RUNS):
-        line = f"train.py --method {run} --out {folder}/{i} --steps 3 --eval-every 2 --batch-size 4 --grad-accum 2"
+        line = f"train.py --method {run} --out {folder}/{i} --steps 3 --eval-every 2"
+        line += " --batch-size 4 --grad-accum 2"
         line += " --rank 3" * (METHODS[run.split()[0]].adapter is not None)
         line += f" --model {base}" * ("--model" not in run)
         lines[run] = " ".join(str(places.get(word, word)) for word in line.split(" "))
@@ -41,6 +45,6 @@ def held(tmp_path_factory, base, small_llama, small_roberta):
 @pytest.mark.parametrize("run", RUNS + TEXTS)
 def test_a_run_leaves_no_tensor_on_the_cpu_and_waits_in_no_step(held, run):
     """Base report, steps with accumulation, validation, every way to merge with its calibration, the reports, the
-    adapter folder, decoded texts; texts written greedily and with beams, by the merged model and by the method's own
-    layers."""
+    adapter folder, decoded texts; texts written greedily and with beams, by the merged model and
+    by the method's own layers."""
     assert not held[run]

@@ -10,7 +10,18 @@ import os
 
 import pytest
 import torch
-from conftest import adapt, batch, every_model, every_variant, factors, head_of, run_over, tiny_gpt, tiny_llama, tokens
+from conftest import (
+    adapt,
+    batch,
+    every_model,
+    every_variant,
+    factors,
+    head_of,
+    run_over,
+    tiny_gpt,
+    tiny_llama,
+    tokens,
+)
 from safetensors.torch import load_file
 
 import lora

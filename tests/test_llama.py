@@ -36,7 +36,8 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
 # what one of their models has in its config beside its sizes
 THEIRS = {
     "llama": {}, "llama, eps": dict(rms_norm_eps=0.3),
-    "llama, tied": dict(tie_word_embeddings=True), "llama, one head each": dict(num_key_value_heads=4),
+    "llama, tied": dict(tie_word_embeddings=True),
+    "llama, one head each": dict(num_key_value_heads=4),
     "llama, one head for all": dict(num_key_value_heads=1), "llama, own head_dim": dict(head_dim=12),
     "llama, rope_theta": dict(rope_parameters={"rope_type": "default", "rope_theta": 50.0}),
     "llama, llama3": dict(rope_parameters={**LLAMA3, "rope_theta": 500000.0}),
@@ -97,8 +98,9 @@ def test_positions_are_read_from_old_and_new_config_files(tmp_path, style):
         theirs = transformers.AutoConfig.from_pretrained(tmp_path)
         assert theirs.rope_parameters["rope_theta"] == 500000.0
     else:
-        scaling = dict(LLAMA3) if style == "transformers 4" else {**LLAMA3, "type": "llama3"}
-        scaling = {key: value for key, value in scaling.items() if key != "rope_type" or "type" not in scaling}
+        scaling = dict(LLAMA3)
+        if style == "older":
+            scaling["type"] = scaling.pop("rope_type")
         edit_config(tmp_path, rope_parameters=None, rope_theta=500000, rope_scaling=scaling)
     found = from_pretrained(tmp_path).config
     assert found == expected and found.rope_theta == 500000.0 and found.rope_scaling == LLAMA3
@@ -158,13 +160,14 @@ def test_an_absent_key_of_config_json_has_the_value_of_transformers(kind):
 
 # values of keys that mean something else than what is computed
 OTHER_MODELS = {
-    "llama": dict(model_type="phi3", hidden_act="gelu", attention_bias=True, mlp_bias=True, attention_dropout=0.1,
-                  partial_rotary_factor=0.5, rope_interleaved=True, quantization_config={"bits": 4}),
+    "llama": dict(model_type="phi3", hidden_act="gelu", attention_bias=True, mlp_bias=True,
+                  attention_dropout=0.1, partial_rotary_factor=0.5, rope_interleaved=True,
+                  quantization_config={"bits": 4}),
     "qwen2": dict(attention_bias=False, use_sliding_window=True, use_mrope=True),
     "qwen3": dict(layer_types=["full_attention", "sliding_attention", "full_attention"])}
 REFUSED = [
-    *((kind, {key: value}, f"{key} {value!r} is not supported") for kind, keys in OTHER_MODELS.items()
-      for key, value in keys.items()),
+    *((kind, {key: value}, f"{key} {value!r} is not supported")
+      for kind, keys in OTHER_MODELS.items() for key, value in keys.items()),
     ("llama", dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}), "partial_rotary_factor"),
     ("qwen3", dict(layer_types="sliding_attention"), "layer_types"),
     ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_type 'yarn' is not supported"),
@@ -202,8 +205,8 @@ def test_what_is_not_computed_is_refused(tmp_path, kind, changes, message):
 
 
 def test_weights_under_other_names_are_read(tmp_path):
-    """A bare LlamaModel's names, stored rotations, a stored tied head. Whole numbers are no weights, and
-    an untied model needs its head."""
+    """A bare LlamaModel's names, stored rotations, a stored tied head. Whole numbers are no
+    weights, and an untied model needs its head."""
     their_llama(tmp_path, tie_word_embeddings=True)
     expected, file = from_pretrained(tmp_path).state_dict(), tmp_path / "model.safetensors"
     state = load_file(file)
@@ -224,7 +227,8 @@ def test_weights_under_other_names_are_read(tmp_path):
 
 OF_BLOCKS = dict(q="self_attn.q_proj", v="self_attn.v_proj", gate="mlp.gate_proj")
 ADAPTED = {"gpt2": ("transformer.h", dict(o="attn.c_proj", up="mlp.c_fc")),
-           "roberta": ("roberta.encoder.layer", dict(q="attention.self.query", v="attention.self.value",
+           "roberta": ("roberta.encoder.layer",
+                       dict(q="attention.self.query", v="attention.self.value",
                                                      up="intermediate.dense")),
            **{kind: ("model.layers", OF_BLOCKS) for kind in ("llama", "mistral", "qwen2", "qwen3")}}
 
@@ -266,13 +270,14 @@ def test_the_gradients_of_adapters_are_pefts(tmp_path, kind):
 # ---------------------------------------------------------------------------------------------------------------------
 # Models of `transformers` as they are
 
-SMALL = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=40,
-             max_position_embeddings=64)
+SMALL = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+             intermediate_size=40, max_position_embeddings=64)
 
 
 def their_bert(folder):
     """A random tiny BertForSequenceClassification, saved by transformers."""
-    model = transformers.BertForSequenceClassification(transformers.BertConfig(num_labels=3, **SMALL)).eval()
+    config = transformers.BertConfig(num_labels=3, **SMALL)
+    model = transformers.BertForSequenceClassification(config).eval()
     model.save_pretrained(folder)
     return model
 
@@ -344,21 +349,25 @@ def test_models_of_transformers_in_bf16_train_and_merge(tmp_path, method, hparam
         assert (merged - unmerged).abs().max() < 0.06 * unmerged.abs().max()
 
 
-@pytest.mark.parametrize("cls", ["BertForSequenceClassification", "RobertaForSequenceClassification"])
+@pytest.mark.parametrize("cls", ["BertForSequenceClassification",
+                                 "RobertaForSequenceClassification"])
 def test_the_new_head_of_their_classifier_trains_with_the_adapters(tmp_path, cls):
-    """Every number of it has a gradient and changes, as do A and B and nothing else. It is saved, and loaded
-    into another base with another head, where it goes on training."""
-    config = transformers.AutoConfig.for_model(cls[:-len("ForSequenceClassification")].lower(), num_labels=3, **SMALL)
+    """Every number of it has a gradient and changes, as do A and B and nothing else. It is
+    saved, and loaded into another base with another head, where it goes on training."""
+    config = transformers.AutoConfig.for_model(cls[:-len("ForSequenceClassification")].lower(),
+                                               num_labels=3, **SMALL)
     model, other = (getattr(transformers, cls)(config).eval() for _ in range(2))
     other.base_model.load_state_dict(model.base_model.state_dict())
     layers = put_in(model, "lora", {}, ["query", "value"], 0.4)
     model.classifier.requires_grad_(True)
-    idx, labels, before = torch.randint(3, 97, (8, 12)), torch.arange(8) % 3, copy.deepcopy(model.state_dict())
+    idx, labels = torch.randint(3, 97, (8, 12)), torch.arange(8) % 3
+    before = copy.deepcopy(model.state_dict())
     learn(model, idx, labels)
     head = {name: p for name, p in model.named_parameters() if name.startswith("classifier")}
     trained = {*head.values(), *factors(layers)}
     for name, p in model.named_parameters():
-        assert (p in trained) == p.requires_grad == (p.grad is not None) == (not torch.equal(p, before[name])), name
+        changed = not torch.equal(p, before[name])
+        assert (p in trained) == p.requires_grad == (p.grad is not None) == changed, name
     adapters.save_adapter(tmp_path, model, "some/base")
     loaded = adapters.load_adapter(other, tmp_path)
     torch.testing.assert_close(other(idx).logits, model(idx).logits)
@@ -436,24 +445,26 @@ EXACT = [case for case in variants() if case.values[1].get("shortcut", "block") 
 
 @pytest.mark.parametrize("method, hparams", EXACT)
 def test_a_merge_into_large_weights_in_bf16_is_rounded_once(method, hparams):
-    """Weights of 30 to 300, where neighbours in bf16 are up to 2 apart: merged, each is W + Delta W in
-    float64, rounded once. (The factors are short binary fractions, so that fp32 has the exact sum.) Where
-    the method moves W, it is that sum in fp32."""
+    """Weights of 30 to 300, where neighbours in bf16 are up to 2 apart: merged, each is W +
+    Delta W in float64, rounded once. (The factors are short binary fractions, so that fp32 has
+    the exact sum.) Where the method moves W, it is that sum in fp32."""
     model = tiny_llama(torch.bfloat16)
     layers = adapted(model, method, hparams, ("q", "v", "down"), r=4, alpha=8)
     with torch.no_grad():
         for layer in layers:
-            size = torch.randint(30, 300, layer.weight.shape) * (torch.rand(layer.weight.shape) - 0.5).sign()
-            layer.weight.copy_(size)
+            size = torch.randint(30, 300, layer.weight.shape)
+            layer.weight.copy_(size * torch.randn(size.shape).sign())
             for p in factors([layer]):
                 p.copy_(torch.randint(-24, 25, p.shape) / 8)
-    exact, bits = copy.deepcopy(model).double(), torch.float32 if method == "deltalora" else torch.bfloat16
+    exact, bits = copy.deepcopy(model).double(), torch.bfloat16
+    if method == "deltalora":
+        bits = torch.float32
     expected, seen = {}, 0
     for name, layer in exact.named_modules():
         if isinstance(layer, lora.LoRALinear):
-            delta = layer.delta()
-            expected[name] = (layer.weight + delta).to(bits)
-            seen += ((layer.weight.bfloat16() + delta.bfloat16()) != (layer.weight + delta).bfloat16()).sum()
+            W, delta = layer.weight, layer.delta()
+            expected[name] = (W + delta).to(bits)
+            seen += (W.bfloat16() + delta.bfloat16() != (W + delta).bfloat16()).sum()
     lora.merge(model)
     assert seen > 5 and len(expected) == len(layers)  # where rounding twice would show
     for name, W in expected.items():
@@ -529,8 +540,10 @@ def test_texts_begin_and_end_as_the_tokenizer_says(tmp_path, bos):
     names = json.loads((folder / "tokenizer_config.json").read_text())
     nameless = {key: name for key, name in names.items() if key != "eos_token"}
     several = {"eos_token_id": [2, 1]}  # as an instruction-tuned model has it
-    for said, config, begin in ((names, {}, 1 if bos else 2), ({**names, "add_bos_token": True}, {}, 1),
-                                ({**names, "add_bos_token": False}, {}, 2), (nameless, several, 1 if bos else 2)):
+    for said, config, begin in ((names, {}, 1 if bos else 2),
+                                ({**names, "add_bos_token": True}, {}, 1),
+                                ({**names, "add_bos_token": False}, {}, 2),
+                                (nameless, several, 1 if bos else 2)):
         (folder / "tokenizer_config.json").write_text(json.dumps(said))
         (folder / "config.json").write_text(json.dumps(config))
         found = tokenizers.load(folder, 1000, None)
@@ -577,12 +590,13 @@ def test_a_record_and_its_text_are_encoded_as_one(tmp_path):
 def real_lines():
     """Every line of the real data sets, as texts."""
     import pyarrow.parquet
-    for path in sorted(path for name in ("e2e", "gsm8k", "sst2") for path in Path(REAL, name).glob("*")):
+    for path in sorted(path for name in ("e2e", "gsm8k", "sst2")
+                       for path in Path(REAL, name).glob("*")):
         if path.suffix == ".parquet":
             rows = pyarrow.parquet.read_table(path).to_pylist()
         else:
             lines = path.read_text(encoding="utf-8").splitlines()
-            rows = map(json.loads, lines) if path.suffix == ".jsonl" else ({"": line} for line in lines)
+            rows = [json.loads(line) if path.suffix == ".jsonl" else {"": line} for line in lines]
         yield from (value for row in rows for value in row.values() if isinstance(value, str))
 
 
@@ -611,7 +625,8 @@ def run(small_llama, tmp_path, monkeypatch):
 
     def run(name, *flags, steps=12, folder=small_llama):
         return train.main(list(map(str, [
-            "--model", folder, "--out", tmp_path / name, "--steps", steps, "--rank", 4, "--batch-size", 8,
+            "--model", folder, "--out", tmp_path / name, "--steps", steps, "--rank", 4,
+            "--batch-size", 8,
             "--lr", 1e-2, "--test-texts", 20, "--eval-every", 6, *flags])))
     return run
 
@@ -629,7 +644,8 @@ def same(a, b):
 @pytest.mark.parametrize("flags", [
     ("--method", "lora", "--targets", "q,k,v,o,gate,up,down"), ("--method", "reslora", "--shortcut", "block"),
     ("--method", "deltalora"), ("--method", "adalora", "--lr", ".05")], ids=lambda f: f[1])
-def test_a_run_on_a_llama_merges_exactly_and_peft_loads_it(tmp_path, small_llama, run, flags, capsys):
+def test_a_run_on_a_llama_merges_exactly_and_peft_loads_it(tmp_path, small_llama, run, flags,
+                                                           capsys):
     """The loss falls, merged reports what unmerged does, PEFT over the same folder computes our merged logits, and
     generate.py writes the same with the adapter merged and not."""
     found = run("run", *flags)["metrics"]
@@ -649,7 +665,8 @@ def test_a_run_on_a_llama_merges_exactly_and_peft_loads_it(tmp_path, small_llama
 
 
 def test_a_run_with_activation_checkpointing_has_the_numbers_of_one_without(run, monkeypatch):
-    """Of ResLoRA's middle, with dropout; every block of every step goes through torch's checkpoint."""
+    """Of ResLoRA's middle, with dropout; every block of every step goes through torch's
+    checkpoint."""
     flags, blocks = ("--method", "reslora", "--shortcut", "middle", "--dropout", "0.1"), []
     monkeypatch.setattr("model.checkpoint", lambda block, *inputs, real=model.checkpoint, **more: (
         blocks.append(block), real(block, *inputs, **more))[1])
@@ -663,7 +680,8 @@ def test_a_merged_bf16_base_is_saved_in_bf16_and_measured(tmp_path, small_llama,
     """merged/ has the base's type, a line and a row of result.json say so, and what is saved computes that row."""
     found = run("run", "--method", "lora", "--save-merged")["metrics"]
     assert "merged is in bfloat16, as the base is" in capsys.readouterr().out
-    merged, exact = load_file(tmp_path / "run/merged/model.safetensors"), from_pretrained(small_llama)
+    merged = load_file(tmp_path / "run/merged/model.safetensors")
+    exact = from_pretrained(small_llama)
     assert {t.dtype for t in merged.values()} == {torch.bfloat16}
     adapters.load_adapter(exact, tmp_path / "run")
     W, name = lora.merge(exact).h[1].attn.q.weight, "model.layers.1.self_attn.q_proj.weight"
@@ -686,7 +704,8 @@ def test_a_report_on_a_part_of_the_test_split(tmp_path, small_llama, run, capsys
     first = run("a", steps=1)
     assert "evaluate the base: the loss of 20 test examples" in capsys.readouterr().out
     rows = data.load("restaurants")["test"]
-    assert first["splits"]["test"] == f"test, 20 of {len(rows)} texts" and first["settings"]["test_texts"] == 20
+    assert first["splits"]["test"] == f"test, 20 of {len(rows)} texts"
+    assert first["settings"]["test_texts"] == 20
     chosen = Dataset("restaurants", None, 20).encode(small_llama, from_pretrained(small_llama), 256)
     assert len(chosen.pairs["test"]) == len(chosen.examples["test"]) == 20 != len(chosen.pairs["validation"])
     places = [rows.index(pair) for pair in chosen.pairs["test"]]
@@ -698,14 +717,16 @@ def test_a_report_on_a_part_of_the_test_split(tmp_path, small_llama, run, capsys
     (tmp_path / "a/result.json").write_text('{"metrics": 3}')  # a damaged neighbour is not this run's business
     (tmp_path / "b/result.json").unlink()
     again = run("d", steps=1)
-    first, second, other, again = (result["metrics"]["base"] for result in (first, second, other, again))
+    first, second, other, again = (result["metrics"]["base"]
+                                   for result in (first, second, other, again))
     assert first == second == again != other
 
 
 def test_a_bad_folder_ends_in_one_line(tmp_path, small_llama, run, capsys):
     """Exit code 2, the reason, and nothing is written."""
     for key, value, message in (("model_type", "gemma", "model_type 'gemma' is not supported"),
-                                ("num_key_value_heads", 3, "is no multiple of num_key_value_heads 3"),
+                                ("num_key_value_heads", 3,
+                                 "is no multiple of num_key_value_heads 3"),
                                 ("vocab_size", 100, "has shape")):
         shutil.copytree(small_llama, tmp_path / "bad", dirs_exist_ok=True)
         edit_config(tmp_path / "bad", **{key: value})
@@ -720,13 +741,15 @@ def test_bf16_arithmetic_trains(run):
     """--dtype bfloat16: the base is in bf16, and the run ends near that in fp32. Reports are in fp32, so an exact merge
     is exact; what is saved is rounded, and measured."""
     exact = run("exact", "--method", "reslora", steps=6)["metrics"]
-    found = run("run", "--method", "reslora", "--dtype", "bfloat16", "--save-merged", steps=6)["metrics"]
+    found = run("run", "--method", "reslora", "--dtype", "bfloat16", "--save-merged",
+                steps=6)["metrics"]
     assert abs(found["unmerged"]["loss"] / exact["unmerged"]["loss"] - 1) < 0.02
     assert "merged, saved in bfloat16" in found
     for method in ("lora", "deltalora"):
         found = run(method, "--method", method, "--dtype", "bfloat16", steps=3)["metrics"]
         assert abs(found["merged"]["loss"] - found["unmerged"]["loss"]) < 1e-5 * found["merged"]["loss"]
-    full = run("full", "--method", "full", "--dtype", "bfloat16", "--lr", "1e-3", steps=3)["metrics"]
+    full = run("full", "--method", "full", "--dtype", "bfloat16", "--lr", "1e-3",
+               steps=3)["metrics"]
     assert full["trained"]["loss"] < full["base"]["loss"]
 
 
@@ -734,7 +757,8 @@ def test_a_base_with_a_fresh_head_is_measured_in_every_run(tmp_path, run, small_
     """Each run has a head of its own, so what one measured says nothing of another."""
     for seed in "0", "1":
         train.main(["--model", str(small_roberta), "--dataset", "reviews", "--method", "head", "--context", "64",
-                    "--steps", "1", "--test-texts", "20", "--seed", seed, "--out", f"{tmp_path / seed}"])
+                    "--steps", "1", "--test-texts", "20", "--seed", seed, "--out",
+                    f"{tmp_path / seed}"])
         assert "its report is that of" not in capsys.readouterr().out
 
 

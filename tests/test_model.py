@@ -32,14 +32,16 @@ def matter(theirs, folder):
 def their_gpt2(folder, **config):
     """A random tiny GPT2LMHeadModel."""
     shape = dict(vocab_size=97, n_positions=32, n_embd=24, n_layer=3, n_head=4)
-    return matter(transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**shape, **config})), folder)
+    return matter(transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**shape, **config})),
+                  folder)
 
 
 def their_roberta(folder, kind="RobertaForSequenceClassification", **config):
     """A random tiny RoBERTa."""
     shape = dict(vocab_size=97, max_position_embeddings=34, hidden_size=24, num_hidden_layers=3, num_attention_heads=4,
                  intermediate_size=40, type_vocab_size=1, layer_norm_eps=1e-5, num_labels=3)
-    return matter(getattr(transformers, kind)(transformers.RobertaConfig(**{**shape, **config})), folder)
+    return matter(getattr(transformers, kind)(transformers.RobertaConfig(**{**shape, **config})),
+                  folder)
 
 
 def padded_texts(T=32):
@@ -79,7 +81,8 @@ def test_what_we_save_is_what_transformers_reads(tmp_path, kind, labels):
     idx = batch(model)[0]
     real = slice(None) if labels or model.causal else idx != 1
     mask = idx != (-1 if model.causal else 1)
-    torch.testing.assert_close(theirs.eval()(idx, attention_mask=mask).logits[real], model(idx)[0][real], rtol=0,
+    torch.testing.assert_close(theirs.eval()(idx, attention_mask=mask).logits[real],
+                               model(idx)[0][real], rtol=0,
                                atol=1e-5)
     found, saved = from_pretrained(tmp_path).state_dict(), model.state_dict()
     assert found.keys() == saved.keys() and all(torch.equal(t, saved[key]) for key, t in found.items())
@@ -87,7 +90,8 @@ def test_what_we_save_is_what_transformers_reads(tmp_path, kind, labels):
 
 def bare_gpt2(state):
     state = {k.removeprefix("transformer."): v for k, v in state.items()}
-    return {**state, "h.0.attn.bias": torch.ones(1, 1, 32, 32), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    return {**state, "h.0.attn.bias": torch.ones(1, 1, 32, 32),
+            "h.0.attn.masked_bias": torch.tensor(-1e4)}
 
 
 WORDS, WTE = "roberta.embeddings.word_embeddings.weight", "transformer.wte.weight"
@@ -96,15 +100,18 @@ WORDS, WTE = "roberta.embeddings.word_embeddings.weight", "transformer.wte.weigh
 def old_roberta(state):
     return {**state, "lm_head.decoder.weight": state[WORDS].clone(),
             "lm_head.decoder.bias": state["lm_head.bias"].clone(),
-            "roberta.pooler.dense.weight": torch.ones(24, 24), "roberta.pooler.dense.bias": torch.ones(24),
+            "roberta.pooler.dense.weight": torch.ones(24, 24),
+            "roberta.pooler.dense.bias": torch.ones(24),
             "roberta.embeddings.position_ids": torch.arange(34)[None]}
 
 
 @pytest.mark.parametrize("make, change", [
-    (their_gpt2, bare_gpt2), (their_gpt2, lambda state: {**state, "lm_head.weight": state[WTE].clone()}),
+    (their_gpt2, bare_gpt2),
+    (their_gpt2, lambda state: {**state, "lm_head.weight": state[WTE].clone()}),
     (lambda folder: their_roberta(folder, "RobertaForMaskedLM"), old_roberta)])
 def test_what_old_files_carry_along_changes_nothing(tmp_path, make, change):
-    """No prefix, a stored causal mask, stored ties, a pooler, position ids, as gpt2 and roberta-base of the hub."""
+    """No prefix, a stored causal mask, stored ties, a pooler, position ids, as gpt2 and
+    roberta-base of the hub."""
     make(tmp_path)
     expected, file = from_pretrained(tmp_path).state_dict(), tmp_path / "model.safetensors"
     save_file(change(load_file(file)), file)
@@ -217,11 +224,13 @@ def test_a_text_longer_than_the_context_is_refused(tiny):
         tiny()(torch.full((1, 17), 5))
 
 
-@pytest.mark.parametrize("config", [GPTConfig(500, 16, 128, 8, 2), LlamaConfig(500, 128, 256, 8, 2, 2, 64, 16),
+@pytest.mark.parametrize("config", [GPTConfig(500, 16, 128, 8, 2),
+                                    LlamaConfig(500, 128, 256, 8, 2, 2, 64, 16),
                                     RobertaConfig(500, 18, 128, 8, 2, 256)])
 def test_a_fresh_model_starts_as_in_its_paper(config):
-    """Matrices are N(0, .02^2); in GPT-2 and Llama those that write into the residual stream, two in each
-    of n blocks, smaller by sqrt(2 n); biases are 0 and norms 1. So the loss is that of knowing nothing, log V."""
+    """Matrices are N(0, .02^2); in GPT-2 and Llama those that write into the residual stream,
+    two in each of n blocks, smaller by sqrt(2 n); biases are 0 and norms 1. So the loss is that
+    of knowing nothing, log V."""
     model = {"gpt2": GPT, "llama": Llama, "roberta": RoBERTa}[config.model_type](config)
     for name, p in model.named_parameters():
         writes = model.causal and name.endswith(("attn.o.weight", "mlp.down.weight"))
@@ -289,17 +298,19 @@ def test_heads_are_kept_where_they_fit_and_fresh_where_not(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["GPT", "RobertaForMaskedLM", "RobertaForSequenceClassification"])
 def test_a_base_in_bf16_has_norms_and_a_head_in_fp32(tmp_path, kind):
-    """Linears and embeddings are rounded, norms are not, nor is the head of a classifier, which trains."""
+    """Linears and embeddings are rounded, norms are not, nor is the head of a classifier, which
+    trains."""
     their_gpt2(tmp_path) if kind == "GPT" else their_roberta(tmp_path, kind)
     half, exact = from_pretrained(tmp_path, dtype=torch.bfloat16), from_pretrained(tmp_path)
     for name, p in half.named_parameters():
         whole = name.startswith("classifier.") or "ln" in name or "layer_norm" in name
-        assert torch.equal(p, exact.get_parameter(name).to(torch.float32 if whole else torch.bfloat16)), name
-        assert p.dtype == (torch.float32 if whole else torch.bfloat16), name
+        assert p.dtype == (dtype := torch.float32 if whole else torch.bfloat16), name
+        assert torch.equal(p, exact.get_parameter(name).to(dtype)), name
 
 
 def test_a_fresh_head_is_drawn_from_the_seed(tmp_path):
-    """N(0, .02^2) with biases of 0; another seed draws another, and what draws nothing is the rest of the model."""
+    """N(0, .02^2) with biases of 0; another seed draws another, and what draws nothing is the
+    rest of the model."""
     their_roberta(tmp_path, "RobertaModel", hidden_size=48)
     heads = []
     for seed in (1, 1, 2):
@@ -347,7 +358,8 @@ def edit_weights(tensors):
     """Put tensors in, or with None take one out."""
     def change(folder):
         state = {**load_file(folder / "model.safetensors"), **tensors}
-        save_file({name: t for name, t in state.items() if t is not None}, folder / "model.safetensors")
+        save_file({name: t for name, t in state.items() if t is not None},
+                  folder / "model.safetensors")
     return change
 
 
@@ -384,9 +396,11 @@ BAD_GPT2 = [
     (edit_weights({"lm_head.bias": torch.ones(97)}), "holds unexpected lm_head.bias"),
     (edit_weights({"lm_head.weight": torch.ones(97, 24)}), "lm_head.weight differs"),
     (edit_weights({"module.transformer.ln_f.bias": torch.ones(24)}), "holds both"),
-    (truncate, "damaged"), (with_file("model.safetensors", b"\x80\x04pickle"), "damaged or no safetensors"),
+    (truncate, "damaged"),
+    (with_file("model.safetensors", b"\x80\x04pickle"), "damaged or no safetensors"),
     (with_file("model.safetensors", None), "has no model.safetensors"),
-    (with_file("config.json", b"{"), "not valid JSON"), (with_file("config.json", b"[]"), "not a JSON object"),
+    (with_file("config.json", b"{"), "not valid JSON"),
+    (with_file("config.json", b"[]"), "not a JSON object"),
     (with_file("config.json", None), "holds no config.json"),
 ]
 BAD_ROBERTA = [
@@ -406,12 +420,14 @@ BAD_ROBERTA = [
     (edit_weights({"roberta.a\nb.weight": torch.ones(1)}), "unexpected roberta.a\nb.weight"),
     (edit_weights({"classifier.dense.bias": torch.ones(24) * 1j}), "is of complex numbers"),
     (edit_weights({"roberta.encoder.layer.0.odd": torch.ones(1)}), "unexpected roberta.encoder."),
-    (edit_weights({"lm_head.decoder.weight": torch.ones(97, 24)}), f"lm_head.decoder.weight differs from {WORDS}"),
+    (edit_weights({"lm_head.decoder.weight": torch.ones(97, 24)}),
+     f"lm_head.decoder.weight differs from {WORDS}"),
 ]
 
 
 @pytest.mark.parametrize("make, change, message", [(their_gpt2, *case) for case in BAD_GPT2] + [
-    (their_roberta, *case) for case in BAD_ROBERTA], ids=[case[1] for case in BAD_GPT2 + BAD_ROBERTA])
+    (their_roberta, *case) for case in BAD_ROBERTA],
+    ids=[case[1] for case in BAD_GPT2 + BAD_ROBERTA])
 def test_a_bad_checkpoint_is_refused_with_its_reason(tmp_path, make, change, message):
     """Nothing is loaded halfway: each defect is named, with the file."""
     make(tmp_path)

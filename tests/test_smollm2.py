@@ -22,7 +22,8 @@ PROMPTS = ["The capital of France is", "name : The Mill | food : Italian ||", "L
 @pytest.fixture(scope="module")
 def models():
     """(ours, theirs), in fp32"""
-    theirs = oracle("transformers").AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    Theirs = oracle("transformers").AutoModelForCausalLM
+    theirs = Theirs.from_pretrained(FOLDER, dtype=torch.float32)
     return from_pretrained(FOLDER).eval(), theirs.eval()
 
 
