@@ -198,7 +198,7 @@ def test_bleu_and_nist_are_the_published_examples():
     ("exact", "exact_match", metrics.same_text), ("bleu", "bleu", metrics.bleu),
     ("rouge", "rouge_l", metrics.rouge_l)])
 def test_pairs_are_judged_by_all_completions_of_a_prompt(tmp_path, metric, name, worth):
-    """Of a prompt that stands there twice the first text counts, beside completions of all splits."""
+    """Of a prompt that stands there twice the first text counts, beside those of all splits."""
     (tmp_path / "train.jsonl").write_text("".join(
         json.dumps({"prompt": f"p {i % 9}", "completion": f"it is said that this is {i}"}) + "\n"
         for i in range(18)))
