@@ -111,7 +111,7 @@ def few_words(vocabulary, llama=False):
 @pytest.mark.parametrize("penalty", [0.0, 0.7, 1.0, 2.0])
 def test_enough_beams_find_the_best_of_all_texts(penalty):
     """5 words, up to 4 of them, each in turn the stop token: with a beam for every beginning it is
-    the best of all by exhaustion, early endings and late ones; also where the context ends first."""
+    the best of all by exhaustion, ending early and late; also where the context ends first."""
     model, lengths = few_words(5), set()
     options = {} if penalty == 1 else {"length_penalty": penalty}  # what it is unless told
     for prompt, room in (([1, 2], 4), ([1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1, 2, 3], 3)):
@@ -129,7 +129,7 @@ def test_enough_beams_find_the_best_of_all_texts(penalty):
 
 
 @pytest.mark.parametrize("beams, penalty, llama", [
-    (1, 1.0, False), (3, 0.9, False), (4, 2.0, False), (2, 0.0, True), (5, 0.9, True)])
+    (1, 1.0, False), (3, 0.9, False), (5, 0.9, False), (2, 0.0, True), (4, 2.0, True)])
 def test_beam_search_is_that_of_transformers(tmp_path, beams, penalty, llama):
     """Token for token, for prompts of different lengths decoded together, texts that end early and
     texts that max_new or the context cuts; one beam is greedy decoding."""
