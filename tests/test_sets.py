@@ -34,14 +34,17 @@ ROWS = {  # one row of each split, as the hub's
     "xsum": [{"document": "A long article. It goes on.", "summary": "An article.", "id": "1"}]}
 SWAG = {"activity_label": "Making tea", "ctx_a": "A pot [title] stands here.", "ctx_b": "he", "source_id": "x",
         "endings": ["pours it.", "eats  the pot.", "sings [step] loud.", "goes."], "label": "2", "split": "val"}
-ROWS["openorca"] = [{"id": "1", "system_prompt": "Be kind.", "question": "Who?", "response": "You."}]
+ROWS["openorca"] = [{"system_prompt": "Be kind.", "question": "Who?", "response": "You."}]
+ROWS["e2e"] = [{"meaning_representation": "name[A], food[B]", "human_reference": "A serves B."}]
+ROWS["gsm8k"] = [{"question": "1 + 1 ?", "answer": "1 + 1 = 2\n#### 2"}]
 ROWS |= {"hellaswag": [SWAG], "hellaswag-generated": [SWAG]}
 PAIR = {"svamp": ("Dan has 8 pens and lost 2 pens. How many has he?", "6"),
         "mathqa": ("a train runs 100 m in 5 s . its speed ? a ) 5 , b ) 10 , c ) 20 , d ) 50 , e ) none", "c"),
         "metamathqa": ("Question: What is 2 + 2? Think step by step.\nAnswer:", "2 + 2 = 4.\n#### 4\nThe answer is: 4"),
         "webnlg": ("A | capital | B && B | country | C", "B, in C, is the capital of A."),
         "xsum": ("A long article. It goes on.", "An article."),
-        "openorca": ("Be kind.\nWho?", "You."),
+        "openorca": ("Be kind.\nWho?", "You."), "e2e": ("name[A], food[B]", "A serves B."),
+        "gsm8k": ("1 + 1 ?", "1 + 1 = 2\n#### 2"),
         "hellaswag": ("Making tea: A pot. stands here. He", "sings loud."),
         "hellaswag-generated": ("Making tea: A pot. stands here. He 1) pours it. 2) eats the pot. 3) sings loud. "
                                 "4) goes.", "The answer is 3.")}
@@ -56,17 +59,35 @@ def folder(tmp_path, name, rows):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ROWS)
+def words(seed, n):
+    rng = random.Random(seed)
+    return [" ".join(rng.choice("the a cat dog sat on mat hat and red".split()) for _ in range(rng.randint(4, 12)))
+            for _ in range(n)]
+
+
+@pytest.mark.parametrize("name", sets.SETS)
 def test_a_row_of_the_hub_is_a_prompt_and_its_target(tmp_path, name):
-    """Ten rows a split; where the hub has no validation split a tenth of train is held out, and the splits say so."""
+    """Ten rows a split; where the hub has no validation split a tenth of train is held out, where it
+    has no test split another one, and the splits say so."""
     found = data.load(name, folder(tmp_path, name, ROWS[name] * 10))
     assert set(found["test"]) == {PAIR[name]}
-    sizes = {3: [10, 10, 10], 2: [9, 1, 10], 1: [8, 1, 1]}[1 if name == "openorca" else 2 if name in (
-        "svamp", "metamathqa", "hellaswag", "hellaswag-generated") else 3]
-    assert [len(found[split]) for split in ("train", "validation", "test")] == sizes
+    sizes = {"openorca": [8, 1, 1]}.get(name, [9, 1, 10] if name in (
+        "gsm8k", "svamp", "metamathqa", "hellaswag", "hellaswag-generated") else [10, 10, 10])
+    assert [len(found[split]) for split in sets.NAMES] == sizes
     said = data.about(name, "SPLITS")
     assert said["validation"] == ("validation" if sizes[0] == 10 else "1 rows of train")
     assert said["train"] == ("train" if sizes[0] == 10 else f"{sizes[0]} rows of train")
+
+
+def test_what_is_held_out_is_at_most_500_rows_and_always_the_same(tmp_path):
+    """Of 5,020 rows; each row is in one split, and train keeps its order."""
+    rows = [{**ROWS["openorca"][0], "response": f"answer {i}"} for i in range(5020)]
+    found = data.load("openorca", folder(tmp_path, "openorca", rows))
+    numbers = {split: [int(text.split()[1]) for _, text in found[split]] for split in sets.NAMES}
+    assert [len(numbers[split]) for split in sets.NAMES] == [5020 - 500 - 452, 500, 452]
+    assert sorted(sum(numbers.values(), [])) == list(range(5020))
+    assert all(some == sorted(some) for some in numbers.values())
+    assert numbers["validation"][:4] == [0, 1, 9, 12] and numbers["test"][:4] == [2, 3, 13, 16]
 
 
 def test_hellaswag_is_judged_by_the_likeliest_ending(tmp_path, base, monkeypatch):
@@ -97,11 +118,8 @@ def test_hellaswag_is_judged_by_the_likeliest_ending(tmp_path, base, monkeypatch
         assert without == pytest.approx(scores, abs=1e-3)
     assert found == {name: n / 10 for name, n in hits.items()} and found["acc"] != found["acc_norm"]
     asked = []
-
-    def spy(model, examples, *_, real=evaluate.log_likelihoods):
-        asked.extend(examples)
-        return real(model, examples, *_)
-    monkeypatch.setattr(evaluate, "log_likelihoods", spy)
+    monkeypatch.setattr(evaluate, "log_likelihoods", lambda _, encoded, *more: (
+        asked.extend(encoded) or [0] * 4))
     evaluate.choose(model, dataset, dataset.pairs["test"][:1], torch.device("cpu"), nullcontext())
     assert len(asked) == 4 and all(ids[-1] != dataset.tokenizer.eos for ids, _ in asked)
 
@@ -112,10 +130,6 @@ def test_a_run_on_hellaswag_selects_by_acc_norm(tmp_path, base):
                          str(base), "--rank", "2", "--steps", "2", "--batch-size", "4", "--out", str(tmp_path / "out")])
     assert result["selected"]["by"] == "validation acc_norm"
     assert result["metrics"]["merged"].keys() >= {"loss", "acc", "acc_norm"}
-
-
-def test_every_set_has_its_row_here():
-    assert ROWS.keys() | {"e2e", "gsm8k"} == sets.SETS.keys()  # these two are in test_data.py
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -188,87 +202,59 @@ def test_the_real_sets(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Scores
-
-def words(seed, n):
-    rng = random.Random(seed)
-    return [" ".join(rng.choice("the a cat dog sat on mat hat and red".split()) for _ in range(rng.randint(4, 12)))
-            for _ in range(n)]
-
-
-def test_scores_are_those_of_the_reference_implementations():
-    """Of a prediction file with one to three references each."""
-    texts, many = words(0, 30), [words(i, 3)[:1 + i % 3] for i in range(30)]
-    import sacrebleu
-    padded = [[group[i] if i < len(group) else None for group in many] for i in range(3)]
-    assert metrics.ter(texts, many) == pytest.approx(sacrebleu.TER().corpus_score(texts, padded).score, abs=1e-3)
-    from rouge_score import rouge_scorer
-    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    best = [[max((scorer.score(r, text)[name] for r in group), key=lambda s: s.fmeasure).fmeasure for name in
-             ("rouge1", "rouge2", "rougeL")] for text, group in zip(texts, many, strict=True)]
-    means = [sum(column) / 30 for column in zip(*best, strict=True)]
-    assert list(metrics.rouge(texts, many).values()) == pytest.approx(means, abs=1e-3)
-    Cider = pytest.importorskip("pycocoevalcap.cider.cider").Cider
-    expected, _ = Cider().compute_score(dict(enumerate(many)), {i: [text] for i, text in enumerate(texts)})
-    assert metrics.cider(texts, many) == pytest.approx(expected, abs=1e-3) and expected > 0
-
-
-def test_a_score_that_is_not_at_hand_is_named(monkeypatch, capsys):
-    """CIDEr without pycocoevalcap, METEOR without WordNet: a line each, no number."""
-    import generate
-    monkeypatch.setattr(metrics, "cider", lambda *_: None)
-    monkeypatch.setattr(metrics, "meteor", lambda *_: None)
-    scores = generate.judge("e2e", ["r"], ["a b c d e"], [["a b c d e"]])
-    said = capsys.readouterr().out
-    assert scores.keys() == {"BLEU", "NIST", "ROUGE_L"}
-    assert "CIDEr is left out: pip install pycocoevalcap" in said and "METEOR is left out" in said
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The hub
 
-LOAD = """import sys
+LOAD = """import json, sys
 from data import sets
-try:
-    print({split: (len(rows), rows[0]) for split, rows in sets.SETS[sys.argv[1]].load().items()})
-except ValueError as e:
-    print(e)"""
+for name in sys.argv[1:]:
+    try:
+        found = {split: (len(rows), rows[0]) for split, rows in sets.SETS[name].load().items()}
+    except ValueError as e:
+        found = str(e)
+    print("found", json.dumps(found))"""
 
 
-def from_hub(name, address, cache):
-    """The splits of a set in a fresh process, or the error."""
-    hub = {"HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run([sys.executable, "-c", LOAD, name], cwd=ROOT, capture_output=True, text=True, timeout=100,
-                          env={**os.environ, **hub})
+def from_hub(address, cache, *names):
+    """[the splits of a set, or the error] in a fresh process that may ask the hub."""
+    ask = {"HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1",
+           "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0",
+           "TRANSFORMERS_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", LOAD, *names], cwd=ROOT, capture_output=True,
+                          text=True, timeout=100, env={**os.environ, **ask})
     assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip()
+    return [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("found ")]
 
 
-@pytest.mark.parametrize("name, file", [
-    ("svamp", "data/{}-00000-of-00001.parquet"), ("xsum", "default/{}/0000.parquet"),
-    ("openorca", "1M-GPT4-Augmented.parquet")])
-def test_a_set_comes_from_the_hub_and_afterwards_from_its_cache(tmp_path, name, file):
-    """By `datasets`, of a revision where there is one; without the hub the files that it has kept, at once; where there
-    are none, and after a stream, which keeps nothing, one line."""
-    for split in sets.SETS[name].FILES:
-        path = tmp_path / "repo" / file.format(split)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[name] * 30), path)
+def test_a_set_comes_from_the_hub_and_afterwards_from_its_cache(tmp_path):
+    """By `datasets`, of a revision where there is one; without the hub the files that it has kept;
+    where there are none, and after a stream, which keeps nothing, one line."""
+    names = {"svamp": "data/{}-00000-of-00001.parquet", "xsum": "default/{}/0000.parquet",
+             "openorca": "1M-GPT4-Augmented.parquet"}
+    for name, file in names.items():
+        for split in sets.SETS[name].FILES:
+            path = tmp_path / "repo" / file.format(split)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[name] * 30), path)
     with fake_hub.serve(tmp_path / "repo") as (address, asked):
-        found = from_hub(name, address, tmp_path / "cache")
-    sizes = {"svamp": (27, 3, 30), "xsum": (30, 30, 30), "openorca": (25, 3, 2)}[name]
-    assert found == str(dict(zip(("train", "validation", "test"), ((n, PAIR[name]) for n in sizes), strict=True)))
-    assert any("refs%2Fconvert%2Fparquet" in path for path in asked) == (name == "xsum")
-    again = from_hub(name, address, tmp_path / "cache")
-    gone = f"dataset {sets.SETS[name].HUB} is not to be had from the hub (LocalEntryNotFoundError): give --data-dir a"
-    assert again.startswith(gone) if name == "openorca" else again == found
-    assert from_hub(name, address, tmp_path / "empty").startswith(gone)
+        found = from_hub(address, tmp_path / "cache", *names)
+    sizes = {"svamp": (27, 3, 30), "xsum": (30, 30, 30), "openorca": (25, 3, 2)}
+    assert found == [{split: [n, list(PAIR[name])] for split, n in zip(
+        sets.NAMES, sizes[name], strict=True)} for name in names]
+    converted = [path for path in asked if "refs%2Fconvert%2Fparquet" in path]
+    assert converted and all("xsum" in path for path in converted)
+    gone = [f"dataset {sets.SETS[name].HUB} is not to be had from the hub" for name in names]
+    again = from_hub(address, tmp_path / "cache", *names)
+    assert again[:2] == found[:2] and again[2].startswith(gone[2])
+    for said, start in zip(from_hub(address, tmp_path / "empty", *names), gone, strict=True):
+        assert said.startswith(start) and "(LocalEntryNotFoundError): give --data-dir a" in said
 
 
-def test_a_hub_that_does_not_answer_is_waited_for_once(no_network, monkeypatch):
-    """Five seconds at most, not five for each of the ways to ask."""
+@pytest.mark.parametrize("name, file", [("svamp", "train"), ("glue/mnli", "validation_matched")])
+def test_a_hub_that_does_not_answer_is_waited_for_once(no_network, monkeypatch, name, file):
+    """Five seconds at most, not five for each of the ways to ask; then a line says what to do."""
     asked = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "reachable", lambda url: asked.append(url))
-    with pytest.raises(ValueError, match="give --data-dir a folder"):
-        data.load("svamp")
-    assert len(asked) == 1
+    with pytest.raises(ValueError, match=f"give --data-dir a folder with .*{file}.jsonl"):
+        data.load(name)
+    assert len(asked) == 1 and asked[0].startswith("http://127.0.0.1:9/api/datasets/")
