@@ -11,6 +11,7 @@ import socket
 import time
 import urllib.error
 from pathlib import Path
+from unittest import mock
 
 import pyarrow
 import pyarrow.csv
@@ -34,26 +35,24 @@ UNICODE = "Café £ 20 - 25 — naïve 日本語 🙂\n\n  two  spaces\ttab\r\n'
 # Tokenizers
 
 def test_bpe_encodes_any_text_and_decodes_it_back(base):
-    """Byte fallback: also what the vocabulary never saw; the trained merges shorten what it saw."""
-    tokenizer = tokenizers.load(base, 320)
-    for sample in (UNICODE, "", " ", "\x00\ud7ff", restaurants.load()["test"][0][1]):
+    """Byte fallback: also what the vocabulary never saw; the merges shorten what it saw."""
+    tokenizer, rng = tokenizers.load(base, 320), random.Random(0)
+    samples = ["".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0x2FFF), 10, 32]))
+                       for _ in range(30)) for _ in range(300)]
+    for sample in (UNICODE, "", " ", "\x00\ud7ff", *samples):
         assert tokenizer.decode(tokenizer.encode_ordinary(sample)) == sample
+        assert "".join(regex.findall(tokenizers.PATTERN, sample)) == sample
     seen = restaurants.load()["validation"][0][1]
     assert len(tokenizer.encode_ordinary(seen)) < 0.8 * len(seen.encode())
     assert tokenizer.eos == 319
 
 
-def test_bpe_merges_the_most_frequent_pair_first():
-    """By hand: in "aab aab ab" the pair (a, b) stands three times, then (a, ab) twice; ties go by bytes."""
-    assert vocabulary.train(["aab", "aab", "ab"], 258)[256:] == [b"ab", b"aab"]
-    assert vocabulary.train(["xy", "ab"], 257)[256:] == [b"xy"]
-
-
 def test_bpe_training_is_the_definition():
-    """Against the plain algorithm: count all pairs anew before every merge."""
-    texts = [pair[1] for pair in restaurants.load()["validation"][:20]]
-    words = [[bytes([b]) for b in w.encode()] for t in texts for w in regex.findall(tokenizers.PATTERN, t)]
-    for token in vocabulary.train(texts, 300)[256:]:
+    """Count all pairs anew before every merge; the most frequent is merged, ties go by bytes."""
+    texts = [pair[1] for pair in restaurants.load()["validation"][:12]]
+    words = [[bytes([b]) for b in w.encode()] for t in texts
+             for w in regex.findall(tokenizers.PATTERN, t)]
+    for token in vocabulary.train(texts, 290)[256:]:
         pairs = [p for word in words for p in zip(word, word[1:], strict=False)]
         best = max(set(pairs), key=lambda p: (pairs.count(p), p))
         assert token == best[0] + best[1]
@@ -63,14 +62,8 @@ def test_bpe_training_is_the_definition():
                 if (word[i], word[i + 1]) == best:
                     word[i:i + 2] = [token]
                 i += 1
-
-
-def test_the_pattern_loses_nothing():
-    """The pieces of the pre-tokenizer, joined, are the text."""
-    rng = random.Random(0)
-    for _ in range(300):
-        sample = "".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0x2FFF), 10, 32])) for _ in range(30))
-        assert "".join(regex.findall(tokenizers.PATTERN, sample)) == sample
+    assert vocabulary.train(["aab", "aab", "ab"], 258)[256:] == [b"ab", b"aab"]
+    assert vocabulary.train(["xy", "ab"], 257)[256:] == [b"xy"]
 
 
 def test_gpt2_checkpoints_get_gpt2s_tokenizer(tmp_path, capsys):
@@ -90,7 +83,8 @@ def test_gpt2_checkpoints_get_gpt2s_tokenizer(tmp_path, capsys):
 
 @needs_real
 def test_robertas_ids_are_those_of_transformers(tmp_path):
-    """GPT-2's BPE and the checkpoint's vocab.json, on every line of SST-2 and on odd texts, single and in pairs."""
+    """GPT-2's BPE and the checkpoint's vocab.json, on lines of SST-2 and odd texts,
+    single and in pairs."""
     transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
     ours = tokenizers.RobertaTokenizer(Path(REAL) / "roberta-base-vocab", 50265)
     assert ours.build(ours.encode_ordinary("Hello world")) == [0, 31414, 232, 2]
@@ -102,7 +96,7 @@ def test_robertas_ids_are_those_of_transformers(tmp_path):
     shutil.copyfile(Path(REAL) / "roberta-base-vocab/vocab.json", tmp_path / "vocab.json")
     theirs = transformers.RobertaTokenizer.from_pretrained(tmp_path)
     texts = [json.loads(line)["sentence"] for split in ("train", "validation")
-             for line in (Path(REAL) / f"sst2/{split}.jsonl").read_text().splitlines()]
+             for line in (Path(REAL) / f"sst2/{split}.jsonl").read_text().splitlines()[::5]]
     texts += [UNICODE, "", " ", "  two leading spaces", "👩‍👩‍👧‍👦 family", "\ufeffmark", "a\u00a0b", "x" * 300]
     for line in texts:
         assert ours.build(ours.encode_ordinary(line)) == theirs(line)["input_ids"], line
@@ -180,128 +174,97 @@ def test_ranks_are_read_as_tiktoken_reads_them(tmp_path):
 
 # Datasets
 
-def test_every_reference_says_all_of_its_record():
-    """slots() finds every slot in every reference, and misses one that is changed or dropped."""
-    for split, pairs in restaurants.load().items():
+def test_restaurants_say_all_of_their_records_and_hold_names_out():
+    """The same every time; slots() finds every slot in every reference, and misses one that is
+    changed or dropped; no name of the test split is in training or in the pretraining text."""
+    splits = restaurants.load()
+    assert splits == restaurants.load()
+    for pairs in splits.values():
         score = restaurants.score(pairs, [sentence for _, sentence in pairs])
-        assert score == {"slots": 1.0, "names": 1.0}, split
+        assert score == {"slots": 1.0, "names": 1.0}
     record, sentence = next(p for p in pairs if "food : Thai" in p[0])
     assert not restaurants.slots(record.replace("Thai", "Greek"), sentence)["food"]
-    assert not restaurants.slots(record, "")["name"]
     assert not any(restaurants.slots(record, "").values())
-
-
-def test_restaurants_are_the_same_every_time_and_their_names_held_out():
-    """Two loads are equal; no name of the test split occurs in training or in the pretraining text."""
-    once, again = restaurants.load(), restaurants.load()
-    assert once == again
-    names = {split: {record.split(" : ")[1].split(" | ")[0] for record, _ in pairs} for split, pairs in once.items()}
-    assert not names["train"] & names["test"] and not names["train"] & names["validation"]
+    names = {split: {record.split(" : ")[1].split(" | ")[0] for record, _ in pairs}
+             for split, pairs in splits.items()}
+    assert not names["train"] & (names["test"] | names["validation"])
     assert all(restaurants.held_out(name) for name in names["test"])
     documents = "\n".join(world.documents(3000, 1))
     assert not [name for name in names["test"] if name in documents]
 
 
 def test_the_pretraining_text_never_shows_house_style_beside_a_record():
-    """The base may speak the style; which wording belongs to which value is for the adapter to learn."""
+    """The base may speak the style; which wording belongs to which value is for the adapter."""
     documents = world.documents(3000, 1)
     assert documents == world.documents(3000, 1) != world.documents(3000, 2)
     wordings = [w.lower() for values in restaurants.STYLE.values() for ws in values.values() for w in ws]
     spoken = [d for d in documents if any(f" {w} " in d.lower() for w in wordings)]
     assert 0.05 < len(spoken) / len(documents) < 0.2
-    assert not [d for d in spoken if any(mark in d for mark in (" : ", "=", "[", ": ", "||", " / "))]
+    marks = " : ", "=", "[", ": ", "||", " / "
+    assert not [d for d in spoken if any(mark in d for mark in marks)]
 
 
 def test_stdlib_splits_share_no_topic():
-    """The running Python's topics, each in one split."""
     splits = data.load("stdlib")
     texts = [t for pairs in splits.values() for _, t in pairs]
     assert len(set(texts)) == len(texts) and min(map(len, splits.values())) >= 5
 
 
-ROW = {"meaning_representation": "name : A | food : B", "human_reference": "A serves B ."}
-
-
-def write_e2e(folder, rows=(ROW, ROW), splits=sets.NAMES):
-    for split in splits:
+def write_rows(folder, **splits):
+    for split, rows in splits.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_e2e_from_jsonl_csv_and_parquet(tmp_path):
-    """The three formats of --data-dir give the same pairs."""
-    write_e2e(tmp_path)
-    (tmp_path / "test.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "test.jsonl").read_bytes() + b"\r\n\n")
-    expected = {split: [tuple(ROW.values())] * 2 for split in sets.NAMES}
-    assert data.load("e2e", tmp_path) == expected
-    for split in sets.NAMES[:2]:
-        (tmp_path / f"{split}.jsonl").unlink()
-    table = pyarrow.Table.from_pylist([ROW, ROW])
-    pyarrow.csv.write_csv(table, tmp_path / "train.csv")
-    pyarrow.parquet.write_table(table, tmp_path / "validation.parquet")
-    assert data.load("e2e", tmp_path) == expected
+ROW = {"meaning_representation": "name : A | food : B", "human_reference": "A serves B ."}
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "is empty"), (b'{"a": 1}\n', "train.jsonl, line 1: no column 'meaning_representation', only a"),
-    (json.dumps(ROW).encode() + b"\n{", "line 2: not JSON"),
-    (json.dumps(ROW).encode() + b"\n\xff\xfe", "line 2: not UTF-8"),
-    (b"[1]\n", "line 1: a JSON object is needed, not list"), (b"\n\n", "is empty"), (b"[" * 100000, "line 1: not JSON"),
-    (json.dumps({**ROW, "human_reference": "\udfff"}).encode(), "half a surrogate pair"),
-    (json.dumps({**ROW, "human_reference": None}).encode(), "human_reference must be text, not None"),
-    (json.dumps({**ROW, "human_reference": " "}).encode(), "human_reference must be text, not ' '")])
-def test_a_malformed_file_is_refused_with_its_line(tmp_path, content, message):
+@pytest.mark.parametrize("file, content, message", [
+    ("train.jsonl", b"", "is empty"), ("train.jsonl", b"\n\n", "is empty"),
+    ("train.jsonl", b'{"a": 1}\n', "line 1: no column 'meaning_representation', only a"),
+    ("train.jsonl", json.dumps(ROW).encode() + b"\n{", "line 2: not JSON"),
+    ("train.jsonl", json.dumps(ROW).encode() + b"\n\xff\xfe", "line 2: not UTF-8"),
+    ("train.jsonl", b"[1]\n", "line 1: a JSON object is needed, not list"),
+    ("train.jsonl", b"[" * 100000, "line 1: not JSON"),
+    ("train.jsonl", json.dumps({**ROW, "human_reference": "\udfff"}).encode(), "half a surrogate"),
+    ("train.jsonl", json.dumps({**ROW, "human_reference": None}).encode(), "text, not None"),
+    ("train.jsonl", json.dumps({**ROW, "human_reference": " "}).encode(), "must be text, not ' '"),
+    ("validation.parquet", b"PAR1", "damaged or no parquet"), ("validation.csv", b"", "is empty"),
+    ("validation.csv", b"a,b\n1,2\n", "line 2: no column"),
+    ("validation.csv", b"\xff\xff\n1\n", "line 1: not UTF-8"),
+    ("validation.csv", b"a,b\na,b,c\n", "line 2: 3 fields"),
+    ("validation.csv", b"a,a\n1,2\n", "same name"), ("validation.txt", b"", "no validation.jsonl"),
+    ("validation.csv", b'a,b\n"a,b\n', "line 2: not csv")])
+def test_a_malformed_file_is_refused_with_its_line(tmp_path, file, content, message):
     """Each defect with file, line and what was found."""
-    write_e2e(tmp_path)
-    (tmp_path / "train.jsonl").write_bytes(content)
+    write_rows(tmp_path, train=[ROW, ROW], test=[ROW])
+    if file.startswith("train"):
+        write_rows(tmp_path, validation=[ROW])
+    (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError) as e:
         data.load("e2e", tmp_path)
-    assert message in str(e.value)
+    assert message in str(e.value) and file.split(".")[0] in str(e.value)
 
 
-def test_missing_data_is_refused(tmp_path):
-    """A folder that is not there, a split that is not there, a damaged parquet."""
-    with pytest.raises(ValueError, match="does not exist"):
-        data.load("e2e", tmp_path / "nowhere")
-    write_e2e(tmp_path, splits=("train", "test"))
-    with pytest.raises(ValueError, match="no validation.jsonl, .json, .csv, .tsv or .parquet"):
-        data.load("e2e", tmp_path)
-    (tmp_path / "validation.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="damaged or no parquet"):
-        data.load("e2e", tmp_path)
-    (tmp_path / "validation.parquet").unlink()
-    for content, message in ((b"", "is empty"), (b"a,b\n1,2\n", "line 2: no column"), (b"\xff\xff\n1\n", "not UTF-8"),
-                             (b"meaning_representation,human_reference\na,b,c\n", "line 2: 3 fields, the first"),
-                             (b"a,a\n1,2\n", "two columns have the same name"),
-                             (b'meaning_representation,human_reference\n"a,b\n', "line 2: not csv")):
-        (tmp_path / "validation.csv").write_bytes(content)
+def test_data_that_are_not_there_are_refused(tmp_path):
+    write_rows(tmp_path, train=[ROW])
+    for name, path, message in (("e2e", tmp_path / "nowhere", "does not exist"),
+                                ("e2e", tmp_path / "train.jsonl", "is a file"),
+                                ("restaurants", tmp_path, "restaurants is generated")):
         with pytest.raises(ValueError, match=message):
-            data.load("e2e", tmp_path)
-    with pytest.raises(ValueError, match="is a file"):
-        data.load("e2e", tmp_path / "train.jsonl")
-    with pytest.raises(ValueError, match="restaurants is generated"):
-        data.load("restaurants", tmp_path)
+            data.load(name, path)
 
 
-def test_an_empty_question_is_a_question(tmp_path):
-    """QQP has an empty one or two; a record that is empty is refused."""
-    row = {"question1": "", "question2": "why ?", "label": 0}
-    for split in ("train", "validation"):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(4)))
-    assert data.load("glue/qqp", tmp_path)["test"] == [(("", "why ?"), 0)] * 4
-
-
-@pytest.mark.parametrize("name, rows", [
-    ("e2e", ROW), ("gsm8k", {"question": "1 + 1 ?", "answer": "#### 2"}), ("glue", {"sentence": "fine", "label": 1})])
-def test_a_datasets_file_shows_its_splits_when_it_is_run(tmp_path, monkeypatch, capsys, name, rows):
-    """python -m data.sets e2e FOLDER, python -m data.glue sst2 FOLDER: how many rows, and the first."""
-    for split in sets.NAMES:
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(rows) + "\n" for _ in range(4)))
+@pytest.mark.parametrize("name, row", [("e2e", ROW), ("glue", {"sentence": "fine", "label": 1})])
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_a_datasets_file_shows_its_splits_when_it_is_run(tmp_path, monkeypatch, capsys, name, row):
+    """python -m data.sets e2e FOLDER, python -m data.glue sst2 FOLDER: how many rows, the first."""
+    write_rows(tmp_path, **dict.fromkeys(sets.NAMES, [row] * 4))
     monkeypatch.setattr("sys.argv", [name, "sst2" if name == "glue" else name, str(tmp_path)])
     runpy.run_module("data.glue" if name == "glue" else "data.sets", run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["train", "validation", "test"]
     assert [int(line.split()[1]) for line in lines] == ([4, 4, 4] if name == "e2e" else [3, 1, 4])
-    assert all(next(iter(rows.values())) in line for line in lines)
+    assert all(next(iter(row.values())) in line for line in lines)
 
 
 def test_reviews_are_balanced_and_no_word_says_the_verdict():
@@ -345,16 +308,13 @@ def test_the_pretraining_opinions_never_judge_what_is_a_matter_of_taste():
     assert not any(line.endswith(tuple(verdicts)) for line in tasted) and len(tasted) + len(judged) == len(lines)
 
 
-SST2 = [{"sentence": f"film {i} is good", "label": 1} for i in range(30)] + [{"sentence": "it is bad", "label": 0}] * 10
-
-
-def write_rows(folder, **splits):
-    for split, rows in splits.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+SST2 = [{"sentence": f"film {i} is good", "label": 1} for i in range(30)]
+SST2 += [{"sentence": "it is bad", "label": 0}] * 10
 
 
 def test_glue_holds_out_a_tenth_of_train_and_reports_validation(tmp_path):
-    """SST-2 from files: train and held-out rows are the train split, each once; test is the validation split."""
+    """Of SST-2: train and held-out rows are the train split, each once; test is the validation
+    split. At most 1,000 rows are held out, always the same ones."""
     write_rows(tmp_path, train=SST2, validation=SST2[:3])
     found = data.load("glue/sst2", tmp_path)
     assert [len(found[s]) for s in ("train", "validation", "test")] == [36, 4, 3]
@@ -366,27 +326,37 @@ def test_glue_holds_out_a_tenth_of_train_and_reports_validation(tmp_path):
     pyarrow.csv.write_csv(pyarrow.Table.from_pylist(SST2), tmp_path / "train.csv")
     (tmp_path / "train.jsonl").unlink()
     assert data.load("glue/sst2", tmp_path) == found
+    write_rows(tmp_path, train=[{"sentence": f"{i}", "label": i % 2} for i in range(10020)])
+    found = data.load("glue/sst2", tmp_path)
+    assert [len(found[s]) for s in ("train", "validation")] == [9020, 1000]
+    assert [int(text) for (text,), _ in found["validation"][:5]] == [1, 3, 4, 18, 24]
+
+
+METRICS = {  # as GLUE reports them, MRPC and QQP by both; the first selects
+    "cola": ("matthews", "accuracy"), "sst2": ("accuracy",), "mrpc": ("f1", "accuracy"),
+    "stsb": ("pearson", "spearman"), "qqp": ("f1", "accuracy"), "mnli": ("accuracy",),
+    "qnli": ("accuracy",), "rte": ("accuracy",)}
 
 
 @pytest.mark.parametrize("name", glue.TASKS)
 def test_every_glue_task_reads_its_columns(tmp_path, name):
-    """Texts, labels and metrics of all eight tasks; STS-B's labels are numbers, MNLI has two test splits."""
+    """Texts, labels and metrics of all eight tasks; STS-B's labels are numbers, MNLI has two test
+    splits. An empty text is a text: QQP has an empty question or two."""
     task = glue.TASKS[name]
-    row = {**{column: f"a {column}" for column in task.COLUMNS}, "label": 3.8 if name == "stsb" else 1, "idx": 0}
-    tests = dict.fromkeys(task.TESTS.values(), [row])
-    write_rows(tmp_path, train=[row] * 10, **tests)
+    row = {**{column: f"a {column}" for column in task.COLUMNS}, task.COLUMNS[0]: "", "idx": 0}
+    row["label"] = 3.8 if name == "stsb" else 1
+    write_rows(tmp_path, train=[row] * 10, **dict.fromkeys(task.TESTS.values(), [row]))
     found = data.load(f"glue/{name}", tmp_path)
-    assert found["test"] == [(tuple(f"a {column}" for column in task.COLUMNS), row["label"])]
+    assert found["test"] == [(tuple(row[column] for column in task.COLUMNS), row["label"])]
     assert ("mismatched" in found) == (name == "mnli")
     assert len(data.about(f"glue/{name}", "LABELS")) == {"stsb": 1, "mnli": 3}.get(name, 2)
-    first = {"cola": "matthews", "stsb": "pearson", "mrpc": "f1", "qqp": "f1"}.get(name, "accuracy")
-    assert data.about(f"glue/{name}", "METRICS")[0] == first
+    assert data.about(f"glue/{name}", "METRICS") == METRICS[name]
 
 
 @pytest.mark.parametrize("name, row, message", [
     ("sst2", {"sentence": "a"}, "line 1: no column 'label', only sentence"),
     ("sst2", {"sentence": "a", "label": 2}, "label must be one of 0 negative, 1 positive; not 2"),
-    ("sst2", {"sentence": "a", "label": -1}, "not -1"), ("sst2", {"sentence": "a", "label": 0.5}, "not 0.5"),
+    ("sst2", {"sentence": "a", "label": -1}, "not -1"),
     ("sst2", {"sentence": "a", "label": "good"}, "label must be a number, not 'good'"),
     ("sst2", {"sentence": "a", "label": float("nan")}, "not nan"),
     ("sst2", {"sentence": "a", "label": True}, "label must be a number, not True"),
@@ -405,17 +375,14 @@ def test_a_malformed_label_is_refused_with_its_line(tmp_path, name, row, message
 
 def test_gsm8k_is_judged_by_its_final_number(tmp_path):
     """The number after ####, however written; a file without one is refused with its line."""
-    for answer, number in (("so 3 + 4 = 7\n#### 7", 7), ("#### $1,200.50 ", 1200.5), ("#### -3", -3), ("it is 7", None),
-                           ("#### 1\n#### 2", 2)):
+    for answer, number in (("so 3 + 4 = 7\n#### 7", 7), ("#### $1,200.50 ", 1200.5),
+                           ("#### -3", -3), ("it is 7", None), ("#### 1\n#### 2", 2)):
         assert sets.final_number(answer) == number
-    rows = [{"question": f"What is {i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(20)]
+    rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(20)]
     write_rows(tmp_path, train=rows, test=rows[:2])
     found = data.load("gsm8k", tmp_path)
-    assert [len(found[s]) for s in ("train", "validation", "test")] == [18, 2, 2]
-    assert not set(found["train"]) & set(found["validation"])
-    answers = [answer for _, answer in found["test"]]
-    assert sets.SETS["gsm8k"].score(found["test"], answers) == {"exact_match": 1.0}
-    assert sets.SETS["gsm8k"].score(found["test"], ["#### 1", "no idea"]) == {"exact_match": 0.5}
+    for texts, right in ((["#### 1", "= 2\n#### 2"], 1.0), (["#### 1.0", "no idea"], 0.5)):
+        assert sets.SETS["gsm8k"].score(found["test"], texts) == {"exact_match": right}
     for answer in ("b", "#### 5 and more", "#### 1/2", "#### "):
         write_rows(tmp_path, train=[{"question": "a", "answer": answer}])
         with pytest.raises(ValueError, match="line 1: answer must end with ####"):
@@ -431,39 +398,21 @@ def parquet(rows):
 
 
 def test_datasets_of_the_hub_are_read_from_its_cache(no_network, tmp_path):
-    """e2e, GLUE and gsm8k, laid out as on the hub, parquet in one part or several, give what --data-dir gives."""
-    write_e2e(tmp_path)
-    hub_cache(no_network, sets.SETS["e2e"].HUB, {f"default/{s}/0000.parquet": parquet([ROW, ROW]) for s in sets.NAMES},
-              sets.PARQUET)
-    assert data.load("e2e") == data.load("e2e", tmp_path)
-    write_rows(tmp_path, train=SST2, validation=SST2[:3])
-    hub_cache(no_network, glue.HUB, {"sst2/train-00000-of-00002.parquet": parquet(SST2[:25]),
-                                     "sst2/train-00001-of-00002.parquet": parquet(SST2[25:]),
-                                     "sst2/validation-00000-of-00001.parquet": parquet(SST2[:3])})
-    assert data.load("glue/sst2") == data.load("glue/sst2", tmp_path)
+    """e2e, GLUE and gsm8k, laid out as on the hub, parquet in one part or several, give what
+    --data-dir gives."""
     rows = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(20)]
-    write_rows(tmp_path, train=rows, test=rows)
-    hub_cache(no_network, "openai/gsm8k", {f"main/{split}-00000-of-00001.parquet": parquet(rows)
-                                           for split in ("train", "test")})
-    assert data.load("gsm8k") == data.load("gsm8k", tmp_path)
-
-
-@pytest.mark.parametrize("name", ["e2e", "gsm8k", "glue/mnli"])
-def test_a_dataset_that_is_not_to_be_had_says_what_to_do(no_network, name):
-    """Within seconds, in one line that names --data-dir and its files."""
-    start = time.time()
-    with pytest.raises(ValueError, match=r"is not to be had from the hub .*give --data-dir a folder with train.jsonl"):
-        data.load(name)
-    assert time.time() - start < 10
-
-
-def test_a_server_that_never_answers_is_given_up():
-    """A host that takes the connection and stays silent is unreachable after the time limit; nonsense is at once."""
-    assert not hub.reachable("foo") and not hub.reachable("http://127.0.0.1:9")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        start = time.time()
-        assert not hub.reachable(f"http://127.0.0.1:{server.getsockname()[1]}", seconds=0.5)
-        assert 0.4 < time.time() - start < 3
+    for name, repo, revision, splits, files in (
+            ("e2e", sets.SETS["e2e"].HUB, sets.PARQUET, dict.fromkeys(sets.NAMES, [ROW, ROW]),
+             {f"default/{s}/0000.parquet": [ROW, ROW] for s in sets.NAMES}),
+            ("glue/sst2", glue.HUB, "main", dict(train=SST2, validation=SST2[:3]),
+             {"sst2/train-00000-of-00002.parquet": SST2[:25],
+              "sst2/train-00001-of-00002.parquet": SST2[25:],
+              "sst2/validation-00000-of-00001.parquet": SST2[:3]}),
+            ("gsm8k", "openai/gsm8k", "main", dict(train=rows, test=rows),
+             {f"main/{split}-00000-of-00001.parquet": rows for split in ("train", "test")})):
+        write_rows(tmp_path, **splits)
+        hub_cache(no_network, repo, {path: parquet(part) for path, part in files.items()}, revision)
+        assert data.load(name) == data.load(name, tmp_path)
 
 
 def test_text_is_split_in_order_or_by_file(tmp_path):
@@ -489,51 +438,53 @@ def test_text_is_split_in_order_or_by_file(tmp_path):
 # Encoding and batches
 
 def test_records_carry_loss_on_their_text_only(base):
-    """targets are the sentence and <|endoftext|>, shifted by one; the record and the padding are -100."""
+    """targets are the sentence and <|endoftext|>, shifted by one, as far as the context goes; the
+    record and the padding are -100. A record that leaves no room gives no example, a sentence that
+    is cut is counted."""
     tokenizer = tokenizers.load(base, 320)
     pairs = [("name : A", "A is a pub ."), ("name : The Swan | food : Thai", "The Swan is Thai .")]
-    task = Write(tokenizer, 100)
-    examples, cut = task.encode(pairs)
-    idx, targets, real = task.collate(examples)
-    assert cut == 0
-    for i, (record, sentence) in enumerate(pairs):
-        prompt, target = tokenizer.encode_ordinary(record + " ||"), tokenizer.encode_ordinary(" " + sentence)
-        ids = [319, *prompt, *target, 319]
-        assert idx[i].tolist() == ids[:-1] + [0] * (idx.shape[1] - len(ids) + 1)
-        assert targets[i][targets[i] != -100].tolist() == [*target, 319]
-        first = (targets[i] != -100).nonzero()[0].item()
-        assert first == len(prompt) and real[i].sum() == len(ids) - 1
+    encoded = [tokenizer.encode_ordinary_batch([record + " ||", " " + sentence])
+               for record, sentence in pairs]
+    for context in range(2, 60):
+        task = Write(tokenizer, context)
+        examples, cut = task.encode(pairs)
+        fits = [len(prompt) + 1 < context for prompt, _ in encoded]
+        assert [example is not None for example in examples] == fits
+        assert cut == sum(fit and len(p) + len(t) + 1 > context
+                          for fit, (p, t) in zip(fits, encoded, strict=True))
+        if all(fits):
+            idx, targets, real = task.collate(examples)
+            for i, (prompt, target) in enumerate(encoded):
+                ids = [319, *prompt, *target, 319][:context + 1]
+                assert idx[i].tolist() == ids[:-1] + [0] * (idx.shape[1] - len(ids) + 1)
+                expected = [-100] * len(prompt) + ids[1 + len(prompt):]
+                assert targets[i].tolist() == expected + [-100] * (idx.shape[1] - len(expected))
+                assert real[i].tolist() == [j < len(ids) - 1 for j in range(idx.shape[1])]
 
 
-def test_texts_longer_than_the_context_are_cut_and_counted(base):
-    """A record's sentence is cut at the context and counted; a record that fills it alone gives no example."""
-    tokenizer = tokenizers.load(base, 320)
-    task = Write(tokenizer, 30)
-    examples, cut = task.encode([("name : A", "A is a pub . " * 50), ("name : A", "A .")])
-    assert cut == 1 and [len(ids) for ids, _ in examples][0] == 31
-    assert task.encode([("name : A " * 30, "A .")]) == ([None], 0)
-
-
-def test_plain_text_predicts_every_token_once(base):
-    """Pieces overlap by one token: the targets of all pieces, in order, are the text and <|endoftext|>."""
-    tokenizer = tokenizers.load(base, 320)
-    sample = restaurants.load()["test"][0][1] * 3
-    examples, _ = Write(tokenizer, 16).encode([("", sample)])
-    assert max(len(ids) for ids, _ in examples) == 17
-    targets = [t for ids, start in examples for t in ids[start:]]
-    assert targets == [*tokenizer.encode_ordinary(sample), 319]
-
-
-def test_batches_hold_every_example_once_and_neighbours_in_length():
-    """An epoch is a permutation, the same for the same seed; within a batch lengths are alike."""
-    rng = random.Random(0)
-    examples = [([0] * rng.randrange(5, 200), 1) for _ in range(1000)]
-    batches = data.epoch_batches(examples, 16, "0/0")
-    assert sorted(i for b in batches for i in b) == list(range(1000))
-    assert batches == data.epoch_batches(examples, 16, "0/0") != data.epoch_batches(examples, 16, "0/1")
-    lengths = [[len(examples[i][0]) for i in b] for b in batches]
-    padding = sum(max(b) * len(b) - sum(b) for b in lengths) / sum(map(sum, lengths))
-    assert padding < 0.1
+@pytest.mark.parametrize("masks", [False, True], ids=["write", "mask"])
+def test_every_token_of_a_plain_text_is_in_one_piece(base, small_roberta, masks):
+    """For a GPT every token but the first is a target exactly once, and its input is the one before,
+    whatever the length: nothing is lost at the borders or the end, no piece is without a target.
+    For a RoBERTa every token stands in one framed piece."""
+    folder = small_roberta if masks else base
+    tokenizer = tokenizers.for_model(folder, from_pretrained(folder).config)
+    task = Mask(tokenizer, 10) if masks else Write(tokenizer, 8)
+    texts = ["a" * n for n in range(masks, 27)] + [restaurants.load()["test"][0][1]]
+    for sample in texts:
+        ids = tokenizer.encode_ordinary(sample)
+        pieces, cut = task.encode([("", sample)])
+        assert cut == 0 and pieces == task.encode([("", "b"), ("", sample)])[0][1:]
+        if masks:
+            assert all(piece[0] == tokenizer.bos and piece[-1] == tokenizer.eos and
+                       2 < len(piece) <= 10 for piece, _ in pieces)
+            assert [i for piece, _ in pieces for i in piece[1:-1]] == ids
+            continue
+        idx, targets, real = task.collate(pieces)
+        assert idx.shape[1] <= 8 and real.any(1).all() and torch.equal(targets != -100, real)
+        assert targets[real].tolist() == [*ids, tokenizer.eos]
+        assert idx[real].tolist() == [tokenizer.bos, *ids]
+    assert len(pieces) > 5
 
 
 def test_labelled_texts_and_pairs_are_framed_padded_and_cut(small_roberta):
@@ -576,16 +527,6 @@ def test_masking_asks_for_what_it_hides(small_roberta):
     assert torch.equal(task.collate(examples, "a")[0], idx) and not torch.equal(task.collate(examples, "b")[0], idx)
 
 
-def test_plain_text_for_masking_is_cut_into_pieces_that_hold_every_token_once(small_roberta):
-    """Each piece framed; together, in order, they are the text."""
-    tok = tokenizers.RobertaTokenizer(small_roberta, 325)
-    sample = "the soup was cold and the waiter was kind . " * 9
-    examples, cut = Mask(tok, 20).encode([("", sample)])
-    assert cut == 0 and max(len(ids) for ids, _ in examples) == 20
-    assert all(ids[0] == tok.bos and ids[-1] == tok.eos for ids, _ in examples)
-    assert [i for ids, _ in examples for i in ids[1:-1]] == tok.encode_ordinary(sample)
-
-
 def test_a_roberta_is_not_asked_to_write(small_roberta):
     """restaurants, e2e and gsm8k are for a GPT; plain text becomes masked words."""
     model = from_pretrained(small_roberta)
@@ -610,25 +551,27 @@ def test_the_shipped_roberta_reads_denials():
     tok = tokenizers.RobertaTokenizer(folder, model.config.vocab_size)
     verdicts = [tok.encode_ordinary(word)[0] for word in (" bad", " good")]
     right = []
-    for _ in range(200):
+    for _ in range(100):
         opinion, verdict = reviews.clause(rng, reviews.GOOD, reviews.BAD, shares=(1, 1, 1))
         ids = tok.build([*tok.encode_ordinary(f"{opinion} , so the verdict is"), tok.mask, *tok.encode_ordinary(" .")])
         logits = model(torch.tensor([ids]))[0][0, ids.index(tok.mask)]
         right.append(logits[verdicts].argmax().item() == verdict)
-    assert sum(right) > 180
+    assert sum(right) > 90
 
 
-@pytest.mark.parametrize("error, answers", [
-    (None, True), (urllib.error.HTTPError("u", 404, "not found", None, None), True), (OSError("no route"), False),
-    (http.client.BadStatusLine("?"), False), (ValueError("unknown url type"), False)])
-def test_a_hub_that_says_no_is_there(error, answers, monkeypatch):
-    """An answer is an answer; no route, no HTTP and no URL are none."""
-    def urlopen(*_, **__):
-        if error:
-            raise error
-        return contextlib.nullcontext()
-    monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    assert hub.reachable("http://hub.example/x") == answers
+def test_a_hub_that_says_no_is_there(monkeypatch):
+    """An answer is an answer; no route, no HTTP, no URL, and silence for too long are none."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        start = time.time()
+        assert not hub.reachable(f"http://127.0.0.1:{server.getsockname()[1]}", seconds=0.5)
+        assert 0.4 < time.time() - start < 3
+
+    for said, answers in (
+            ([contextlib.nullcontext()], True), (OSError("no route"), False),
+            (urllib.error.HTTPError("u", 404, "not found", None, None), True),
+            (http.client.BadStatusLine("?"), False), (ValueError("unknown url type"), False)):
+        monkeypatch.setattr("urllib.request.urlopen", mock.Mock(side_effect=said))
+        assert hub.reachable("http://hub.example/x") == answers
 
 
 @pytest.mark.parametrize("answers", [True, False])
