@@ -115,14 +115,6 @@ def test_numbers_and_two_texts_train_and_answer(tmp_path, small_roberta, capsys)
     assert "x 1\n  -> " in ask(capsys, tmp_path / "out", "x 1", "x 2")
 
 
-def test_a_book_trains_and_goes_on(tmp_path, base, capsys):
-    """A .txt: its end is held out; the merged model continues a beginning."""
-    (tmp_path / "book.txt").write_text("The fox and the oak and the rock . " * 300)
-    result = run(tmp_path / "out", "--model", base, "--dataset", "text", "--data-dir", tmp_path / "book.txt")
-    assert result["metrics"]["merged"]["loss"] < result["metrics"]["base"]["loss"]
-    assert ask(capsys, tmp_path / "out", "The fox", "--max-new", 5)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
@@ -318,11 +310,11 @@ def test_flags_that_do_not_fit_are_a_line(tmp_path, capsys, flags, message):
 
 
 def test_the_page_on_own_data_runs_as_it_stands(tmp_path, monkeypatch, capsys):
-    """Its files and its commands, with few steps."""
+    """Its files and its commands, with few steps: pairs, labels and a book."""
     page = (ROOT / "data/README.md").read_text()
-    for name, text in re.findall(r"^`(\S+)`:\n\n```\w+\n(.*?)```", page, re.MULTILINE | re.DOTALL):
+    files = re.findall(r"^`(\S+)`:\n\n```\w+\n(.*?)```", page, re.MULTILINE | re.DOTALL)
+    for name, text in [*files, ("book.txt", "It was the best of times , it was the worst . " * 99)]:
         (tmp_path / name).write_text(text)
-    (tmp_path / "book.txt").write_text("It was the best of times , it was the worst of times . " * 99)
     monkeypatch.chdir(tmp_path)
     commands = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
     assert len(commands) == 6
