@@ -463,7 +463,7 @@ def test_records_carry_loss_on_their_text_only(base):
 
 @pytest.mark.parametrize("masks", [False, True], ids=["write", "mask"])
 def test_every_token_of_a_plain_text_is_in_one_piece(base, small_roberta, masks):
-    """For a GPT every token but the first is a target exactly once, and its input is the one before,
+    """For a GPT every token but the first is a target exactly once, its input is the one before it,
     whatever the length: nothing is lost at the borders or the end, no piece is without a target.
     For a RoBERTa every token stands in one framed piece."""
     folder = small_roberta if masks else base

@@ -61,14 +61,14 @@ def folder(tmp_path, name, rows):
 
 def words(seed, n):
     rng = random.Random(seed)
-    return [" ".join(rng.choice("the a cat dog sat on mat hat and red".split()) for _ in range(rng.randint(4, 12)))
-            for _ in range(n)]
+    some = "the a cat dog sat on mat hat and red".split()
+    return [" ".join(rng.choice(some) for _ in range(rng.randint(4, 12))) for _ in range(n)]
 
 
 @pytest.mark.parametrize("name", sets.SETS)
 def test_a_row_of_the_hub_is_a_prompt_and_its_target(tmp_path, name):
-    """Ten rows a split; where the hub has no validation split a tenth of train is held out, where it
-    has no test split another one, and the splits say so."""
+    """Ten rows a split; where the hub has no validation or no test split a tenth of train is held
+    out for it, and the splits say so."""
     found = data.load(name, folder(tmp_path, name, ROWS[name] * 10))
     assert set(found["test"]) == {PAIR[name]}
     sizes = {"openorca": [8, 1, 1]}.get(name, [9, 1, 10] if name in (
@@ -112,7 +112,8 @@ def test_hellaswag_is_judged_by_the_likeliest_ending(tmp_path, base, monkeypatch
             hits[name] += max(range(4), key=values.__getitem__) == row["label"]
         encoded, _ = dataset.task.encode([(query, ending) for ending in row["endings"]])
         encoded = [(ids[:-1], start) for ids, start in encoded]
-        nats = evaluate.log_likelihoods(model, encoded, dataset.task, torch.device("cpu"), nullcontext())
+        nats = evaluate.log_likelihoods(
+            model, encoded, dataset.task, torch.device("cpu"), nullcontext())
         assert nats == pytest.approx(scores, abs=1e-3)
     assert found == {name: n / 10 for name, n in hits.items()} and found["acc"] != found["acc_norm"]
     asked = []
