@@ -1,6 +1,8 @@
 """Tiny models and the list of method variants that the parametrised tests run over."""
 import itertools
+import json
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -9,6 +11,7 @@ if "gpu" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["OMP_NUM_THREADS"] = "1"  # for tensors this small threads cost more than they bring; read by torch
 
 import pytest
+import tiktoken
 import torch
 import torch.nn as nn
 
@@ -16,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import lora  # noqa: E402
-from checkpoints import hub  # noqa: E402
+from checkpoints import hub, tokenizers  # noqa: E402
 from checkpoints.pretrained import save_pretrained  # noqa: E402
 from data import restaurants, reviews  # noqa: E402
 from experiments import vocabulary  # noqa: E402
@@ -33,9 +36,50 @@ def long(request):
     return request.config.getoption("--long")
 
 
-REAL = os.environ.get("REAL_DATA")  # a folder with sst2/ and roberta-base-vocab/vocab.json
-needs_real = pytest.mark.skipif(not (REAL and os.environ.get("TIKTOKEN_CACHE_DIR")), reason="RoBERTa's vocabulary: set "
-                                "REAL_DATA and TIKTOKEN_CACHE_DIR to folders that hold it")
+# A folder with real texts (e2e, sst2, gsm8k, svamp, webnlg), GPT-2's vocabulary (tiktoken_cache) and RoBERTa's
+# (roberta-base-vocab). Without it the same tests run on what `texts_folder` and `made_gpt2` make.
+DATA = os.environ.get("DATA")
+if DATA:
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", f"{DATA}/tiktoken_cache")
+
+
+def made_gpt2():
+    """A vocabulary of GPT-2's size for its pattern: all bytes, and 50,000 pairs of bytes in a random order."""
+    pairs = [bytes([a, b]) for a in range(256) for b in range(256)]
+    tokens = [bytes([b]) for b in range(256)] + random.Random(0).sample(pairs, 50000)
+    return tiktoken.Encoding("gpt2", pat_str=tokenizers.PATTERN, special_tokens={"<|endoftext|>": 50256},
+                             mergeable_ranks={token: rank for rank, token in enumerate(tokens)})
+
+
+if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+    GPT2 = made_gpt2()
+    tiktoken.get_encoding = lambda name: GPT2
+
+
+@pytest.fixture(scope="session")
+def texts_folder(tmp_path_factory):
+    """DATA, or a folder like it with texts of the embedded datasets."""
+    if DATA:
+        return Path(DATA)
+    folder = tmp_path_factory.mktemp("texts")
+    names = tokenizers.name_tokens(tokenizers.gpt2_tokens())
+    special = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 50264}
+    ids = iter(random.Random(1).sample(range(4, 50264), 50256))
+    write_rows = {
+        "sst2": ((f"{split}.jsonl", [{"sentence": texts[0], "label": label} for texts, label in pairs])
+                 for split, pairs in reviews.load().items() if split != "test"),
+        "e2e": ((f"{split}.jsonl", [{"meaning_representation": record, "human_reference": text}
+                                    for record, text in pairs]) for split, pairs in restaurants.load().items()),
+        "gsm8k": [("train.jsonl", [{"question": text, "answer": f"{text} #### {n}"}
+                                   for n, (_, text) in enumerate(restaurants.load()["train"])])]}
+    for name, files in write_rows.items():
+        (folder / name).mkdir()
+        for file, rows in files:
+            (folder / name / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "roberta-base-vocab").mkdir()
+    (folder / "roberta-base-vocab/vocab.json").write_text(
+        json.dumps({**special, **{name: next(ids) for name in names}}))
+    return folder
 
 
 def variants():

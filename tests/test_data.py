@@ -3,14 +3,12 @@ import base64
 import contextlib
 import http.client
 import json
-import os
 import random
 import runpy
 import shutil
 import socket
 import time
 import urllib.error
-from pathlib import Path
 from unittest import mock
 
 import pyarrow
@@ -20,7 +18,7 @@ import pytest
 import regex
 import tiktoken
 import torch
-from conftest import REAL, ROOT, hub_cache, needs_real
+from conftest import DATA, ROOT, hub_cache
 
 import data
 from checkpoints import hub, tokenizers
@@ -67,13 +65,12 @@ def test_bpe_training_is_the_definition():
 
 
 def test_gpt2_checkpoints_get_gpt2s_tokenizer(tmp_path, capsys):
-    """50,257 embeddings and no tokenizer: GPT-2's own, and a line says so; "Hello world" is 15496 995."""
-    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
-        pytest.skip("GPT-2's vocabulary: set TIKTOKEN_CACHE_DIR to a folder that holds it")
+    """50,257 embeddings and no tokenizer: GPT-2's own, and a line says so; its "Hello world" is 15496 995."""
     tokenizer = tokenizers.load(tmp_path, 50257)
     assert "has no tokenizer: its 50257 embeddings are taken for GPT-2's vocabulary" in capsys.readouterr().out
     theirs = tiktoken.get_encoding("gpt2")
-    assert tokenizer.encode_ordinary("Hello world") == [15496, 995] and tokenizer.eos == 50256
+    assert tokenizer.eos == 50256
+    assert not DATA or tokenizer.encode_ordinary("Hello world") == [15496, 995]
     rng = random.Random(0)
     for _ in range(300):
         sample = "".join(rng.choice("ab cZ é ß\n\t'sll 12中🙂<|endoftext|>") for _ in range(rng.randrange(40)))
@@ -81,22 +78,21 @@ def test_gpt2_checkpoints_get_gpt2s_tokenizer(tmp_path, capsys):
         assert tokenizer.decode(theirs.encode_ordinary(sample)) == sample
 
 
-@needs_real
-def test_robertas_ids_are_those_of_transformers(tmp_path):
+def test_robertas_ids_are_those_of_transformers(tmp_path, texts_folder):
     """GPT-2's BPE and the checkpoint's vocab.json, on lines of SST-2 and odd texts,
     single and in pairs."""
     transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
-    ours = tokenizers.RobertaTokenizer(Path(REAL) / "roberta-base-vocab", 50265)
-    assert ours.build(ours.encode_ordinary("Hello world")) == [0, 31414, 232, 2]
+    ours = tokenizers.RobertaTokenizer(texts_folder / "roberta-base-vocab", 50265)
+    assert not DATA or ours.build(ours.encode_ordinary("Hello world")) == [0, 31414, 232, 2]
     # transformers wants GPT-2's merges, which follow from the ranks: a token was merged from its two best-ranked parts
     letters, ranks = tokenizers.byte_letters(), tiktoken.get_encoding("gpt2")._mergeable_ranks
     lines = [" ".join("".join(letters[b] for b in part) for part in parts_of(token, rank, ranks))
              for token, rank in sorted(ranks.items(), key=lambda item: item[1]) if len(token) > 1]
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n")
-    shutil.copyfile(Path(REAL) / "roberta-base-vocab/vocab.json", tmp_path / "vocab.json")
+    shutil.copyfile(texts_folder / "roberta-base-vocab/vocab.json", tmp_path / "vocab.json")
     theirs = transformers.RobertaTokenizer.from_pretrained(tmp_path)
     texts = [json.loads(line)["sentence"] for split in ("train", "validation")
-             for line in (Path(REAL) / f"sst2/{split}.jsonl").read_text().splitlines()[::5]]
+             for line in (texts_folder / f"sst2/{split}.jsonl").read_text().splitlines()[::5]]
     texts += [UNICODE, "", " ", "  two leading spaces", "👩‍👩‍👧‍👦 family", "\ufeffmark", "a\u00a0b", "x" * 300]
     for line in texts:
         assert ours.build(ours.encode_ordinary(line)) == theirs(line)["input_ids"], line
@@ -141,7 +137,6 @@ def test_a_bad_roberta_vocabulary_is_refused(tmp_path, small_roberta):
             tokenizers.RobertaTokenizer(tmp_path, 6)
 
 
-@needs_real
 def test_a_vocabulary_of_other_tokens_is_refused(tmp_path):
     """A vocab.json alone has to hold GPT-2's tokens: nothing says how a text becomes invented words."""
     special = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 99}

@@ -6,11 +6,10 @@ import json
 import math
 import shutil
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import REAL, batch, every_variant, factors, needs_real, tiny_llama, tokens, variants
+from conftest import DATA, batch, every_variant, factors, tiny_llama, tokens, variants
 from conftest import adapt as adapted
 from safetensors.torch import load_file, save_file
 from test_model import padded_texts, their_gpt2, their_roberta
@@ -515,7 +514,7 @@ def test_activation_checkpointing_keeps_less(monkeypatch):
 def sentencepiece_like(folder, bos=True):
     """A tokenizer.json as Llama 2's: a space before every text, no cuts, bytes for what it does not know, and <s>."""
     from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
-    lines = [row["question"] for row in map(json.loads, open(f"{REAL}/gsm8k/train.jsonl"))][:300] if REAL else []
+    lines = [row["question"] for row in map(json.loads, open(f"{DATA}/gsm8k/train.jsonl"))][:300] if DATA else []
     lines += ["The Mill serves Italian food.", "a b c", "name : The Mill || It is cheap."] * 20
     bytes_ = [f"<0x{b:02X}>" for b in range(256)]
     backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -587,11 +586,11 @@ def test_a_record_and_its_text_are_encoded_as_one(tmp_path):
         Write(tokenizers.load(tmp_path, 1000, None), 64).encode(pairs)
 
 
-def real_lines():
-    """Every line of the real data sets, as texts."""
+def lines_of(texts_folder):
+    """Every line of the data sets, as texts."""
     import pyarrow.parquet
     for path in sorted(path for name in ("e2e", "gsm8k", "sst2")
-                       for path in Path(REAL, name).glob("*")):
+                       for path in (texts_folder / name).glob("*")):
         if path.suffix == ".parquet":
             rows = pyarrow.parquet.read_table(path).to_pylist()
         else:
@@ -600,13 +599,12 @@ def real_lines():
         yield from (value for row in rows for value in row.values() if isinstance(value, str))
 
 
-@needs_real
-def test_token_ids_of_a_sentencepiece_like_vocabulary_are_those_of_transformers(tmp_path):
+def test_token_ids_of_a_sentencepiece_like_vocabulary_are_those_of_transformers(tmp_path, texts_folder):
     """On every third line of E2E, GSM8K and SST-2."""
     ours = tokenizers.load(sentencepiece_like(tmp_path), 1000, None)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    texts = list(real_lines())[::3]
-    assert len(texts) > 10000
+    texts = list(lines_of(texts_folder))[::3]
+    assert len(texts) > 5000
     assert ours.encode_ordinary_batch(texts) == theirs(texts, add_special_tokens=False).input_ids
 
 

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT
+from conftest import DATA, ROOT
 
 import data
 import train
@@ -20,7 +20,6 @@ from checkpoints.pretrained import from_pretrained
 from data import metrics, sets
 from evaluation import decoding, evaluate
 
-REAL = os.environ.get("REAL_DATA")
 ROWS = {  # one row of each split, as the hub's
     "svamp": [{"ID": "chal-1", "Body": "Dan has 8 pens and lost 2 pens.", "Question": "How many has he?",
                "Equation": "( 8.0 - 2.0 )", "Answer": "6.0", "Type": "Subtraction"}],
@@ -191,13 +190,13 @@ def test_a_bad_row_is_named(tmp_path, name, change, message):
         data.load(name, folder(tmp_path, name, [{**ROWS[name][0], **change}] * 3))
 
 
-@pytest.mark.skipif(not REAL, reason="REAL_DATA: a folder with svamp/ and webnlg/")
+@pytest.mark.skipif(not DATA, reason="the released sets: set DATA to a folder with svamp/ and webnlg/")
 def test_the_real_sets(tmp_path):
     """As released: SVAMP's 700 and 300, WebNLG's references."""
-    found = data.load("svamp", f"{REAL}/svamp")
+    found = data.load("svamp", f"{DATA}/svamp")
     assert [len(found[split]) for split in ("train", "validation", "test")] == [630, 70, 300]
     assert all(float(target) >= 0 for _, target in found["test"])
-    found = data.load("webnlg", f"{REAL}/webnlg")
+    found = data.load("webnlg", f"{DATA}/webnlg")
     assert len(found["train"]) == 1702 and len({prompt for prompt, _ in found["test"]}) <= 108 < len(found["test"])
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_checkpoint import oracle
-from test_llama import real_lines
+from test_llama import lines_of
 
 from checkpoints import adapters, tokenizers
 from checkpoints.pretrained import from_pretrained
@@ -42,11 +42,10 @@ def test_logits_on_real_text_are_those_of_transformers(models, tokenizer):
     torch.testing.assert_close(loss, models[1](idx, labels=idx).loss, rtol=1e-4, atol=0)
 
 
-@pytest.mark.skipif(not os.environ.get("REAL_DATA"), reason="real texts: set REAL_DATA to their folder")
-def test_token_ids_are_those_of_transformers(tokenizer):
+def test_token_ids_are_those_of_transformers(tokenizer, texts_folder):
     """On every line of E2E, GSM8K and SST-2."""
-    texts = list(real_lines())
-    assert len(texts) > 20000
+    texts = list(lines_of(texts_folder))
+    assert len(texts) > 5000
     theirs = oracle("transformers").AutoTokenizer.from_pretrained(FOLDER)
     assert tokenizer.encode_ordinary_batch(texts) == theirs(texts, add_special_tokens=False).input_ids
 
