@@ -4,18 +4,13 @@ import csv
 import functools
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tokens, variants
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from conftest import REAL, ROOT, needs_real, tokens, variants
+from safetensors.torch import load_file
 from test_checkpoint import peft_logits, relative
 
 import data
@@ -60,6 +55,14 @@ def command(base, out, *flags):
 
 def weights(out):
     return {k: v for k, v in load_file(out / "resume.safetensors").items() if k.startswith("model.")}
+
+
+def with_a_head(base):
+    """A checkpoint folder that says it has classes: PEFT wants that of a base."""
+    config = json.loads((base / "config.json").read_text())
+    config["architectures"] = ["RobertaForSequenceClassification"]
+    (base / "config.json").write_text(json.dumps(config))
+    return base
 
 
 @pytest.mark.whole
@@ -122,12 +125,9 @@ def test_every_method_classifies(tmp_path, small_roberta, method, capsys):
         metrics[last]["accuracy"])
     if METHODS[method].adapter:
         import transformers
-        shutil.copytree(small_roberta, tmp_path / "base")  # PEFT wants a base with a head, whatever is in it
-        config = json.loads((tmp_path / "base/config.json").read_text())
-        (tmp_path / "base/config.json").write_text(json.dumps(
-            {**config, "architectures": ["RobertaForSequenceClassification"]}))
+        theirs_base = with_a_head(shutil.copytree(small_roberta, tmp_path / "base"))
         idx, _, _ = task.collate(examples)
-        assert relative(peft_logits(tmp_path / "base", tmp_path, idx)[0], merged(idx)[0]) < 1e-5
+        assert relative(peft_logits(theirs_base, tmp_path, idx)[0], merged(idx)[0]) < 1e-5
         theirs = transformers.RobertaForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
         assert relative(theirs(idx, attention_mask=idx != 1).logits, merged(idx)[0]) < 1e-5
 
@@ -144,44 +144,6 @@ def test_logits_come_in_the_order_of_the_examples(small_roberta):
     alone = torch.cat([model(task.collate([example])[0])[0] for example in examples])
     torch.testing.assert_close(logits, alone.detach())
     assert (alone - alone.roll(1, 0)).abs().max() > 1e-4
-
-
-def test_head_trains_the_head_alone(tmp_path, small_roberta):
-    """--method head changes the classifier and leaves the rest of the checkpoint as it was."""
-    train.main(command(small_roberta, tmp_path, "--method", "head", "--dataset", "reviews", "--save-merged"))
-    before, after = (load_file(folder / "model.safetensors") for folder in (small_roberta, tmp_path / "merged"))
-    shared = before.keys() & after.keys()
-    assert len(shared) > 30 and all(torch.equal(before[key], after[key]) for key in shared)
-    assert {key.split(".")[0] for key in after.keys() - shared} == {"classifier"}
-    assert all(name.startswith("model.classifier.") for name in weights(tmp_path))
-
-
-def test_a_regression_a_pair_and_two_test_splits(tmp_path, small_roberta):
-    """STS-B learns numbers and is judged by correlations; MNLI reports matched and mismatched."""
-    rows = [{"sentence1": f"the soup number {i}", "sentence2": "the soup", "label": i % 6} for i in range(80)]
-    for split in ("train", "validation"):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--dataset", "glue/stsb", "--data-dir", tmp_path]
-    result = train.main(command(small_roberta, tmp_path / "a", *flags))
-    assert set(result["metrics"]["merged"]) == {"loss", "pearson", "spearman"}
-    assert result["metrics"]["merged"]["loss"] < result["metrics"]["base"]["loss"]
-    assert result["splits"]["test"] == "validation"
-    for split in ("train", "validation_matched", "validation_mismatched"):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(
-            {"premise": row["sentence1"], "hypothesis": row["sentence2"], "label": row["label"] % 3}) + "\n"
-            for row in rows))
-    result = train.main(command(small_roberta, tmp_path / "b", "--dataset", "glue/mnli", "--data-dir", tmp_path))
-    assert set(result["metrics"]["merged"]) == {"loss", "accuracy", "loss (mismatched)", "accuracy (mismatched)"}
-
-
-def test_gsm8k_is_selected_by_exact_match(tmp_path, base):
-    """Solutions are decoded at every validation, and the metric stands in the log."""
-    rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(40)]
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = train.main(command(base, tmp_path / "out", "--dataset", "gsm8k", "--data-dir", tmp_path))
-    assert set(result["metrics"]["merged"]) == {"loss", "perplexity", "exact_match"}
-    assert "val_exact_match" in open(tmp_path / "out/log.csv").readline()
 
 
 def test_the_best_checkpoint_is_the_one_that_is_kept(tmp_path, small_roberta, monkeypatch):
@@ -205,17 +167,64 @@ def test_the_best_checkpoint_is_the_one_that_is_kept(tmp_path, small_roberta, mo
     assert again["metrics"] == result["metrics"] and again["selected"] == result["selected"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_on_real_sst2_with_robertas_real_vocabulary(tmp_path, method, texts_folder):
+def test_every_dataset_trains(tmp_path, base, small_roberta):
+    """The other datasets lower the loss too, from their own source or from files. STS-B learns
+    numbers and is judged by correlations, MNLI reports matched and mismatched, gsm8k is decoded at
+    every validation. (The labels of this MNLI say nothing that could be learned.)"""
+    soup = [{"sentence1": f"soup number {i}", "sentence2": "the soup", "label": i % 6}
+            for i in range(80)]
+    pairs = [{"premise": row["sentence1"], "hypothesis": "the soup", "label": row["label"] % 3}
+             for row in soup]
+    sums = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(40)]
+    meals = [{"meaning_representation": "food : Thai", "human_reference": "It serves Thai ."}] * 20
+    (tmp_path / "text.txt").write_text("It is a truth that a loss must fall. " * 200)
+    for dataset, source, rows, files, also in (
+            ("stdlib", base, None, "", {"perplexity"}), ("world", base, None, "", {"perplexity"}),
+            ("text", base, None, "", {"perplexity"}),
+            ("e2e", base, meals, "train validation test", {"perplexity"}),
+            ("gsm8k", base, sums, "train test", {"perplexity", "exact_match"}),
+            ("glue/stsb", small_roberta, soup, "train validation", {"pearson", "spearman"}),
+            ("glue/mnli", small_roberta, pairs, "train validation_matched validation_mismatched",
+             {"accuracy", "loss (mismatched)", "accuracy (mismatched)"})):
+        folder, flags = tmp_path / dataset, ["--dataset", dataset]
+        folder.mkdir(parents=True)
+        for name in files.split():
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if files or dataset == "text":
+            flags += ["--data-dir", folder if files else tmp_path / "text.txt"]
+        result = train.main(command(source, folder / "out", *flags))
+        metrics = result["metrics"]
+        assert dataset == "glue/mnli" or metrics["merged"]["loss"] < metrics["base"]["loss"], dataset
+        assert set(metrics["merged"]) == {"loss", *also}, dataset
+        metric = result["selected"]["by"].removeprefix("validation ")
+        assert f"val_{metric}" in open(folder / "out/log.csv").readline()
+        assert (result["splits"]["test"] == "validation") == (dataset == "glue/stsb")
+
+
+def test_head_trains_the_head_alone(tmp_path, small_roberta):
+    """--method head changes the classifier and leaves the rest of the checkpoint as it was."""
+    flags = "--method", "head", "--dataset", "reviews", "--save-merged"
+    train.main(command(small_roberta, tmp_path, *flags))
+    before, after = (load_file(folder / "model.safetensors")
+                     for folder in (small_roberta, tmp_path / "merged"))
+    shared = before.keys() & after.keys()
+    assert len(shared) > 30 and all(torch.equal(before[key], after[key]) for key in shared)
+    assert {key.split(".")[0] for key in after.keys() - shared} == {"classifier"}
+    assert all(name.startswith("model.classifier.") for name in weights(tmp_path))
+
+
+@needs_real
+@pytest.mark.parametrize("method", ["reslora", "lokr", "full", "head"])
+def test_every_method_runs_on_real_sst2_with_robertas_real_vocabulary(tmp_path, method):
     """A random RoBERTa of 50,265 tokens, by transformers, with roberta-base's vocab.json: training changes it, and
     PEFT and transformers load what comes out. (A random base learns nothing from SST-2 in a few steps.)"""
     import transformers
     shape = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, type_vocab_size=1)
     theirs = transformers.RobertaForMaskedLM(transformers.RobertaConfig(max_position_embeddings=66, **shape))
     theirs.save_pretrained(tmp_path / "base")
-    shutil.copyfile(texts_folder / "roberta-base-vocab/vocab.json", tmp_path / "base/vocab.json")
+    shutil.copyfile(Path(REAL) / "roberta-base-vocab/vocab.json", tmp_path / "base/vocab.json")
     out = tmp_path / "out"
-    flags = ["--method", method, "--dataset", "glue/sst2", "--data-dir", texts_folder / "sst2", "--save-merged"]
+    flags = ["--method", method, "--dataset", "glue/sst2", "--data-dir", Path(REAL) / "sst2", "--save-merged"]
     metrics = train.main(command(tmp_path / "base", out, *flags))["metrics"]
     assert metrics["merged" if METHODS[method].adapter else "trained"]["loss"] != metrics["base"]["loss"]
     merged = from_pretrained(out / "merged")
@@ -224,10 +233,8 @@ def test_every_method_runs_on_real_sst2_with_robertas_real_vocabulary(tmp_path, 
     loaded = transformers.RobertaForSequenceClassification.from_pretrained(out / "merged").eval()
     assert relative(loaded(idx).logits, merged(idx)[0]) < 1e-5
     if METHODS[method].adapter:
-        config = json.loads((tmp_path / "base/config.json").read_text())
-        (tmp_path / "base/config.json").write_text(json.dumps(
-            {**config, "architectures": ["RobertaForSequenceClassification"]}))
-        assert relative(peft_logits(tmp_path / "base", out, idx)[0], merged(idx)[0]) < 1e-5
+        theirs_base = with_a_head(tmp_path / "base")
+        assert relative(peft_logits(theirs_base, out, idx)[0], merged(idx)[0]) < 1e-5
 
 
 @pytest.mark.parametrize("dataset", ["stdlib", "opinions"])
@@ -257,31 +264,20 @@ def test_bad_flags_for_a_roberta(tmp_path, small_roberta, capsys, flags, message
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("dataset", ["stdlib", "world", "text", "e2e"])
-def test_every_dataset_trains(tmp_path, base, dataset):
-    """The other datasets, from their own source or from files, lower the loss too."""
-    flags = []
-    if dataset == "text":
-        (tmp_path / "book.txt").write_text("It is a truth that a loss must fall. " * 200)
-        flags = ["--data-dir", tmp_path / "book.txt"]
-    if dataset == "e2e":
-        row = {"meaning_representation": "name : The Eagle | food : Thai", "human_reference": "The Eagle serves Thai ."}
-        for split in ("train", "validation", "test"):
-            (tmp_path / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 20)
-        flags = ["--data-dir", tmp_path]
-    metrics = train.main(command(base, tmp_path / "out", "--dataset", dataset, *flags))["metrics"]
-    assert metrics["merged"]["loss"] < metrics["base"]["loss"]
-
-
 def test_several_merges_are_measured_beside_the_one_that_is_kept(tmp_path, base):
-    """--merge a,b,c: the first is exported; every one is what a run with it alone reports."""
+    """--merge a,b,c: the first is exported; every one is what a run with it alone reports, and
+    what --resume --merge makes of the finished run."""
     flags = ["--method", "reslora", "--shortcut", "middle"]
-    several = train.main(command(base, tmp_path / "a", *flags, "--merge", "regression,input,weight,none"))["metrics"]
-    assert list(several) == ["base", "unmerged", "merged by input", "merged by weight", "merged by none", "merged"]
+    ways = "regression,input,weight,none"
+    several = train.main(command(base, tmp_path / "a", *flags, "--merge", ways))["metrics"]
+    others = {how: several[f"merged by {how}"] for how in ("input", "weight", "none")}
+    assert list(several) == ["base", "unmerged", *(f"merged by {how}" for how in others), "merged"]
     for how in ("input", "regression"):
         alone = train.main(command(base, tmp_path / how, *flags, "--merge", how))["metrics"]
         assert alone["unmerged"] == several["unmerged"]
-        assert alone["merged"] == several["merged by input" if how == "input" else "merged"]
+        assert alone["merged"] == others.get(how, several["merged"])
+    again = train.main(command(base, tmp_path / "a", *flags, "--resume", "--merge", "input"))
+    assert again["metrics"]["merged"] == others["input"] != several["merged"]
 
 
 def test_a_dylora_run_can_be_cut_at_any_rank_afterwards(tmp_path, base):
@@ -296,14 +292,6 @@ def test_a_dylora_run_can_be_cut_at_any_rank_afterwards(tmp_path, base):
     assert cut["metrics"]["merged at rank 4"] == whole["merged"]
     assert cut["metrics"]["unmerged"] == whole["unmerged"] and (tmp_path / "merged").exists()  # with its flags
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 2 * 2  # q and v in one c_attn
-
-
-def test_a_reslora_run_can_be_merged_otherwise_afterwards(tmp_path, base):
-    """--resume --merge: what only merging reads may change."""
-    flags = command(base, tmp_path, "--method", "reslora")
-    several = train.main([*flags, "--merge", "regression,input"])["metrics"]
-    again = train.main([*flags, "--resume", "--merge", "input"])["metrics"]
-    assert again["merged"] == several["merged by input"] != several["merged"]
 
 
 @pytest.mark.whole
@@ -334,47 +322,6 @@ def test_adalora_ends_with_its_budget_and_says_where_the_ranks_are(tmp_path, bas
     assert exported == set(result["ranks"].values()) - {0}
     again = train.main(command(base, tmp_path, *flags, "--resume"))
     assert again["selected"] == result["selected"] and again["ranks"] == result["ranks"]
-
-
-@pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("killed", [4, 6, 8])
-def test_adalora_resumes_in_every_phase_of_its_budget(tmp_path, base, killed, every, monkeypatch):
-    """Stopped while ranks fall, at the start of the last phase, and inside it: what was dropped stays dropped."""
-    flags = ["--method", "adalora", "--steps", "10", "--budget-warmup", "2", "--budget-final", "4"]
-    flags += ["--budget-every", every]
-    whole = train.main(command(base, tmp_path / "a", *flags))
-
-    def stop(path, model, optimizer, step, *rest, real=state.save_state):
-        real(path, model, optimizer, step, *rest)
-        if step == killed:
-            raise KeyboardInterrupt
-    monkeypatch.setattr(state, "save_state", stop)
-    with pytest.raises(SystemExit):
-        train.main(command(base, tmp_path / "b", *flags))
-    monkeypatch.undo()
-    cut_down(monkeypatch)
-    resumed = train.main(command(base, tmp_path / "b", *flags, "--resume"))
-    assert resumed["metrics"] == whole["metrics"] and resumed["ranks"] == whole["ranks"]
-    one, two = weights(tmp_path / "a"), weights(tmp_path / "b")
-    assert one.keys() == two.keys() and all(torch.equal(v, two[k]) for k, v in one.items())
-
-
-def test_a_log_that_is_a_step_behind_catches_up(tmp_path, base, monkeypatch):
-    """Killed between the last state and its log: resuming writes the log that an uninterrupted run has."""
-    whole = train.main(command(base, tmp_path / "a"))
-
-    def stop(path, rows, real=state.write_csv):
-        if len(rows) == 3:
-            raise KeyboardInterrupt
-        real(path, rows)
-    monkeypatch.setattr(state, "write_csv", stop)
-    with pytest.raises(SystemExit):
-        train.main(command(base, tmp_path / "b"))
-    monkeypatch.undo()
-    cut_down(monkeypatch)
-    assert train.main(command(base, tmp_path / "b", "--resume"))["metrics"] == whole["metrics"]
-    logs = [[row["train_loss"] for row in csv.DictReader(open(tmp_path / x / "log.csv"))] for x in "ab"]
-    assert logs[0] == logs[1] and len(logs[0]) == 3
 
 
 def test_what_a_method_adds_to_the_gradient_is_clipped_with_it(tmp_path, base, monkeypatch):
@@ -461,59 +408,26 @@ def test_compiled_training_is_training(tmp_path, base, monkeypatch):
     torch._dynamo.reset()
 
 
-def test_rs_is_rslora_and_goes_with_every_method(tmp_path, base):
-    """--method rslora = --rs = alpha times sqrt(r)."""
-    runs = [train.main(command(base, tmp_path / str(i), *flags))["metrics"] for i, flags in enumerate([
-        ["--method", "rslora"], ["--method", "lora", "--rs"], ["--method", "lora", "--alpha", "32"],
-        ["--method", "lora"], ["--method", "deltalora", "--rs"], ["--method", "deltalora", "--alpha", "32"]])]
-    assert runs[0] == runs[1] == runs[2] != runs[3]
-    assert runs[4] == runs[5]
-
-
-def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path, base):
-    """Seeded: adapters, order, dropout."""
-    runs = [train.main(command(base, tmp_path / str(i), "--dropout", ".2", "--seed", seed))["metrics"]["merged"]
-            for i, seed in enumerate((1, 1, 2))]
-    assert runs[0] == runs[1] != runs[2]
-
-
-def test_accumulated_gradients_are_the_large_batch(tmp_path, base):
-    """Steps over all 64 records, at once or in 4 or 16 parts of unlike length, end with the same weights."""
-    found = []
-    for size in (64, 16, 4):
-        flags = ["--batch-size", size, "--grad-accum", 64 // size, "--clip", "0", "--optimizer", "sgd", "--lr", "1"]
-        train.main(command(base, tmp_path / str(size), *flags))
-        found.append(weights(tmp_path / str(size)))
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-3, atol=1e-6)
-
-
-def test_learning_rate_schedules():
-    """Warm-up rises to the peak, linear and cosine fall towards 0 without reaching it, constant stays."""
-    def rates(**flags):
-        args = train.parse([x for k, v in flags.items() for x in (f"--{k}", str(v))] + ["--lr", "1"])
-        return [train.lr_at(step, 10, args) for step in range(1, 11)]
-    assert rates(warmup=0, schedule="constant") == [1] * 10
-    assert rates(warmup=4, schedule="constant") == [0.2, 0.4, 0.6, 0.8] + [1] * 6
-    assert rates(warmup=0.2, schedule="constant")[:3] == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1]
-    assert rates(warmup=0, schedule="linear") == [pytest.approx(1 - i / 11) for i in range(1, 11)]
-    cosine = rates(warmup=2, schedule="cosine")
-    assert cosine == sorted(cosine[:2]) + sorted(cosine[2:], reverse=True) and cosine[-1] > 0
+def test_the_same_seed_is_the_same_run_and_rs_is_rslora(tmp_path, base):
+    """The seed is of adapters, order and dropout. --method rslora is --rs, and with any method
+    alpha times sqrt(r)."""
+    delta = ["--method", "deltalora"]
+    rows = [["--dropout", ".2", "--seed", seed] for seed in (1, 1, 2)]
+    rows += [["--method", "rslora"], ["--rs"], ["--alpha", 32], [], [*delta, "--rs"],
+             [*delta, "--alpha", 32]]
+    one, again, other, rslora, rs, alpha, lora, delta_rs, delta_alpha = (
+        train.main(command(base, tmp_path / str(i), *row))["metrics"] for i, row in enumerate(rows))
+    assert one == again != other and rslora == rs == alpha != lora and delta_rs == delta_alpha
 
 
 @pytest.mark.parametrize("flags, own", [
-    ([], ""), (["--rank", "4"], ""), (["--delta-start", "7"], "-7"), (["--delta-start", "0"], "-0"),
-    (["--delta-lambda", "0"], "-0.0")])
+    ("deltalora", "-r8"), ("deltalora --rank 4", "-r4"), ("deltalora --delta-start 0", "-0-r8"),
+    ("deltalora --delta-lambda 0", "-0.0-r8"), ("dylora --frozen --cut 4,2", "-frozen-4,2-r8"),
+    ("reslora --shortcut block", "-block-r8"), ("lora --lr-ratio 16", "-r8-ratio16"), ("full", "")])
 def test_the_folder_of_a_run_says_its_method_s_flags(flags, own):
     """A flag that is given as 0 too: runs with other flags never share a folder unasked."""
-    out = train.parse(["--method", "deltalora", *flags]).out
-    assert str(out) == f"out/restaurants-deltalora{own}-r{4 if '--rank' in flags else 8}-s0"
-
-
-def test_the_folder_of_a_run_names_a_flag_without_a_value():
-    """--frozen has none; a list is joined by commas."""
-    out = train.parse(["--method", "dylora", "--frozen", "--cut", "4,2"]).out
-    assert str(out) == "out/restaurants-dylora-frozen-4,2-r8-s0"
+    out = train.parse(["--method", *flags.split()]).out
+    assert str(out) == f"out/restaurants-{flags.split()[0]}{own}-s0"
 
 
 @pytest.mark.parametrize("flags", [
@@ -536,30 +450,31 @@ def test_flags_from_a_file(tmp_path, base):
     assert (args.rank, args.alpha, args.lr, str(args.out)) == (3, 5, 1, "a b/run#1")
 
 
-RECIPES = sorted(p.name for p in (ROOT / "experiments/recipes").glob("*.args"))
-
-
-def test_there_are_recipes():
-    """The list that the next test runs over is not empty."""
-    assert len(RECIPES) >= 4
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_the_recipes_are_valid_and_can_be_changed_behind(recipe, monkeypatch):
+def test_the_recipes_are_valid_and_can_be_changed_behind(monkeypatch):
     """experiments/recipes/*.args parse, name a model and a dataset; a flag after the file wins."""
     monkeypatch.chdir(ROOT)
-    args = train.parse([f"@experiments/recipes/{recipe}", "--lr", "2"])
-    assert args.model in MODELS and args.lr == 2 and args.targets in ("q,v", "q,k,v,o,gate,up,down")
-    assert args.rank in (4, 8) or (args.method, args.rank) in (("rslora", 256), ("lora", 32))
-    assert args.method == next(name for name in ("deltalora", "reslora", "rslora", "lora")
-                               if name in recipe or name == "lora")
+    recipes = sorted((ROOT / "experiments/recipes").glob("*.args"))
+    for recipe in recipes:
+        args = train.parse([f"@experiments/recipes/{recipe.name}", "--lr", "2"])
+        assert args.model in MODELS and args.lr == 2
+        assert args.targets in ("q,v", "q,k,v,o,gate,up,down")
+        assert args.rank in (4, 8) or (args.method, args.rank) in (("rslora", 256), ("lora", 32))
+        assert args.method == next(name for name in ("deltalora", "reslora", "rslora", "lora")
+                                   if name in recipe.name or name == "lora")
+    assert len(recipes) >= 4
 
 
 # Resuming
 
-# of the experiment that merges on the way: merged before the last checkpoint, at it, after it
-MERGE_AT = [pytest.param(merge_at.NAME, dict(share=share), id=f"{merge_at.NAME} {share}")
-            for share in (0.34, 0.67, 0.83)]
+# Of the experiment that merges on the way: merged before the last checkpoint, at it, after it.
+# AdaLoRA is stopped while ranks fall, at the start of the last phase, and inside it: what was
+# dropped stays dropped.
+PHASES = dict(steps=10, budget_warmup=2, budget_final=4)
+MORE = [*((merge_at.NAME, dict(share=share), 4) for share in (0.34, 0.67, 0.83)),
+        *(("adalora", dict(PHASES, budget_every=every), stopped)
+          for every, stopped in ((1, 4), (3, 6), (1, 8)))]
+RESUMED = [pytest.param(*v.values, 4, id=v.id) for v in variants() if "-1" not in v.id]
+RESUMED += [pytest.param(*row, id=f"{row[0]} {row[1:]}") for row in MORE]
 
 
 def register(monkeypatch):
@@ -569,104 +484,56 @@ def register(monkeypatch):
     merge_at.register()
 
 
-@pytest.mark.parametrize("method, hparams", [*(v for v in variants() if "-1" not in v.id), *MERGE_AT], ids=str)
-def test_a_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(tmp_path, base, method, hparams, monkeypatch):
-    """Killed after a checkpoint, with dropout where the method has it: same weights bit for bit, metrics and log."""
-    flags = ["--method", method]
+@pytest.mark.parametrize("method, hparams, stopped", RESUMED)
+def test_a_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(
+        tmp_path, base, method, hparams, stopped, monkeypatch):
+    """Stopped between a state and its log, with dropout where the method has it: same weights bit
+    for bit, metrics, ranks and log."""
+    flags = ["--method", method, *["--dropout", "0.1"] * (method != "deltalora")]
     if method == merge_at.NAME:
         register(monkeypatch)
     for name, value in hparams.items():
         if value not in (None, False):
             flags += ["--" + name.replace("_", "-")] + [value] * (value is not True)
-    flags += ["--dropout", "0.1"] if method != "deltalora" else []
     whole = train.main(command(base, tmp_path / "a", *flags))
-    real, calls = evaluate.evaluate, []
 
-    def die(*args):
-        calls.append(args)
-        if len(calls) == 4:  # the base, then the validations of steps 2, 4 and, never ending, 6
+    def stop(path, model, optimizer, step, *rest, real=state.save_state):
+        real(path, model, optimizer, step, *rest)
+        if step == stopped:
             raise KeyboardInterrupt
-        return real(*args)
-    monkeypatch.setattr(evaluate, "evaluate", die)
-    with pytest.raises(SystemExit) as e:
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(state, "save_state", stop)
         train.main(command(base, tmp_path / "b", *flags))
-    assert e.value.code == 130
-    monkeypatch.undo()
-    cut_down(monkeypatch)
-    if method == merge_at.NAME:
-        register(monkeypatch)
     resumed = train.main(command(base, tmp_path / "b", *flags, "--resume"))
-    assert resumed["metrics"] == whole["metrics"]
+    assert all(resumed.get(name) == whole.get(name) for name in ("metrics", "ranks", "selected"))
     one, two = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert one.keys() == two.keys() and all(torch.equal(v, two[k]) for k, v in one.items())
-    logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(open(tmp_path / x / "log.csv"))]
+    logs = [[{**row, "seconds": None} for row in csv.DictReader(open(tmp_path / x / "log.csv"))]
             for x in "ab"]
-    assert logs[0] == logs[1]
+    assert logs[0] == logs[1] and len(logs[0]) >= 3
 
 
 @pytest.mark.parametrize("dataset", ["restaurants", "reviews"])
 def test_merged_on_the_way_is_merged_exactly(tmp_path, base, small_roberta, dataset, monkeypatch):
-    """experiments/merge_at.py: weights from before the merge are never kept, what the run ends with is a plain LoRA,
-    and merging costs it nothing; merged at the end the same run of a GPT loses something."""
+    """experiments/merge_at.py: weights from before the merge are never kept, what the run ends with
+    is a plain LoRA, and merging costs it nothing; merged at the end the same run of a GPT loses
+    something. All modules are in training mode in every step, behind the calibration and the
+    validations too."""
     register(monkeypatch)
-    source = base if dataset == "restaurants" else small_roberta
-    flags = ["--dataset", dataset, "--lr", "0.05"]
-    found = train.main(command(source, tmp_path / "a", *flags, "--method", merge_at.NAME, "--share", "0.6"))
+    source, modes = base if dataset == "restaurants" else small_roberta, []
+    flags, step = ["--dataset", dataset, "--lr", "0.05"], train.one_step
+    monkeypatch.setattr(train, "one_step", lambda forward, *rest: modes.append(
+        {module.training for module in forward.modules()}) or step(forward, *rest))
+    out, merging = tmp_path / "a", ["--method", merge_at.NAME, "--share", "0.6", "--dropout", "0.1"]
+    found = train.main(command(source, out, *flags, *merging))
     loss = {stage: values["loss"] for stage, values in found["metrics"].items()}
-    assert found["selected"]["step"] >= 4
-    assert loss["merged"] == pytest.approx(loss["unmerged"], abs=1e-5) and abs(loss["base"] - loss["merged"]) > 1e-3
+    assert found["selected"]["step"] >= 4 and modes == [{True}] * 6
+    assert loss["merged"] == pytest.approx(loss["unmerged"], abs=1e-5)
+    assert abs(loss["base"] - loss["merged"]) > 1e-3
     if dataset == "restaurants":
         late = ["--method", "reslora", "--shortcut", "middle"]
         end = train.main(command(source, tmp_path / "b", *flags, *late))["metrics"]
         assert abs(end["merged"]["loss"] - end["unmerged"]["loss"]) > 1e-4
-
-
-def test_a_delta_lora_run_from_before_its_flag_is_read(tmp_path, base):
-    """A run folder without W_has_moved, as older versions wrote it: resuming gives the metrics it had, unmerged or
-    merged, from before W moved and from after."""
-    for steps, start in (("6", "5"), ("6", "2")):
-        out = tmp_path / start
-        flags = command(base, out, "--method", "deltalora", "--delta-start", start, "--steps", steps)
-        before = train.main(flags)["metrics"]
-        with safe_open(out / "resume.safetensors", "pt") as f:
-            metadata = f.metadata()
-        tensors = {k: v for k, v in load_file(out / "resume.safetensors").items() if "W_has_moved" not in k}
-        save_file(tensors, out / "resume.safetensors", metadata)
-        adapter = load_file(out / "adapter_model.safetensors")
-        assert train.main([*flags, "--resume"])["metrics"] == before
-        again = load_file(out / "adapter_model.safetensors")
-        assert adapter.keys() == again.keys() and all(torch.equal(adapter[k], again[k]) for k in adapter)
-        generate.load_run(out, unmerged=True)
-
-
-def test_merging_on_the_way_is_no_flag_of_train(tmp_path, base, capsys):
-    """--merge-at ends in one line that names the experiment."""
-    with pytest.raises(SystemExit) as e:
-        train.main(command(base, tmp_path, "--method", "reslora", "--merge-at", "0.9"))
-    assert e.value.code == 2 and capsys.readouterr().err == (
-        "train.py: --merge-at brought nothing and is an experiment now: python -m experiments.merge_at --help\n")
-
-
-def test_kill_9_in_the_middle_and_resume(tmp_path, base):
-    """A real process, killed while training: its folder is readable and the resumed run ends like a whole one."""
-    texts = [text for _, text in data.load("restaurants")["train"]]
-    (tmp_path / "text.txt").write_text("\n".join(texts))
-
-    def start(out, *flags):
-        flags = [*command(base, out), "--dataset", "text", "--data-dir", str(tmp_path / "text.txt"), "--context", "32",
-                 "--steps", "60", "--eval-every", "5", *flags]
-        return subprocess.Popen([sys.executable, ROOT / "train.py", *flags], cwd=tmp_path, stdout=subprocess.DEVNULL,
-                                stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    process = start(tmp_path / "b")
-    while not (tmp_path / "b/resume.safetensors").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    processes = [start(tmp_path / "a"), start(tmp_path / "b", "--resume")]
-    assert [p.wait() for p in processes] == [0, 0]
-    metrics = [json.loads((tmp_path / x / "result.json").read_text())["metrics"] for x in "ab"]
-    assert metrics[0] == metrics[1]
 
 
 @pytest.mark.whole
@@ -689,13 +556,6 @@ def test_a_run_replaces_one_of_the_same_settings_and_no_other(tmp_path, base, ca
         (tmp_path / "result.json").unlink(missing_ok=True)
 
 
-def test_a_method_with_other_flags_has_a_folder_of_its_own():
-    """--shortcut block after --shortcut input: without --out they do not meet."""
-    folders = {str(train.parse(["--method", "reslora", *flags]).out)
-               for flags in ([], ["--shortcut", "block"], ["--pre-num", "2"], ["--merge", "input,regression"])}
-    assert folders == {f"out/restaurants-reslora{own}-r8-s0" for own in ("", "-block", "-2", "-input,regression")}
-
-
 # Bad input
 
 def refused(capsys, argv):
@@ -714,17 +574,14 @@ def refused(capsys, argv):
     (["--method", "head"], "restaurants has nothing to classify"),
     (["--dataset", "reviews"], "has no classification head here: choose a RoBERTa"),
     (["--method", "lora", "--pre-num", "2"], "--pre-num is a flag of method reslora, not of lora"),
-    (["--method", "reslora", "--delta-lambda", "2"], "--delta-lambda is a flag of method deltalora, not of reslora"),
     (["--method", "rslora", "--rs"], "--rs is not for rslora"), (["--method", "full", "--rs"], "--rs is not for full"),
     (["--seed", "-1"], "--seed must be in 0..2^63 - 1, not -1"),
     (["--method", "deltalora", "--delta-lambda", "nan"], "delta_lambda nan"),
     (["--out", "/proc/none"], "--out /proc/none cannot be written to"),
     (["--targets", "q,attn.q"], "h.0.attn.q is meant by an earlier target already"),
+    (["--ran", "4"], "unrecognized arguments: --ran 4"),
     (["--rank", "0"], "rank 0 is not in 1..16"), (["--rank", "17"], "rank 17 is not in 1..16"),
-    (["--rank", "many"], "argument --rank: invalid int value: 'many'"),
-    (["--rnk", "4"], "unrecognized arguments: --rnk 4"), (["--ran", "4"], "unrecognized arguments: --ran 4"),
     (["--targets", "q,value"], "target 'value' matches no linear of the model; its linears are: down, k, o, q, up, v"),
-    (["--targets", ""], "--targets is empty"),
     (["--method", "deltalora", "--dropout", ".1"], "dropout must be 0, not 0.1"),
     (["--method", "deltalora", "--delta-start", "6"], "delta_start 6 leaves W where it is in a run of 6 steps"),
     (["--method", "deltalora", "--delta-start", "-1"], "delta_start -1 is not a number of steps"),
@@ -749,7 +606,6 @@ def refused(capsys, argv):
     (["--method", "dylora", "--cut", "2,x"], "argument --cut: invalid ranks value: '2,x'"),
     (["--method", "dylora", "--alpha", "1e300"], "alpha 1e+300 is not above 0 and at most 10^6"),
     (["--method", "lokr", "--rs"], "rank 4 makes both factors of LoKr full for a linear of 16 -> 16"),
-    (["--method", "loha", "--cut", "2"], "--cut is a flag of method dylora, not of loha"),
     (["--resume"], "there is nothing to resume"), (["--lr", "1e30"], "is not finite at step"),
     (["@nowhere.args"], "nowhere.args"), (["--seed", "x"], "invalid int value: 'x'"),
 ])
@@ -769,22 +625,6 @@ def test_adapters_on_a_masked_lm_without_its_head_are_refused(tmp_path, capsys):
     assert train.main([*flags, "--method", "full"])["metrics"]["trained"]["loss"] > 0
 
 
-def test_resuming_with_another_tokenizer_is_refused(tmp_path, base, capsys):
-    """Its ids would mean other words; the file is fingerprinted like the weights."""
-    shutil.copytree(base, tmp_path / "base")
-    flags = command(tmp_path / "base", tmp_path / "run")
-    train.main(flags)
-    file = tmp_path / "base/tokenizer.json"
-    file.write_text(file.read_text().replace('"Ġ', '"X'))
-    assert "has another config.json or tokenizer than it began with" in refused(capsys, [*flags, "--resume"])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_cuda_asked_for_and_absent(tmp_path, base, capsys):
-    """No silent fallback to the CPU."""
-    assert "--device cuda: this machine" in refused(capsys, command(base, tmp_path / "o", "--device", "cuda"))
-
-
 def test_resume_into_another_configuration(tmp_path, base, capsys):
     """The first setting that differs is named, with both values, and the run is left as it was."""
     train.main(command(base, tmp_path, "--method", "lora"))
@@ -797,20 +637,25 @@ def test_resume_into_another_configuration(tmp_path, base, capsys):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_resuming_on_another_base_or_other_data_is_refused(tmp_path, base, capsys):
-    """The frozen weights and the data are not in the state, their fingerprints are."""
-    shutil.copytree(base, tmp_path / "base")
+def test_resuming_on_another_base_tokenizer_or_other_data_is_refused(tmp_path, base, capsys):
+    """They are not in the state, their fingerprints are."""
+    source, text = shutil.copytree(base, tmp_path / "base"), "It is a truth. " * 300
     for split in ("train", "validation", "test"):
-        (tmp_path / f"{split}.txt").write_text("It is a truth. " * 300)
-    flags = command(tmp_path / "base", tmp_path / "run", "--dataset", "text", "--data-dir", tmp_path)
+        (tmp_path / f"{split}.txt").write_text(text)
+    flags = command(source, tmp_path / "run", "--dataset", "text", "--data-dir", tmp_path)
     train.main(flags)
-    (tmp_path / "train.txt").write_text("It is not a truth. " * 300)
-    assert "the data of text have changed since it began. Start a new run" in refused(capsys, [*flags, "--resume"])
-    (tmp_path / "train.txt").write_text("It is a truth. " * 300)
-    model = from_pretrained(base)
-    model.wte.weight.data *= 1.5
-    save_pretrained(model, tmp_path / "base")
-    assert "base has other weights than it began with" in refused(capsys, [*flags, "--resume"])
+    file = source / "tokenizer.json"
+    other = from_pretrained(base)
+    other.wte.weight.data *= 1.5
+    for change, message in (
+            (lambda: (tmp_path / "train.txt").write_text(text.replace("a", "no")),
+             "the data of text have changed"),
+            (lambda: file.write_text(file.read_text().replace('"Ġ', '"X')),
+             "has another config.json or tokenizer than it began with"),
+            (lambda: save_pretrained(other, source), "base has other weights than it began with")):
+        change()
+        assert message in refused(capsys, [*flags, "--resume"])
+        (tmp_path / "train.txt").write_text(text)
 
 
 def test_a_failing_run_leaves_an_earlier_one_alone(tmp_path, base, capsys, monkeypatch):
@@ -821,23 +666,6 @@ def test_a_failing_run_leaves_an_earlier_one_alone(tmp_path, base, capsys, monke
     assert "is not finite" in refused(capsys, command(base, tmp_path / "run", "--save-merged"))
     assert "lies in the run folder" in refused(capsys, command(tmp_path / "run/merged", tmp_path / "run"))
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
-
-
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, base, capsys, monkeypatch):
-    """Writing fails at step 4: one line, no partial file, and the state of step 2 resumes."""
-    real, calls = state.save_file, []
-
-    def full(tensors, path, metadata):
-        calls.append(path)
-        if len(calls) == 2:
-            path.write_bytes(b"half")
-            raise SafetensorError("No space left on device")
-        real(tensors, path, metadata)
-    monkeypatch.setattr(state, "save_file", full)
-    assert "resume.safetensors cannot be written: No space" in refused(capsys, command(base, tmp_path))
-    assert not list(tmp_path.glob("*.part"))
-    train.main(command(base, tmp_path, "--resume"))
-    assert (tmp_path / "result.json").exists()
 
 
 def test_damaged_checkpoints(tmp_path, base, capsys):
