@@ -1,4 +1,5 @@
 """What no equation says: flags that are passed on, defaults, notes, limits, and what an earlier run leaves."""
+import contextlib
 import json
 import math
 import re
@@ -16,6 +17,7 @@ import generate
 import settings
 import train
 from checkpoints import adapters, state
+from checkpoints.files import read_csv
 from checkpoints.pretrained import from_pretrained, save_pretrained
 from evaluation import evaluate
 from experiments import compare
@@ -31,20 +33,16 @@ def test_the_default_in_a_help_is_the_default():
     assert len(found) > 5 and all(said == default for said, default in found.values()), found
 
 
-@pytest.mark.parametrize("dataset, model", [("opinions", "tiny-roberta"), ("reviews", "tiny-roberta"),
-                                            ("restaurants", "tiny-gpt"), ("stdlib", "tiny-gpt")])
-def test_a_dataset_takes_the_small_model_that_fits_it(dataset, model):
-    """Texts to classify, and lines with masked tokens, go to the RoBERTa."""
-    assert train.parse(["--dataset", dataset]).model == model
-
-
-def test_a_flag_that_does_nothing_says_so(capsys):
-    """Once it is given, and only then."""
+def test_a_dataset_takes_the_small_model_that_fits_it(capsys):
+    """Texts to classify, and lines with masked tokens, go to the RoBERTa. A flag that does nothing
+    says so, once it is given, and only then."""
+    for dataset, model in (("opinions", "roberta"), ("reviews", "roberta"), ("stdlib", "gpt")):
+        assert train.parse(["--dataset", dataset]).model == f"tiny-{model}"
     train.parse(["--method", "full"])
     assert "does nothing" not in capsys.readouterr().out
     train.parse(["--method", "full", "--rank", "4"])
     out = capsys.readouterr().out
-    assert "note     --rank does nothing here: method full has no adapter" in out and out.count("does nothing") == 1
+    assert "--rank does nothing" in out and out.count("does nothing") == 1
 
 
 def test_clip_0_is_no_clipping(tmp_path, base):
@@ -56,59 +54,43 @@ def test_clip_0_is_no_clipping(tmp_path, base):
     assert same == [True, False]
 
 
-def test_the_last_step_is_validated_whatever_the_interval(tmp_path, base):
-    """Five steps, validated every second one."""
-    train.main(command(base, tmp_path, "--steps", "5"))
-    steps = [int(line.split(",")[0]) for line in (tmp_path / "log.csv").read_text().splitlines()[1:]]
-    assert steps == [2, 4, 5]
-
-
-def test_everybody_may_read_what_a_run_writes(tmp_path, base):
-    """safetensors alone would be readable by their owner only."""
-    train.main(command(base, tmp_path))
-    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir() if file.is_file()} == {0o644}
-
-
-def test_the_dropout_is_in_the_adapter_s_config_and_in_one_that_goes_on(tmp_path, base):
-    """PEFT trains on with lora_dropout; --init-from takes that of the new run."""
-    train.main(command(base, tmp_path, "--dropout", "0.25"))
+def test_what_a_run_writes_and_what_it_is_made_longer_to(tmp_path, base):
+    """The last of five steps is validated whatever the interval, everybody may read the files
+    (safetensors alone would be readable by their owner only), PEFT trains on with this dropout and
+    --init-from with its own. 64 texts, 8 a step: --epochs 2 makes it a run of 16 steps."""
+    train.main(command(base, tmp_path, "--steps", "5", "--dropout", "0.25"))
+    assert [row["step"] for row in read_csv(tmp_path / "log.csv")] == ["2", "4", "5"]
+    modes = {file.stat().st_mode & 0o777 for file in tmp_path.iterdir() if file.is_file()}
+    assert modes == {0o644}
     assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.25
-    _, layers = adapters.adapt_as(from_pretrained(base), {"init_from": tmp_path, "dropout": 0.5})
-    assert {layer.drop.p for layer in layers} == {0.5}
-
-
-def test_a_base_read_in_another_context_is_measured_again(tmp_path, base, capsys):
-    """Beside a run of the same context its losses are taken over."""
-    for name, context in (("a", "64"), ("b", "64"), ("c", "32")):
-        train.main(command(base, tmp_path / name, "--context", context, "--dataset", "stdlib"))
-        assert ("its report is that of" in capsys.readouterr().out) == (name == "b")
-
-
-def test_a_base_judged_by_another_metric_is_measured_again(tmp_path, base):
-    """Its report would lack the metric of this run."""
-    jsonl(tmp_path / "pairs.jsonl", PAIRS[:60])
-    flags = "--dataset", "pairs", "--data-dir", tmp_path / "pairs.jsonl"
-    train.main(command(base, tmp_path / "a", *flags))
-    result = train.main(command(base, tmp_path / "b", *flags, "--metric", "exact"))
-    assert "exact_match" in result["metrics"]["base"]
-
-
-def test_a_run_is_made_longer_by_epochs_too(tmp_path, base):
-    """64 texts, 8 a step: 6 steps become the 16 of two epochs."""
-    train.main(command(base, tmp_path))
+    again = {"init_from": tmp_path, "dropout": 0.5}
+    assert {layer.drop.p for layer in adapters.adapt_as(from_pretrained(base), again)[1]} == {0.5}
     train.main(["--resume", "--out", str(tmp_path), "--epochs", "2"])
     assert json.loads((tmp_path / "result.json").read_text())["settings"]["steps"] == 16
 
 
+def test_a_base_is_measured_again_in_another_context_or_by_another_metric(tmp_path, base, capsys):
+    """Beside a run of the same context and metric its report is taken over."""
+    jsonl(tmp_path / "pairs.jsonl", PAIRS[:60])
+    flags = "--dataset", "pairs", "--data-dir", tmp_path / "pairs.jsonl"
+    for name, taken, *own in (("a", False), ("b", True), ("c", False, "--context", "32"),
+                              ("d", False, "--metric", "exact")):
+        result = train.main(command(base, tmp_path / name, *flags, *own))
+        assert ("its report is that of" in capsys.readouterr().out) == taken, name
+        assert ("exact_match" in result["metrics"]["base"]) == (name == "d")
+
+
 @pytest.mark.parametrize("again", [(), ("--resume", "--merge", "none")])
 def test_what_an_earlier_run_or_merge_has_left_is_gone(tmp_path, base, again):
-    """Decoded texts and a merged model of other weights must not stand beside the new adapter."""
+    """Texts, pictures and a merged model of other weights must not stand beside the new adapter."""
     flags = command(base, tmp_path, "--method", "reslora")
     train.main(flags)
-    for name in ("predictions-test.jsonl", "ranks.png"):
+    old = ["predictions-test.jsonl", "predictions-train.jsonl", "ranks.png", "merged/config.json"]
+    (tmp_path / "merged").mkdir()
+    for name in old:
         (tmp_path / name).write_text("old")
     train.main(["--out", str(tmp_path), *again] if again else flags)
-    assert not [name for name in ("predictions-test.jsonl", "ranks.png") if (tmp_path / name).exists()]
+    assert not [name for name in (*old, "merged") if (tmp_path / name).exists()]
 
 
 def test_the_result_of_an_earlier_run_goes_when_another_has_begun(tmp_path, base, monkeypatch):
@@ -126,16 +108,19 @@ def test_the_result_of_an_earlier_run_goes_when_another_has_begun(tmp_path, base
     monkeypatch.setattr(train, "validate", stopping)
     with pytest.raises(SystemExit):
         train.main(flags)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["log.csv", "resume.safetensors"]
+    assert {file.name for file in tmp_path.iterdir()} == set(state.STATE)
 
 
-@pytest.mark.parametrize("name, before, now", [("compile", False, True), ("checkpoint_activations", True, False),
-                                               ("save_merged", False, True), ("model", "a", "b"),
-                                               ("data_dir", "a", "b"), ("init_from", "a", "b")])
-def test_what_changes_no_number_may_change_when_a_run_goes_on(name, before, now):
-    """And the rank may not."""
-    assert state.difference({name: before, "rank": 4}, {name: now, "rank": 4}) is None
-    assert "rank is 8 now" in state.difference({name: before, "rank": 4}, {name: now, "rank": 8})
+def test_what_changes_no_number_may_change_when_a_run_goes_on():
+    """And the rank may not; of settings that differ the one that others follow from is named."""
+    for name, before, now in (("compile", False, True), ("checkpoint_activations", True, False),
+                              ("save_merged", False, True), ("model", "a", "b"),
+                              ("data_dir", "a", "b"), ("init_from", "a", "b")):
+        began = {name: before, "rank": 4}
+        assert state.difference(began, {name: now, "rank": 4}) is None
+        assert "rank is 8 now" in state.difference(began, {name: now, "rank": 8})
+    follows = {"eval_every": 3, "steps": 6}, {"eval_every": 5, "steps": 10}
+    assert "steps is 10 now" in state.difference(*follows)
 
 
 def test_a_classifier_s_loss_smooths_its_labels():
@@ -148,15 +133,13 @@ def test_a_classifier_s_loss_smooths_its_labels():
     assert (loss - F.cross_entropy(logits, targets)).abs() > 1e-4
 
 
-def test_a_model_trains_on_after_it_was_evaluated(base):
-    """Dropout is on again behind each kind of evaluation."""
-    model = from_pretrained(base)
+def test_a_model_trains_on_after_texts_were_judged(base):
+    """Dropout is on again behind `log_likelihoods`, as behind `evaluate`."""
+    model = from_pretrained(base).train()
     _, task = data.task("restaurants", base, model, 256)
     examples = [example for example in task.encode(data.load("restaurants")["test"][:4])[0] if example]
-    for look in (evaluate.evaluate, evaluate.log_likelihoods):
-        model.train()
-        look(model, examples, task, torch.device("cpu"), torch.autocast("cpu", enabled=False))
-        assert model.training, look
+    evaluate.log_likelihoods(model, examples, task, torch.device("cpu"), contextlib.nullcontext())
+    assert all(module.training for module in model.modules())
 
 
 def test_a_record_that_fills_the_context_leaves_no_room(base):
@@ -171,38 +154,35 @@ def test_a_record_that_fills_the_context_leaves_no_room(base):
 def test_a_set_is_cut_where_its_row_says_and_holds_out_500(tmp_path, monkeypatch):
     """OpenOrca: the first 20,000 rows; a tenth of them would be 2,000. GLUE holds out 1,000 at most."""
     monkeypatch.undo()
-    row = {"system_prompt": "", "question": "q", "response": "r"}
+    row = {"system_prompt": "", "response": "r"}
     jsonl(tmp_path / "train.jsonl", [{**row, "question": f"q {i}"} for i in range(20_100)])
     pairs = data.load("openorca", tmp_path)
-    assert [len(pairs[split]) for split in ("train", "validation", "test")] == [19_000, 500, 500]
-    folder = tmp_path / "sst2"
-    folder.mkdir()
-    jsonl(folder / "train.jsonl", [{"sentence": f"a {i}", "label": i % 2} for i in range(10_100)])
-    jsonl(folder / "validation.jsonl", [{"sentence": "b", "label": 1}])
-    pairs = data.load("glue/sst2", folder)
+    assert {split: len(some) for split, some in pairs.items()} == {
+        "train": 19_000, "validation": 500, "test": 500}
+    (tmp_path / "sst2").mkdir()
+    for split, n in (("train", 10_100), ("validation", 1)):
+        rows = [{"sentence": f"{split} {i}", "label": i % 2} for i in range(n)]
+        jsonl(tmp_path / f"sst2/{split}.jsonl", rows)
+    pairs = data.load("glue/sst2", tmp_path / "sst2")
     assert [len(pairs[split]) for split in ("train", "validation")] == [9_100, 1_000]
 
 
-def test_generate_passes_its_flags_on(tmp_path, base, monkeypatch, capsys):
-    """The dataset's own length and metric; top_k and a seed for each batch; the length penalty of beams."""
+def test_generate_passes_its_flags_on(tmp_path, base, monkeypatch):
+    """The dataset's own length and metric; top_k, a seed for each batch, the beams' penalty."""
     jsonl(tmp_path / "pairs.jsonl", PAIRS[:60])
     flags = "--dataset", "pairs", "--data-dir", tmp_path / "pairs.jsonl", "--metric", "exact"
     train.main(command(base, tmp_path / "out", *flags))
     asked = []
 
-    def write(model, prompts, max_new, eos, **how):
-        asked.append((max_new, how))
-        return [[5]] * len(prompts)
-
-    def search(model, prompts, max_new, eos, beams, length_penalty):
-        asked.append((max_new, beams, length_penalty))
+    def write(model, prompts, max_new, eos, *beams, **drawing):
+        asked.append((max_new, drawing) if drawing else (max_new, *beams))
         return [[5]] * len(prompts)
     monkeypatch.setattr(generate.decoding, "generate", write)
-    monkeypatch.setattr(generate.decoding, "beam_search", search)
+    monkeypatch.setattr(generate.decoding, "beam_search", write)
     drawing = "--temperature", "1", "--top-k", "7", "--seed", "3", "--batch-size", "2"
     scores = generate.main([str(tmp_path / "out"), *drawing])
     assert set(scores) == {"exact_match"} and len(asked) > 2
-    assert {(max_new, how["top_k"], how["temperature"]) for max_new, how in asked} == {(128, 7, 1)}
+    assert {(n, how["top_k"], how["temperature"]) for n, how in asked} == {(128, 7, 1)}
     seeds = [how["seed"] for _, how in asked]
     assert seeds[0] == 3 and len(set(seeds)) == len(seeds)
     for texts in ([], ["colour 1 of red"]):
