@@ -1,4 +1,5 @@
 """compare.py: the grid, its choice of rates, its csv."""
+import contextlib
 import shlex
 import shutil
 import subprocess
@@ -10,9 +11,10 @@ import pytest
 from conftest import ROOT
 
 import train
+from checkpoints.files import write_csv
 from evaluation import evaluate
 from evaluation.plots import picture
-from experiments import compare
+from experiments import compare, tables
 
 TEXT = "".join(f"the {a} {b} ran to the {c} .\n" for a in ("old", "red", "big", "wet") for b in ("dog", "cat", "hen")
                for c in ("hill", "lake", "tree", "barn")) * 4
@@ -24,6 +26,14 @@ def grid(tmp_path, base, monkeypatch):
     (tmp_path / "text.txt").write_text(TEXT)
     monkeypatch.setattr(evaluate, "SCORED", evaluate.SCORED)  # cell sets it
     monkeypatch.setattr(compare, "ROOT", tmp_path)
+    drawn = []
+
+    @contextlib.contextmanager
+    def watched(path, **options):
+        with picture(path, **options) as (figure, axis):
+            yield figure, axis
+        drawn.append(axis)
+    monkeypatch.setattr(compare, "picture", watched)
 
     def run(*more, rows=("LoRA: --method lora", "block: --method reslora --shortcut block")):
         rows = [word for row in rows for word in ("--row", row)]
@@ -31,6 +41,7 @@ def grid(tmp_path, base, monkeypatch):
                       str(base), "--dataset", "text", "--data-dir", str(tmp_path / "text.txt"), "--steps", "6",
                       "--context", "16", "--batch-size", "4"])
         return compare.read_csv(tmp_path / "grid.csv")
+    run.drawn = drawn
     monkeypatch.setattr(compare, "pool", lambda jobs, setup=None: Inline())
     return run
 
@@ -61,7 +72,7 @@ def test_a_grid_is_every_run_once_and_its_best_rates(grid, tmp_path, monkeypatch
     flags give its numbers again."""
     grid_of = "--seeds", "2", "--best-lr", "--rank", "2", "4", "--plot", "rank"
     rows = grid(*grid_of)
-    assert len(rows) == 2 * 2 * (2 + 1) and (tmp_path / "grid.png").stat().st_size > 5000
+    assert len(rows) == 2 * 2 * (2 + 1)
     for label in ("LoRA", "block"):
         for rank in ("2", "4"):
             mine = [r for r in rows if (r["row"], r["rank"]) == (label, rank)]
@@ -76,11 +87,22 @@ def test_a_grid_is_every_run_once_and_its_best_rates(grid, tmp_path, monkeypatch
     assert grid(*grid_of) == rows
 
 
-@pytest.mark.parametrize("plot", ["lr", "step"])
-def test_pictures_of_curves(grid, tmp_path, plot):
-    """Against the rate, all rates are shown; against the step, the logs of the best."""
-    assert len(grid("--plot", plot, "--rank", "2")) == 4
-    assert (tmp_path / "grid.png").stat().st_size > 5000
+def test_pictures_are_of_the_csv_and_the_logs(grid, tmp_path):
+    """Against the rate a line over all rates, against the step the training loss of the best."""
+    rows = grid("--plot", "lr", "--rank", "2")
+    grid("--plot", "step", "--rank", "2")
+    by_rate, by_step = grid.drawn
+    for i, label in enumerate(("LoRA", "block")):
+        mine = sorted((r for r in rows if r["row"] == label), key=lambda r: float(r["lr"]))
+        x, y = by_rate.lines[i].get_data()
+        assert list(x) == [1e-4, 1e-2] and list(y) == [float(r["merged loss"]) for r in mine]
+        best = next(r for r in mine if r["best"] == "1")
+        log = compare.read_csv(tmp_path / "out/compare" / best["run"] / "log.csv")
+        x, y = by_step.lines[i].get_data()
+        assert list(x) == [int(r["step"]) for r in log]
+        assert list(y) == [float(r["train_loss"]) for r in log]
+        name = by_step.get_legend_handles_labels()[1][i]
+        assert name == f"{label}, rate {float(best['lr']):g}"
 
 
 def test_quick_runs_the_best_rates_of_the_csv_and_leaves_it(grid, tmp_path):
@@ -112,17 +134,57 @@ def test_a_rate_is_chosen_by_the_metric_and_at_a_tie_by_the_loss(monkeypatch):
     assert (best("abc"), best("de"), best("xa"), best("xe")) == ("c", "e", "a", "e")
 
 
-def test_a_rate_that_diverges_is_a_row_and_no_end(grid):
-    """The grid goes on, the csv says why, and the other row has its best rate."""
-    rows = grid("--rank", "2", rows=("LoRA: --method lora", "wild: --method full --optimizer sgd --clip 0 --lr 1e30"))
-    assert [r["row"] for r in rows if "not finite" in r["diverged"]] == ["wild"]
-    assert [(r["row"], r["best"]) for r in rows] == [("LoRA", "0"), ("LoRA", "1"), ("wild", "0")]
+def test_the_best_rate_of_a_csv_has_the_lowest_loss_or_the_highest_accuracy(tmp_path, capsys):
+    """A long grid whose csv knows every run does none: it reads its rates back. Of a classifier the
+    rate with the highest accuracy is the best, of a language model that with the lowest loss, also
+    where both stand in one csv. A rate at an end of those that were tried is said to be there."""
+    named = {"reads: --dataset reviews": "validation accuracy", "writes:": "validation loss"}
+    argv, rates = [word for row in named for word in ("--row", row)], [0.1, 0.2, 0.3]
+    argv += ["--lr", *map(str, rates), "--best-lr", "--long", "--plot", "none"]
+    args = compare.parse([str(tmp_path / "x"), *argv])
+    for values, best, ends in (
+            ((0.5, 0.9, 0.7), {"reads": 0.2, "writes": 0.1}, ["writes"]),
+            ((0.7, 0.5, 0.9), {"reads": 0.3, "writes": 0.2}, ["reads"])):
+        rows = []
+        for row, metric in named.items():
+            label = row.split(":")[0]
+            for lr, value in zip(rates, values, strict=True):
+                run = compare.folder(compare.flags_of(args, label, None, lr, 0)).name
+                rows.append({"row": label, "rank": 8, "lr": lr, "seed": 0, "best": 0, "trained": 5,
+                             metric: value, "merged loss": 1.0, "run": run})
+        write_csv(tmp_path / "x.csv", rows)
+        found = compare.compare(args)
+        assert {row["row"]: row["lr"] for row in found if row["best"]} == best
+        said = capsys.readouterr().out.splitlines()
+        assert [line.split()[1] for line in said if "end of its range" in line] == ends
 
 
-def test_a_seed_that_diverges_is_counted_and_not_averaged():
-    """Beside the mean of the others."""
+def test_a_table_marks_a_rate_at_an_end_of_those_that_were_tried(tmp_path, monkeypatch):
+    """The lowest and the highest of a row at a rank, and neither one between them nor the only
+    one."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    rates = {"low": "0.012", "between": "0.024", "high": "0.048"}
+    rows = [{"row": row, "rank": "4", "lr": lr, "best": int(lr == best)}
+            for row, best in rates.items() for lr in rates.values()]
+    rows += [{"row": "only", "rank": "4", "lr": "3.0", "best": 1},
+             {"row": "only", "rank": "8", "lr": "0.5", "best": 0}]  # of another range
+    write_csv(tmp_path / "x.csv", rows)
+    assert {row: [r["tried"] for r in same] for row, same in tables.best("x").items()} == {
+        "low": ["1.2e-2*"], "between": ["2.4e-2"], "high": ["4.8e-2*"], "only": ["3"]}
+
+
+def test_what_lies_between_two_rows_and_what_a_merge_keeps_by_hand():
+    """Rows are paired by their seeds, in whatever order: 0.1, 0.2 and 0.3 are 0.2, with a standard
+    deviation of 0.1 over the root of 3. A seed that diverged is counted beside the mean of
+    the others. Of a gain from 5 to 3 a merge at 3.5 keeps three quarters."""
+    one, other = ([{"seed": seed, "merged loss": loss} for seed, loss in some.items()]
+                  for some in ({0: 0.3, 1: 0.5, 2: 0.7}, {2: 0.4, 1: 0.3, 0: 0.2}))
+    assert tables.paired(one, other) == "+0.2000 (0.0577)"
+    assert tables.paired(one[:1], other) == "+0.1000"
     rows = [{"loss": "0.25"}, {"loss": "", "diverged": "at step 3"}, {"loss": "0.75"}]
     assert compare.spread(rows, "loss") == "0.500 (0.250-0.750), 1 diverged"
+    losses = {"base loss": "5", "unmerged loss": "3", "merged loss": "3.5"}
+    assert tables.kept(losses, "regression") == 0.75
 
 
 @pytest.mark.parametrize("dataset, unit", [("restaurants", "nats per target token"), ("reviews", "nats per text"),
@@ -166,26 +228,17 @@ def test_the_same_flags_are_the_same_run():
     assert one not in (compare.folder(["--lr", 2, "--seed", 0]), compare.folder(["--lr", 1, "--lr", 2, "--seed", 0]))
 
 
-def test_runs_from_before_a_change_of_the_code_are_said(grid, capsys, monkeypatch):
-    """They are read back, with a note how many."""
-    grid("--rank", "2")
-    assert "changed" not in capsys.readouterr().out
-    monkeypatch.setattr(compare, "code", lambda: "another")
-    grid("--rank", "2")
-    assert "note     4 runs are from before the code changed" in capsys.readouterr().out
-
-
-def test_full_fine_tuning_has_no_rank(grid):
-    """In a grid over ranks it is one run at each of its own rates, and a line across."""
-    rows = grid("--rank", "2", "4", "--plot", "rank", rows=("LoRA: --method lora", "full: --method full --lr .1 .2"))
-    assert [(r["rank"], r["lr"]) for r in rows if r["row"] == "full"] == [("", "0.1"), ("", "0.2")] and len(rows) == 6
-
-
-def test_forgetting_is_the_loss_on_another_text(grid):
-    """Of the base, the same for all, and of what each run has merged."""
-    rows = [r for r in grid("--forgetting", "stdlib", "--rank", "2") if r["lr"] == "0.01"]
-    assert len({r["base loss on stdlib"] for r in rows}) == 1
-    assert len({r["merged loss on stdlib"] for r in rows} | {rows[0]["base loss on stdlib"]}) == 3
+def test_full_fine_tuning_has_no_rank_and_forgetting_is_the_loss_on_another_text(grid):
+    """In a grid over ranks it is one run at each of its own rates, and a line across. Forgetting is
+    measured of the base, the same for all, and of what each run has merged."""
+    own = "LoRA: --method lora", "full: --method full --lr .1 .2"
+    rows = grid("--forgetting", "stdlib", "--rank", "2", "4", "--plot", "rank", rows=own)
+    full = [r for r in rows if r["row"] == "full"]
+    assert [(r["rank"], r["lr"]) for r in full] == [("", "0.1"), ("", "0.2")] and len(rows) == 6
+    best = next(float(r["merged loss"]) for r in full if r["best"] == "1")
+    assert list(grid.drawn[0].lines[1].get_ydata()) == [best, best]
+    before = {r["base loss on stdlib"] for r in rows}
+    assert len(before) == 1 and len({r["merged loss on stdlib"] for r in rows} | before) == 7
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -228,24 +281,18 @@ def test_a_long_grid_goes_on_from_its_csv(grid, tmp_path, monkeypatch):
     assert [compare.folder(flags).name for flags in ran] == [lost["run"]]
 
 
-def test_a_long_grid_keeps_what_diverged(grid, tmp_path, monkeypatch):
-    """It stands in the csv, is not run again where the folders are lost, and the other rows are drawn."""
+def test_a_grid_keeps_what_diverged(grid, tmp_path, monkeypatch):
+    """It is a row that says why and no end of the grid, and is not run again where the folders are
+    lost; the other rows have their best rate and are drawn."""
     wild = "LoRA: --method lora", "wild: --method full --optimizer sgd --clip 0 --lr 1e30"
     rows = grid("--best-lr", "--long", rows=wild)
     assert [r["row"] for r in rows if "not finite" in r["diverged"]] == ["wild"]
+    assert [(r["row"], r["best"]) for r in rows] == [("LoRA", "0"), ("LoRA", "1"), ("wild", "0")]
     shutil.rmtree(tmp_path / "out")
-    (tmp_path / "grid.png").unlink()
     monkeypatch.setattr(compare, "cell", None)
-    assert grid("--best-lr", "--long", rows=wild) == rows and (tmp_path / "grid.png").stat().st_size > 5000
-
-
-def test_the_late_columns_are_those_of_the_last_steps(grid, tmp_path):
-    """Of six logged steps the last one, since a tenth is less."""
-    for row in grid():
-        last = compare.read_csv(tmp_path / "out/compare" / row["run"] / "log.csv")[-1]
-        assert last["step"] == "6"
-        for name, column in (("late training loss", "train_loss"), ("late gradient norm", "grad_norm")):
-            assert float(row[name]) == pytest.approx(float(last[column]), abs=1e-5)
+    assert grid("--best-lr", "--long", rows=wild) == rows
+    shown = [float(r["merged loss"]) for r in rows if r["best"] == "1"]
+    assert [list(line.get_xdata()) for line in grid.drawn[-1].lines] == [shown]
 
 
 def test_a_run_that_fails_ends_a_grid_whose_other_rows_wait():
@@ -271,9 +318,21 @@ with ThreadPoolExecutor(2) as workers:
     assert ended.returncode == 1 and "this row cannot run" in ended.stderr.splitlines()[-1]
 
 
-def test_an_ordinary_run_is_set_up_once(grid, monkeypatch):
-    """One call of train.train for each run, which does not resume."""
+def test_an_ordinary_run_is_set_up_once_and_read_back(grid, tmp_path, capsys, monkeypatch):
+    """One call of train.train for each run, which does not resume. The late columns are those of
+    the last tenth of the log, of six rows the last one. Read back after a change of the code, runs are
+    said to be from before it."""
     asked, whole = [], train.train
     monkeypatch.setattr(train, "train", lambda args: asked.append(args.resume) or whole(args))
     monkeypatch.setattr(compare, "only_train", None)
-    assert len(grid("--best-lr")) == 4 and asked == [False] * 4
+    rows = grid("--best-lr")
+    assert len(rows) == 4 and asked == [False] * 4
+    for row in rows:
+        last = compare.read_csv(tmp_path / "out/compare" / row["run"] / "log.csv")[-1]
+        assert last["step"] == "6"
+        for name, column in (("training loss", "train_loss"), ("gradient norm", "grad_norm")):
+            assert float(row[f"late {name}"]) == pytest.approx(float(last[column]), abs=1e-5)
+    assert "changed" not in capsys.readouterr().out
+    monkeypatch.setattr(compare, "code", lambda: "another")
+    grid("--best-lr")
+    assert "4 runs are from before the code changed" in capsys.readouterr().out
