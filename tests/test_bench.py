@@ -82,7 +82,8 @@ def test_ratios_are_medians_over_the_rounds_by_hand(monkeypatch):
     takes 2, 1, 3 times as long, in the median 2, though its median is LoRA's. So is the floor's
     share."""
     seconds = {"lora": [1, 2, 4], "rslora": [2, 2, 12], "full": [3, 3, 3],
-               "forward only": [0.5, 1, 1], bench.PEER: [2, 4, 4], "floor": [0.5, 0.5, 2], "weights": [0.1, 0.1, 0.1]}
+               "forward only": [0.5, 1, 1], bench.PEER: [2, 4, 4], "floor": [0.5, 0.5, 2],
+               "weights": [0.1, 0.1, 0.1]}
     args, base = made("tiny", "--rows", "forward only,lora,rslora,full")
     args.peer, trained = "peft", torch.nn.Linear(3, 1)
     monkeypatch.setattr(bench, "their_step", lambda *_: (None, None, trained))

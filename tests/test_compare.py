@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT
@@ -42,29 +42,8 @@ def grid(tmp_path, base, monkeypatch):
                       "--context", "16", "--batch-size", "4"])
         return compare.read_csv(tmp_path / "grid.csv")
     run.drawn = drawn
-    monkeypatch.setattr(compare, "pool", lambda jobs, setup=None: Inline())
+    monkeypatch.setattr(compare, "pool", lambda jobs, setup=None: ThreadPoolExecutor(1))
     return run
-
-
-class Inline:
-    """A pool of this process alone."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, f, *given):
-        done = Future()
-        try:
-            done.set_result(f(*given))
-        except ValueError as e:
-            done.set_exception(e)
-        return done
-
-    def shutdown(self, cancel_futures):
-        self.cancelled = cancel_futures
 
 
 def test_a_grid_is_every_run_once_and_its_best_rates(grid, tmp_path, monkeypatch):

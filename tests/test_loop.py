@@ -2,7 +2,6 @@
 import contextlib
 import json
 import math
-import runpy
 from argparse import Namespace
 from collections import Counter
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT, adapt, tiny_gpt, tiny_roberta
+from conftest import adapt, tiny_gpt, tiny_roberta
 from matplotlib import pyplot
 from test_train import command, few_records  # noqa: F401
 
@@ -40,49 +39,66 @@ def examples_of_unlike_length(n=23, most=14):
 
 # Schedules and steps
 
-@pytest.mark.parametrize("warmup, steps", [(0, 7), (1, 7), (3, 7), (0.06, 50), (0.5, 10), (7, 7)])
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-def test_every_schedule_is_its_formula_at_every_step(schedule, warmup, steps):
-    """w = warm-up steps, a share of the run below 1. Up to w: step / (w + 1). After it t = (step - w) / (steps - w + 1)
-    and 1 - t, (1 + cos pi t) / 2, or 1."""
-    args = Namespace(lr=0.5, warmup=warmup, schedule=schedule)
-    w = warmup if warmup >= 1 else warmup * steps
-    for step in range(1, steps + 1):
-        t = (step - w) / (steps - w + 1)
-        formula = {"linear": 1 - t, "cosine": 0.5 + 0.5 * math.cos(math.pi * t), "constant": 1}[schedule]
-        expected = 0.5 * (step / (w + 1) if step <= w else formula)
-        assert train.lr_at(step, steps, args) == pytest.approx(expected, rel=1e-12)
-        assert train.lr_at(step, steps, args) > 0
+def test_every_schedule_is_its_formula_at_every_step(schedule):
+    """Up to the w steps of the warm-up, which is a share of the run below 1 and else a number of
+    steps: step / (w + 1). After it t = (step - w) / (steps - w + 1) and 1 - t, (1 + cos pi t) / 2,
+    or 1."""
+    rows = (0, 7, 0), (1, 7, 1), (3, 7, 3), (7, 7, 7), (0.06, 50, 3), (0.25, 10, 2.5)
+    for warmup, steps, w in rows:
+        args = Namespace(lr=0.5, warmup=warmup, schedule=schedule)
+        for step in range(1, steps + 1):
+            t = (step - w) / (steps - w + 1)
+            formula = {"linear": 1 - t, "cosine": 0.5 + 0.5 * math.cos(math.pi * t), "constant": 1}
+            expected = 0.5 * (step / (w + 1) if step <= w else formula[schedule])
+            assert train.lr_at(step, steps, args) == pytest.approx(expected, rel=1e-12)
+            assert expected > 0
 
 
-def test_a_warmup_of_one_is_one_step():
-    """--warmup 1 is a number of steps, not all of the run."""
-    rates = [train.lr_at(step, 10, Namespace(lr=1.0, warmup=1.0, schedule="constant")) for step in (1, 2, 3)]
-    assert rates == [0.5, 1, 1]
-
-
-@pytest.mark.parametrize("n, batch, epochs, steps", [(64, 24, 2, 6), (5, 8, 1, 1), (64, 32, 1.5, 3), (64, 64, 0.1, 1)])
-def test_epochs_are_at_least_that_many_passes(tmp_path, base, monkeypatch, n, batch, epochs, steps):
-    """The last batch of an epoch is a step too, however few examples it has."""
-    split = {"train": n, "validation": 4, "test": 4}
+@pytest.mark.parametrize("n, batch, epochs, world, steps", [
+    (64, 24, 2, 1, 6), (5, 8, 1, 1, 1), (64, 32, 1.5, 1, 3), (64, 64, 0.1, 1, 1), (64, 8, 1, 2, 4)])
+def test_epochs_are_at_least_that_many_passes(
+        tmp_path, base, monkeypatch, n, batch, epochs, world, steps):
+    """The last batch of an epoch is a step, however few examples it has. Processes share them."""
     rows = data.load("restaurants")["train"]
-    monkeypatch.setattr(data, "load", lambda *_: {name: rows[:k] for name, k in split.items()})
-    args = train.parse(["--model", str(base), "--batch-size", str(batch), "--epochs", str(epochs), "--rank", "2",
-                        "--out", str(tmp_path)])
+    split = {"train": rows[:n], "validation": rows[:4], "test": rows[:4]}
+    monkeypatch.setattr(data, "load", lambda *_: split)
+    monkeypatch.setattr(settings, "WORLD", world)
+    flags = ["--batch-size", str(batch), "--epochs", str(epochs), "--out", str(tmp_path)]
+    args = train.parse(["--model", str(base), *flags, "--device", "cpu"])
     assert train.Run(args).args.steps == steps
 
 
-@pytest.mark.parametrize("dataset", ["restaurants", "reviews", "stdlib", "e2e", "gsm8k", "text", "glue/sst2"])
-def test_a_run_is_as_long_as_its_dataset_says(dataset):
-    """Either steps or epochs, with the batch and the rate of the table in settings.py; a flag goes before it."""
-    defaults = settings.DEFAULTS[dataset.split("/")[0]]
-    for method in ("lora", "full", "adalora"):
-        args = train.parse(["--dataset", dataset, "--method", method])
-        assert (args.steps, args.epochs) == (defaults.get("steps"), defaults.get("epochs"))
-        assert (args.steps is None) != (args.epochs is None) and args.batch_size == defaults["batch_size"]
-        assert args.lr == defaults.get(f"{method}_lr", defaults["lr"])
-    args = train.parse(["--dataset", dataset, "--epochs", "2", "--batch-size", "3", "--lr", "0.5"])
-    assert (args.steps, args.epochs, args.batch_size, args.lr) == (None, 2, 3, 0.5)
+def test_every_dataset_and_method_has_its_defaults():
+    """Those of the table in settings.py: steps or epochs, never both; a flag goes before it. Full
+    fine-tuning has a smaller rate than an adapter, methods with small factors a larger one."""
+    for dataset in (*data.GENERATED, "e2e", "gsm8k", "text", "glue/sst2", "openorca"):
+        row = settings.DEFAULTS.get(dataset.split("/")[0], settings.OTHER)
+        lr, reads = {}, data.about(dataset, "LABELS")
+        for method in [name for name in METHODS if name != "head" or reads]:
+            args = settings.parse(["--method", method, "--dataset", dataset])
+            assert [args.steps, args.epochs] == [row.get("steps"), row.get("epochs")]
+            assert (args.steps is None) != (args.epochs is None)
+            assert args.batch_size == row["batch_size"]
+            assert args.lr == row.get(f"{method}_lr", row["lr"])
+            lr[method] = args.lr
+        assert lr["full"] < lr["lora"] == lr["rslora"] == lr["reslora"] == lr["deltalora"]
+        above = dataset in ("restaurants", "e2e", "reviews")
+        for method in ("adalora", "loha", "lokr", *["head"] * (dataset == "reviews")):
+            assert lr[method] > lr["lora"] if above else lr[method] >= lr["lora"]
+        flags = ["--epochs", "2", "--batch-size", "3", "--lr", "0.5"]
+        args = settings.parse(["--dataset", dataset, *flags])
+        assert (args.steps, args.epochs, args.batch_size, args.lr) == (None, 2, 3, 0.5)
+
+
+def test_defaults_that_depend_on_the_steps_are_what_the_help_says():
+    """K is the steps of the warm-up, at least 1; AdaLoRA's phases are a tenth and four tenths of
+    the run, its pace a hundredth."""
+    flags = [*METHODS["deltalora"].flags.values(), *METHODS["adalora"].flags.values()]
+    for steps, warmup, *expected in ((10, 0.6, 1, 1, 4, 1), (100, 6.9, 6, 10, 40, 1),
+                                     (10000, 600, 600, 1000, 4000, 100)):
+        defaults = [flag["default"] for flag in flags if callable(flag.get("default"))]
+        assert [default(steps, warmup) for default in defaults] == expected
 
 
 def test_matrices_decay_and_vectors_do_not():
@@ -201,35 +217,6 @@ def test_decoding_for_a_report_has_no_dropout_and_leaves_the_model_training(base
     assert texts[0] == texts[1] == texts[2] and all(m.training for m in model.modules())
 
 
-@pytest.mark.parametrize("dataset, judged", [("restaurants", 64), ("gsm8k", 70), ("stdlib", None)])
-def test_what_is_evaluated_is_said(monkeypatch, capsys, dataset, judged):
-    """Before a report: the loss of all test examples, and how many texts are decoded: 64, or all where they judge."""
-    pairs = [("a", "b")] * 70
-    module = data.module(dataset)
-    fake = Namespace(pairs={"test": pairs}, examples={"test": pairs * 2}, module=module, labels=(),
-                     metrics=data.about(dataset, "METRICS"))
-    monkeypatch.setattr(evaluate, "measure", lambda *args, **more: {})
-    monkeypatch.setattr(evaluate, "SCORED", 64)
-    evaluate.report(None, fake, None, None, "the base")
-    out = capsys.readouterr().out
-    assert out.startswith("evaluate the base: the loss of 140 test examples")
-    assert (f"and {judged} texts are decoded" in out) if judged else "decoded" not in out
-
-
-def test_three_examples_are_shown_from_all_over_the_test_split(monkeypatch, capsys):
-    """One of each third, in their order, with what the model makes of them; of two texts both."""
-    task = Write.__new__(Write)
-    for n, shown in ((90, [0, 30, 60]), (100, [0, 33, 66]), (2, [0, 1]), (4, [0, 1, 2])):
-        pairs = [(f"record {i}", f"text {i}") for i in range(n)]
-        monkeypatch.setattr(printing, "decode", lambda model, some, *_, between: ([p for p, _ in some],
-                                                                                  ["written"] * len(some)))
-        dataset = Namespace(pairs={"test": pairs}, labels=(), task=task, tokenizer=None)
-        printing.print_examples(None, dataset, None, None)
-        lines = capsys.readouterr().out.split("\n")
-        assert [line for line in lines if line.startswith("record")] == [f"record {i}" for i in shown]
-        assert [line for line in lines if line.startswith("  ref")] == [f"  ref text {i}" for i in shown]
-
-
 @pytest.mark.whole
 def test_the_picture_of_ranks_has_a_row_for_each_layer_and_says_what_colours_mean(monkeypatch, tmp_path):
     """The first layer on top, the last rank beside its name, steps to the right."""
@@ -253,11 +240,29 @@ def test_cut_texts_are_counted_over_all_splits(base, monkeypatch):
     assert data.Dataset("restaurants").encode(base, from_pretrained(base), 32).cut == 6
 
 
-def test_trained_parameters_are_counted(tmp_path, base):
-    """By hand: two layers, q and v, r (d_in + d_out) each, beside a base of so many."""
-    found = train.main(command(base, tmp_path))["parameters"]
+def test_three_examples_are_shown_from_all_over_the_test_split(monkeypatch, capsys):
+    """One of each third, in their order, with what the model makes of them; of two texts both."""
+    monkeypatch.setattr(printing, "decode", lambda model, some, *_, between: (
+        [record for record, _ in some], ["written"] * len(some)))
+    for n, shown in ((90, [0, 30, 60]), (100, [0, 33, 66]), (2, [0, 1]), (4, [0, 1, 2])):
+        pairs = [(f"record {i}", f"text {i}") for i in range(n)]
+        dataset = Namespace(pairs={"test": pairs}, labels=(), task=Write(None, 20), tokenizer=None)
+        printing.print_examples(None, dataset, None, None)
+        lines = capsys.readouterr().out.split("\n")
+        for start, name in (("record", "record"), ("  ref", "  ref text")):
+            said = [line for line in lines if line.startswith(start)]
+            assert said == [f"{name} {i}" for i in shown]
+
+
+def test_a_result_counts_the_trained_parameters_and_names_every_flag_of_the_method(tmp_path, base):
+    """Counted by hand: two layers, q and v, r (d_in + d_out) each, beside a base of so many. A flag
+    that was not given has its default."""
+    found = train.main(command(base, tmp_path, "--method", "reslora"))
     whole = sum(p.numel() for p in from_pretrained(base).parameters())
-    assert found == {"trainable": 2 * 2 * 4 * (16 + 16), "total": whole + 2 * 2 * 4 * (16 + 16)}
+    mine = 2 * 2 * 4 * (16 + 16)
+    assert found["parameters"] == {"trainable": mine, "total": whole + mine}
+    own = {"shortcut": "input", "pre_num": 1, "merge": ["regression"]}
+    assert own.items() <= found["settings"].items()
 
 
 def test_the_loss_of_a_step_is_the_mean_over_its_targets_and_the_norm_that_of_its_gradient():
@@ -273,15 +278,6 @@ def test_the_loss_of_a_step_is_the_mean_over_its_targets_and_the_norm_that_of_it
     args = Namespace(device=CPU, amp=PLAIN, label_smoothing=0.0, clip=0.0)
     found = train.one_step(model, params, torch.optim.SGD(params, 0.1), NoAdapter, [], batches, 1, args)
     torch.testing.assert_close(found, torch.stack([loss.detach(), norm]))
-
-
-def test_an_epoch_is_shorter_for_several_processes(tmp_path, base, monkeypatch):
-    """64 examples in batches of 8 are 8 steps for one process, 4 for two."""
-    for world, steps in ((1, 8), (2, 4)):
-        monkeypatch.setattr(settings, "WORLD", world)
-        args = train.parse(["--model", str(base), "--epochs", "1", "--batch-size", "8", "--out", str(tmp_path / "o")])
-        monkeypatch.setattr(args, "device", CPU)
-        assert train.Run(args).args.steps == steps
 
 
 def test_a_run_that_leaves_nothing_leaves_no_folder(tmp_path, base, monkeypatch):
@@ -304,31 +300,6 @@ def test_half_precision_is_of_the_arithmetic_and_asked_for():
             assert found == name and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
-def test_every_dataset_and_method_has_its_defaults():
-    """Steps or epochs, never both; full fine-tuning has a smaller rate than an adapter, methods whose factors start
-    small a larger one, wherever a dataset says so; a dataset that is not in the table has defaults too."""
-    for dataset in (*data.GENERATED, "e2e", "gsm8k", "text", "glue/sst2", "glue/mnli"):
-        args = {method: settings.parse(["--method", method, "--dataset", dataset, "--model", "tiny"])
-                for method in METHODS if method != "head" or data.about(dataset, "LABELS")}
-        assert all((a.steps is None) != (a.epochs is None) and a.batch_size > 0 for a in args.values())
-        assert args["full"].lr < args["lora"].lr == args["rslora"].lr == args["reslora"].lr == args["deltalora"].lr
-        assert all(args[method].lr >= args["lora"].lr for method in ("adalora", "loha", "lokr"))
-    assert {"epochs", "batch_size", "lr", "full_lr"} == settings.OTHER.keys()
-    assert settings.OTHER["full_lr"] < settings.OTHER["lr"]
-    for dataset in ("restaurants", "e2e", "reviews"):
-        found = {settings.parse(["--method", m, "--dataset", dataset]).lr for m in ("adalora", "loha", "lokr")}
-        assert len(found) == 1 and found.pop() > settings.parse(["--dataset", dataset]).lr
-    assert settings.parse(["--method", "head", "--dataset", "reviews"]).lr > settings.parse(["--dataset", "reviews"]).lr
-
-
-def test_defaults_that_depend_on_the_steps_are_what_the_help_says():
-    """AdaLoRA's phases are a tenth and four tenths of the run, its pace is a hundredth, at least 1. (K of Delta-LoRA:
-    test_identities.py.)"""
-    flags = METHODS["adalora"].flags.values()
-    for steps, *expected in ((10, 1, 4, 1), (100, 10, 40, 1), (1000, 100, 400, 10), (10000, 1000, 4000, 100)):
-        assert [flag["default"](steps, 0) for flag in flags if callable(flag.get("default"))] == expected
-
-
 @pytest.mark.parametrize("step, message", [(1, "interrupted; nothing was saved\n"),
                                            (5, "interrupted; step 4 is in {out}, --resume goes on from there\n")])
 def test_an_interrupted_run_says_what_it_has_left(tmp_path, base, monkeypatch, capsys, step, message):
@@ -345,21 +316,6 @@ def test_an_interrupted_run_says_what_it_has_left(tmp_path, base, monkeypatch, c
         train.main(command(base, tmp_path / "out"))
     assert e.value.code == 130
     assert capsys.readouterr().err.endswith("train.py: " + message.format(out=tmp_path / "out"))
-
-
-@pytest.mark.parametrize("script", ["train.py", "generate.py"])
-def test_the_scripts_are_scripts(script, monkeypatch, capsys):
-    """python train.py --help says how to use it."""
-    monkeypatch.setattr("sys.argv", [script, "--help"])
-    with pytest.raises(SystemExit) as e:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    assert not e.value.code and capsys.readouterr().out.startswith(f"usage: {script}")
-
-
-def test_result_json_names_every_flag_of_the_method(tmp_path, base):
-    """With the default where none was given."""
-    found = train.main(command(base, tmp_path, "--method", "reslora"))["settings"]
-    assert (found["shortcut"], found["pre_num"], found["merge"]) == ("input", 1, ["regression"])
 
 
 def test_a_failure_to_compile_is_a_line_and_any_other_a_traceback(capsys):
@@ -407,22 +363,11 @@ def test_a_point_of_the_curve_is_the_mean_over_the_steps_since_the_last_one():
 
 # Calibration, as train.py runs it
 
-def calibrated(model, layers, examples, task, batch_size=4):
-    def batches():
-        return evaluate.calibration_batches(model, examples, task, batch_size, 0, CPU, PLAIN)
-    ResLoRALinear.calibrate(layers, batches)
-    return [layer.A_star.clone() for layer in layers if layer.earlier]
-
-
-def language_model(dropout=0.0):
-    model = tiny_gpt()
-    return model, adapt(model, "reslora", {}, dropout=dropout), Write(Namespace(bos=0, eos=0), 16)
-
-
 def test_calibration_masks_exactly_what_is_padding_and_leaves_the_model_training():
     """The mask is True at the ids of the examples, in the order of the batches; the model is in eval mode inside, and
     trains again afterwards. A classifier yields the sum of the margins, a language model None."""
-    model, _, task = language_model(dropout=0.5)
+    model, task = tiny_gpt(), Write(Namespace(bos=0, eos=0), 16)
+    adapt(model, "reslora", {}, dropout=0.5)
     examples = examples_of_unlike_length()
     model.train()
     stream = evaluate.calibration_batches(model, examples, task, 4, 0, CPU, PLAIN)
@@ -441,50 +386,47 @@ def test_calibration_masks_exactly_what_is_padding_and_leaves_the_model_training
     assert reader.training
 
 
-@pytest.mark.parametrize("labels", [False, True])
-def test_calibration_takes_so_many_batches_and_no_more(monkeypatch, labels):
+def test_calibration_takes_so_many_batches_and_no_more(monkeypatch):
     """A dozen for a language model, more for a classifier, whose texts are short."""
     assert evaluate.CALIBRATION < evaluate.CALIBRATION_LABELLED
     monkeypatch.setattr(evaluate, "CALIBRATION", 2)
     monkeypatch.setattr(evaluate, "CALIBRATION_LABELLED", 3)
     rows = [([0, 5, 6, 2], 1)] * 20
-    model, task = (tiny_roberta(), Label(Namespace(pad=1), 16, 3)) if labels else (tiny_gpt(), language_model()[2])
-    assert len(list(evaluate.calibration_batches(model, rows, task, 4, 0, CPU, PLAIN))) == (3 if labels else 2)
+    for model, task, n in ((tiny_gpt(), Write(Namespace(bos=0, eos=0), 16), 2),
+                           (tiny_roberta(), Label(Namespace(pad=1), 16, 3), 3)):
+        assert len(list(evaluate.calibration_batches(model, rows, task, 4, 0, CPU, PLAIN))) == n
 
 
-def test_padding_a_batch_further_changes_no_A_star():
-    """Positions that the mask excludes do not count, whatever stands there."""
-    model, layers, task = language_model()
-    examples = examples_of_unlike_length()
-    A_star = calibrated(model, layers, examples, task)
-
+def test_neither_more_padding_nor_dropout_changes_A_star():
+    """Positions that the mask excludes do not count, whatever stands there; nothing is dropped
+    while the statistics are gathered, though the run trains with dropout."""
     class Wider(Write):
         def collate(self, rows, seed=""):
             idx, targets, real = super().collate(rows, seed)
             return F.pad(idx, (0, 2), value=7), F.pad(targets, (0, 2), value=-100), F.pad(real, (0, 2))
-    for a, b in zip(A_star, calibrated(model, layers, examples, Wider(task.tokenizer, 16)), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_calibrating_twice_under_dropout_gives_the_same_A_star():
-    """Nothing is dropped while the statistics are gathered, though the run trains with dropout."""
-    model, layers, task = language_model(dropout=0.5)
-    model.train()
-    first, second = (calibrated(model, layers, examples_of_unlike_length(), task) for _ in range(2))
-    assert first and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    model, found = tiny_gpt(), []
+    layers = adapt(model, "reslora", {}, dropout=0.5)
+    for kind in (Write, Wider, Write):
+        model.train()
+        of = model, examples_of_unlike_length(), kind(Namespace(bos=0, eos=0), 16), 4, 0, CPU, PLAIN
+        ResLoRALinear.calibrate(layers, lambda of=of: evaluate.calibration_batches(*of))
+        found.append(torch.stack([layer.A_star for layer in layers if layer.earlier]))
+    torch.testing.assert_close(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 # Selection
 
 def test_compare_judges_a_rate_by_the_step_that_was_kept(tmp_path):
     """Not by the last row, nor by the best row of another column."""
-    (tmp_path / "result.json").write_text(json.dumps({"selected": {"step": 4, "by": "validation accuracy"}}))
-    write_csv(tmp_path / "log.csv", [dict(step=2, val_loss=0.9, val_accuracy=0.5), dict(step=3, val_loss=None),
-                                     dict(step=4, val_loss=0.8, val_accuracy=0.9),
-                                     dict(step=6, val_loss=0.1, val_accuracy=0.2)])
-    assert compare.validation(tmp_path) == (0.9, 0.8, True)
-    (tmp_path / "result.json").write_text(json.dumps({"selected": {"step": 6, "by": "validation loss"}}))
-    assert compare.validation(tmp_path) == (0.1, 0.1, False)
+    columns = "step", "val_loss", "val_accuracy"
+    rows = [(2, 0.9, 0.5), (3, None, None), (4, 0.8, 0.9), (6, 0.1, 0.2)]
+    write_csv(tmp_path / "log.csv", [dict(zip(columns, row, strict=True)) for row in rows])
+    for step, metric, expected in ((4, "accuracy", (0.9, 0.8, True)),
+                                   (6, "loss", (0.1, 0.1, False))):
+        selected = {"step": step, "by": f"validation {metric}"}
+        (tmp_path / "result.json").write_text(json.dumps({"selected": selected}))
+        assert compare.validation(tmp_path) == expected
 
 
 # Two truths of the pages
@@ -500,15 +442,31 @@ def test_a_target_is_a_whole_name():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_merging_on_a_half_precision_base_rounds_once(dtype):
-    """The merged weight is the fp32 sum, rounded: not the sum of W and a delta that was rounded before."""
-    torch.manual_seed(0)
-    linear = nn.Linear(64, 64).to(dtype)
-    model = nn.ModuleDict({"q": linear})
-    layer, = lora.apply(model, lora.LoRALinear, ["q"], r=4, alpha=4)
-    nn.init.normal_(layer.lora_B, std=0.3)
-    exact = layer.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
-    twice = layer.weight + layer.delta().to(dtype)
-    lora.merge(model)
-    assert model["q"].weight.dtype == dtype and (twice != exact.to(dtype)).any()
-    assert (model["q"].weight == exact.float().to(dtype)).double().mean() > 0.999  # a tie of fp32 and fp64 apart
+def test_merging_on_a_half_precision_base_rounds_once_and_keeps_the_mode(dtype):
+    """The merged weight is the fp32 sum, rounded: not the sum of W and a delta that was rounded
+    before. Behind a merge a model in eval has every module in eval, one in training in training."""
+    for training in (True, False):
+        model = nn.ModuleDict({"q": nn.Linear(64, 64).to(dtype)}).train(training)
+        layer, = lora.apply(model, lora.LoRALinear, ["q"], r=4, alpha=4, dropout=0.5)
+        nn.init.normal_(layer.lora_B, std=0.3)
+        assert {m.training for m in model.modules()} == {training}
+        A, B = layer.lora_A.double(), layer.lora_B.double()
+        exact = layer.weight.double() + layer.scaling * B @ A
+        twice = layer.weight + layer.delta().to(dtype)
+        lora.merge(model)
+        assert {m.training for m in model.modules()} == {training}
+        assert model["q"].weight.dtype == dtype and (twice != exact.to(dtype)).any()
+        same = model["q"].weight == exact.float().to(dtype)  # ties of fp32 and fp64 apart
+        assert same.double().mean() > 0.999
+
+
+@pytest.mark.parametrize("flags", ["lora", "reslora --merge input,none"])
+def test_a_run_merges_in_one_mode(tmp_path, base, flags):
+    """No module of the merged model is in another mode than the rest, nor of the copy that another
+    way of merging is measured on. Calibration ends in training, without it a model stays in eval."""
+    args = train.parse(command(base, tmp_path, "--dropout", "0.5", "--method", *flags.split()))
+    run, modes = train.Run(args), []
+    run.report = lambda model, stage: modes.append({m.training for m in model.modules()})
+    run.model.eval()
+    train.merge(run, {})
+    assert modes == ([{False}] if flags == "lora" else [{False}, {True}])
