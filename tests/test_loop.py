@@ -280,18 +280,6 @@ def test_the_loss_of_a_step_is_the_mean_over_its_targets_and_the_norm_that_of_it
     torch.testing.assert_close(found, torch.stack([loss.detach(), norm]))
 
 
-def test_a_run_that_leaves_nothing_leaves_no_folder(tmp_path, base, monkeypatch):
-    """Interrupted before its first checkpoint; a folder with something in it stays."""
-    monkeypatch.setattr(train, "fit", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
-    for kept in (False, True):
-        if kept:
-            (tmp_path / "out").mkdir()
-            (tmp_path / "out/mine.txt").write_text("x")
-        with pytest.raises(SystemExit):
-            train.main(command(base, tmp_path / "out"))
-        assert (tmp_path / "out").exists() == kept
-
-
 def test_half_precision_is_of_the_arithmetic_and_asked_for():
     """float32 computes in float32, bfloat16 in bfloat16 whatever the weights are."""
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
@@ -300,22 +288,29 @@ def test_half_precision_is_of_the_arithmetic_and_asked_for():
             assert found == name and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
-@pytest.mark.parametrize("step, message", [(1, "interrupted; nothing was saved\n"),
-                                           (5, "interrupted; step 4 is in {out}, --resume goes on from there\n")])
-def test_an_interrupted_run_says_what_it_has_left(tmp_path, base, monkeypatch, capsys, step, message):
-    """Ctrl-C in a step: before the first checkpoint and after one."""
-    calls, real = [], train.one_step
+def test_an_interrupted_run_says_what_it_has_left(tmp_path, base, monkeypatch, capsys):
+    """Ctrl-C in a step. Before the first checkpoint a run leaves no folder, only what else was in
+    it; after one the line says which."""
+    real, out = train.one_step, tmp_path / "out"
+    for stopped, message in ((1, "nothing was saved"), (1, "nothing was saved"),
+                             (5, f"step 4 is in {out}, --resume goes on from there")):
+        calls = []
 
-    def one_step(*args):
-        calls.append(1)
-        if len(calls) == step:
-            raise KeyboardInterrupt
-        return real(*args)
-    monkeypatch.setattr(train, "one_step", one_step)
-    with pytest.raises(SystemExit) as e:
-        train.main(command(base, tmp_path / "out"))
-    assert e.value.code == 130
-    assert capsys.readouterr().err.endswith("train.py: " + message.format(out=tmp_path / "out"))
+        def one_step(*args, calls=calls, stopped=stopped):
+            calls.append(args)
+            if len(calls) == stopped:
+                raise KeyboardInterrupt
+            return real(*args)
+        monkeypatch.setattr(train, "one_step", one_step)
+        with pytest.raises(SystemExit) as e:
+            train.main(command(base, out))
+        assert e.value.code == 130
+        assert capsys.readouterr().err.endswith(f"train.py: interrupted; {message}\n")
+        if not (out / "mine.txt").exists():
+            assert not out.exists()
+            out.mkdir()
+            (out / "mine.txt").write_text("x")
+    assert {file.name for file in out.iterdir()} == {"mine.txt", "log.csv", "resume.safetensors"}
 
 
 def test_a_failure_to_compile_is_a_line_and_any_other_a_traceback(capsys):
