@@ -299,8 +299,8 @@ with ThreadPoolExecutor(2) as workers:
 
 def test_an_ordinary_run_is_set_up_once_and_read_back(grid, tmp_path, capsys, monkeypatch):
     """One call of train.train for each run, which does not resume. The late columns are those of
-    the last tenth of the log, of six rows the last one. Read back after a change of the code, runs are
-    said to be from before it."""
+    the last tenth of the log, of six rows the last one. Read back after a change of the code, runs
+    are said to be from before it."""
     asked, whole = [], train.train
     monkeypatch.setattr(train, "train", lambda args: asked.append(args.resume) or whole(args))
     monkeypatch.setattr(compare, "only_train", None)

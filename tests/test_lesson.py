@@ -1,5 +1,5 @@
-"""lesson.ipynb as it is committed: with its outputs, and exercises that name tests which exist. That
-it runs, and that its claims hold, is said by `jupyter execute lesson.ipynb`: the claims are
+"""lesson.ipynb as it is committed: with its outputs, and exercises that name tests which exist.
+That it runs, and that its claims hold, is said by `jupyter execute lesson.ipynb`: the claims are
 assertions in its cells."""
 import json
 import re
@@ -18,7 +18,8 @@ def test_every_cell_was_run_in_order_and_nothing_went_wrong():
     kinds = {output.get("name", output["output_type"]) for cell in CODE for output in cell["outputs"]}
     assert kinds <= {"stdout", "display_data", "execute_result"}
     chapters = len(re.findall(r"^## \d\.", "\n".join(TEXT), re.M))
-    pictures = sum("image/png" in output.get("data", {}) for cell in CODE for output in cell["outputs"])
+    outputs = [output for cell in CODE for output in cell["outputs"]]
+    pictures = sum("image/png" in output.get("data", {}) for output in outputs)
     claims = sum(bool(re.search(r"^ *assert ", "".join(cell["source"]), re.M)) for cell in CODE)
     assert 0 < chapters <= min(pictures, claims)
 

@@ -164,8 +164,8 @@ def test_texts_outlive_a_kill_inside_the_write_of_others(finished, tmp_path):
 
 
 def test_a_file_that_may_not_grow_is_one_line(tmp_path, base):
-    """As the system and safetensors say it of a disk that is full: exit code 2, no part of a file, and
-    a run that goes on."""
+    """As the system and safetensors say it of a disk that is full: exit code 2, no part of a file,
+    and a run that goes on."""
     flags, said = ["--method", "lora"], tmp_path / "said"
     whole = train.main(command(base, tmp_path / "whole", *flags))
     most = (tmp_path / "whole" / STATE[0]).stat().st_size
