@@ -5,11 +5,10 @@ import functools
 import json
 import math
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import REAL, ROOT, needs_real, tokens, variants
+from conftest import ROOT, tokens, variants
 from safetensors.torch import load_file
 from test_checkpoint import peft_logits, relative
 
@@ -218,18 +217,17 @@ def test_head_trains_the_head_alone(tmp_path, small_roberta):
     assert all(name.startswith("model.classifier.") for name in weights(tmp_path))
 
 
-@needs_real
 @pytest.mark.parametrize("method", ["reslora", "head"])
-def test_every_method_runs_on_real_sst2_with_robertas_real_vocabulary(tmp_path, method):
+def test_a_run_on_sst2_with_robertas_own_vocabulary_is_loaded_elsewhere(tmp_path, method, texts_folder):
     """A random RoBERTa of 50,265 tokens, by transformers, with roberta-base's vocab.json: training changes it, and
     PEFT and transformers load what comes out. (A random base learns nothing from SST-2 in a few steps.)"""
     import transformers
     shape = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, type_vocab_size=1)
     theirs = transformers.RobertaForMaskedLM(transformers.RobertaConfig(max_position_embeddings=66, **shape))
     theirs.save_pretrained(tmp_path / "base")
-    shutil.copyfile(Path(REAL) / "roberta-base-vocab/vocab.json", tmp_path / "base/vocab.json")
+    shutil.copyfile(texts_folder / "roberta-base-vocab/vocab.json", tmp_path / "base/vocab.json")
     out = tmp_path / "out"
-    flags = ["--method", method, "--dataset", "glue/sst2", "--data-dir", Path(REAL) / "sst2", "--save-merged"]
+    flags = ["--method", method, "--dataset", "glue/sst2", "--data-dir", texts_folder / "sst2", "--save-merged"]
     metrics = train.main(command(tmp_path / "base", out, *flags))["metrics"]
     assert metrics["merged" if METHODS[method].adapter else "trained"]["loss"] != metrics["base"]["loss"]
     merged = from_pretrained(out / "merged")
