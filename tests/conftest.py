@@ -44,10 +44,11 @@ if DATA:
 
 
 def made_gpt2():
-    """A vocabulary of GPT-2's size for its pattern: all bytes, and 50,000 pairs of bytes in a random order."""
+    """A vocabulary of GPT-2's size and with its pattern: all bytes, and 50,000 pairs of bytes."""
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     pairs = [bytes([a, b]) for a in range(256) for b in range(256)]
     tokens = [bytes([b]) for b in range(256)] + random.Random(0).sample(pairs, 50000)
-    return tiktoken.Encoding("gpt2", pat_str=tokenizers.PATTERN, special_tokens={"<|endoftext|>": 50256},
+    return tiktoken.Encoding("gpt2", pat_str=pattern, special_tokens={"<|endoftext|>": 50256},
                              mergeable_ranks={token: rank for rank, token in enumerate(tokens)})
 
 
