@@ -90,7 +90,7 @@ class LoRALinear(nn.Module):
     before_step = staticmethod(lambda layers, step: None)  # step 1, 2, …: between backward and clipping
     after_step = staticmethod(lambda layers, step: None)  # after the optimizer's step
     ranks = staticmethod(lambda layers: None)  # [rank of each layer], for a method that moves ranks
-    prepare_merge = staticmethod(lambda layers, merge, batches: None)  # one of `merges`; batches: see reslora.py
+    prepare_merge = staticmethod(lambda model, merge, calibration: None)  # one of `merges`; calibration: see reslora.py
     recompute = staticmethod(lambda block: (nullcontext(), nullcontext()))  # around both runs of a checkpointed block
 
     def extra_repr(self):

@@ -197,7 +197,7 @@ class ResLoRALinear(lora.LoRALinear):
 
 
 @torch.no_grad()
-def calibrate(model, batches, run=None, real=None, margin=None, merge=None):
+def calibrate(model, batches, run=None, real=None, margin=None, merge=None, eps=1e-3):
     """Find A* of every layer that merges only approximately. Call it again when weights changed.
 
     batches: some training data in batches of any kind, a dozen for a language model, thousands of
@@ -207,7 +207,8 @@ def calibrate(model, batches, run=None, real=None, margin=None, merge=None):
         the shape of the inputs without d_in. None: all are real.
     margin: for a classifier, a function of the output: the sum over the texts of the largest logit
         minus the mean logit, or of a regression's predictions. None for a language model.
-    merge: a name of MERGES. None: the first that the layers were made with."""
+    merge: a name of MERGES. None: the first that the layers were made with.
+    eps: of the regression, see there."""
     layers = [m for m in model.modules() if isinstance(m, ResLoRALinear) and not m.exact_merge]
     if not layers:
         return
@@ -218,7 +219,7 @@ def calibrate(model, batches, run=None, real=None, margin=None, merge=None):
     try:
         seen = layer_inputs(layers, batches, run or model, real, margin)
         if merge == "regression":
-            regression(layers, seen)
+            regression(layers, seen, eps)
         else:
             paper_merge(layers, seen, merge)
     finally:
@@ -259,7 +260,7 @@ def layer_inputs(layers, batches, run, real, margin):
         raise ValueError("calibration needs at least one batch: batches is empty")
 
 
-def regression(layers, seen, eps=1e-3):
+def regression(layers, seen, eps):
     """A*_n = A_n + P_n with P_n = E[w z x^T] (E[w x x^T] + eps I)^-1, eps in units of the mean
     diagonal of E[w x x^T]. seen: see `layer_inputs`."""
     xx, zx = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)

@@ -23,7 +23,7 @@ from checkpoints import adapters, files, state
 from checkpoints.pretrained import MODELS, from_pretrained, locate
 from data import Dataset, step_batches
 from evaluation import plots
-from evaluation.evaluate import base_report, calibration_batches, in_fp32, report, to_device, validate
+from evaluation.evaluate import base_report, calibration, in_fp32, report, to_device, validate
 from evaluation.printing import announce, print_examples, print_table
 from methods import METHODS
 
@@ -182,10 +182,10 @@ class Run:
         """{metric: value} on the test split; prints what is evaluated if `stage` says it."""
         return report(model, self.data, self.args.device, self.args.amp, stage)
 
-    def calibration_batches(self, model):
-        """See ResLoRALinear.calibrate."""
-        return calibration_batches(model, self.data.examples["train"], self.data.task, self.args.batch_size,
-                                   self.args.seed, self.args.device, self.args.amp)
+    def calibration(self, model):
+        """Of a copy of the model: see reslora.calibrate."""
+        return calibration(model, self.data.examples["train"], self.data.task, self.args.batch_size, self.args.seed,
+                           self.args.device, self.args.amp)
 
 
 def merge(run, metrics):
@@ -197,11 +197,10 @@ def merge(run, metrics):
     kept, *others = run.layers[0].merges
     for way in others:
         trial = copy.deepcopy(model)
-        layers = [m for m in trial.modules() if isinstance(m, adapter)]
-        adapter.prepare_merge(layers, way, functools.partial(run.calibration_batches, trial))
+        adapter.prepare_merge(trial, way, run.calibration(trial))
         name = f"merged by {way}" if isinstance(way, str) else f"merged at rank {way}"
         metrics[name] = run.report(lora.merge(trial), f"the model {name}")
-    adapter.prepare_merge(run.layers, kept, functools.partial(run.calibration_batches, model))
+    adapter.prepare_merge(model, kept, run.calibration(model))
     adapters.save_adapter(args.out, model, MODELS.get(args.model, args.model), args.dropout)
     metrics["merged"] = run.report(lora.merge(model), "the merged model")
 

@@ -114,10 +114,11 @@ class DyLoRALinear(LoRALinear):
         draw_for(layers, step + 1)
 
     @staticmethod
-    def prepare_merge(layers, merge, batches):
+    def prepare_merge(model, merge, calibration):
         """Cut every layer at rank `merge`."""
-        for layer in layers:
-            layer.cut_at(merge)
+        for layer in model.modules():
+            if isinstance(layer, DyLoRALinear):
+                layer.cut_at(merge)
 
 
 def draw_for(layers, step):

@@ -178,23 +178,19 @@ def base_report(run):
     return run.report(run.model, "the base")  # at B = 0 the model is the base
 
 
-def calibration_batches(model, examples, task, batch_size, seed, device, amp):
-    """Send training batches through a model and yield (mask, M) after each, as `ResLoRALinear.calibrate` wants it.
-
-    mask (B, T) is True at real tokens. M is the sum of a classifier's margins (top logit minus mean) or of a
-    regression's predictions; None for a language model, which predicts at every token.
-    """
-    model.eval()
+def calibration(model, examples, task, batch_size, seed, device, amp):
+    """What `reslora.calibrate` takes: training batches, how one of them goes through the model, which of its tokens are
+    real, and the margin of a classifier."""
     label = isinstance(task, Label)
-    order = epoch_batches(examples, batch_size, f"{seed}/0")
-    for number, indices in enumerate(order[:CALIBRATION_LABELLED if label else CALIBRATION]):
-        idx, targets, real = task.collate([examples[i] for i in indices], f"{seed}/0/{number}")
-        with amp, torch.set_grad_enabled(label):
-            M = None
-            if not label:
-                model.hidden(to_device(idx, device))  # all that the layers read, without the vocabulary
-            else:
-                logits, _ = model(to_device(idx, device), targets)  # (B, L)
-                M = (logits if logits.size(1) == 1 else logits.amax(1) - logits.mean(1)).sum()
-        yield real.to(device), M
-    model.train()
+    order = epoch_batches(examples, batch_size, f"{seed}/0")[:CALIBRATION_LABELLED if label else CALIBRATION]
+
+    def run(batch):
+        with amp:  # of a language model, all that the layers read, without the vocabulary
+            return (model if label else model.hidden)(to_device(batch[0], device))
+
+    def margin(output):  # top logit minus mean, or a regression's prediction
+        logits = output[0]  # (B, L)
+        return (logits if logits.size(1) == 1 else logits.amax(1) - logits.mean(1)).sum()
+    return dict(batches=(task.collate([examples[i] for i in indices], f"{seed}/0/{number}")
+                         for number, indices in enumerate(order)),
+                run=run, real=lambda batch: batch[2].to(device), margin=margin if label else None)

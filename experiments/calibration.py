@@ -27,6 +27,7 @@ def flags_of(dataset, label):
 def merged(dataset, label):
     """One trained model: [{dataset, row, texts, draw, tokens, merged loss, ...}]"""
     import lora
+    import reslora
     from evaluation import evaluate
     flags = flags_of(dataset, label)
     losses = {stage: round(values["loss"], 5) for stage, values in cell(flags)["metrics"].items()}
@@ -36,15 +37,12 @@ def merged(dataset, label):
     rows = []
     for texts in TEXTS:
         for number in range(DRAWS):
-            model, tokens = copy.deepcopy(run.model), 0
+            model = copy.deepcopy(run.model)
             run.data.examples["train"] = examples[number * texts:(number + 1) * texts]
-
-            def batches(model=model):
-                nonlocal tokens
-                for real, M in run.calibration_batches(model):
-                    tokens += real.sum().item()
-                    yield real, M
-            run.adapter.calibrate([m for m in model.modules() if isinstance(m, run.adapter)], batches)
+            calibration = run.calibration(model)
+            calibration["batches"] = list(calibration["batches"])
+            tokens = sum(calibration["real"](batch).sum().item() for batch in calibration["batches"])
+            reslora.calibrate(model, **calibration)
             loss = run.report(lora.merge(model))["loss"]
             rows.append({"dataset": dataset, "row": label, "texts": texts, "draw": number, "tokens": tokens,
                          "merged loss": round(loss, 5), "unmerged loss": losses["unmerged"],

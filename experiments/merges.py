@@ -19,8 +19,8 @@ SOME = "input, m 1", "middle, m 1", "middle, all"  # for --quick
 ROWS = {}
 for shortcut in "input", "middle":
     for name, m in (("m 1", 1), ("m 2", 2), ("all", -1)):
-        # the paper's weight merge of input is defined for one earlier layer
-        merges = [how for how in MERGES if (shortcut, how) != ("input", "weight") or m == 1]
+        # the paper's merge_bw of input is defined for one earlier layer
+        merges = [how for how in MERGES if (shortcut, how) != ("input", "bw") or m == 1]
         also = ["--shortcut middle"] * (shortcut == "middle") + [f"--pre-num {m}"] * (m != 1)
         ROWS[f"{shortcut}, {name}"] = " ".join(["--method reslora", *also, "--merge", ",".join(merges)])
 
@@ -36,8 +36,8 @@ def grid(dataset, folder, quick):
 
 def draw(found, path):
     """What each merge adds to the loss of the unmerged model; a panel for each dataset, both axes shared."""
-    styles = {"regression": ("C2", "o", "regression (ours)"), "weight": ("C3", "D", "paper: by weights"),
-              "input": ("C1", "s", "paper: by inputs"), "none": ("0.45", "x", "shortcut dropped")}
+    styles = {"regression": ("C2", "o", "regression (ours)"), "bw": ("C3", "D", "paper: merge_bw"),
+              "bi": ("C1", "s", "paper: merge_bi"), "none": ("0.45", "x", "shortcut dropped")}
     shape = (1, 1) if len(found) == 1 else (2, 2)
     labels = [row["row"] for row in next(iter(found.values()))]
     with picture(path, *shape, figsize=(8, 2.7 * shape[0]), sharex=True, sharey=True, squeeze=False) as (figure, axes):

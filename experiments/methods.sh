@@ -4,7 +4,7 @@
 # sh experiments/methods.sh [--quick]      reviews; with E2E=FOLDER (python -m experiments.e2e_split) real E2E text too
 set -e
 cd "$(dirname "$0")/.."
-MERGES="--merge regression,input,weight,none"
+MERGES="--merge regression,bi,bw,none"
 grid() {  # dataset, more flags of compare.py, rates, rates of small starts, of full fine-tuning, flags of train.py, K
     # shellcheck disable=SC2086
     python -m experiments.compare "experiments/results/methods-$1" $QUICK --lr $3 --seeds 3 --best-lr $2 \

@@ -24,7 +24,7 @@ from experiments.compare import RESULTS, groups, read_csv, write_csv
 from experiments.merges import ROWS
 
 FLAGS = "--dataset e2e --rank 16 --lr 2e-3 --steps 25 --batch-size 8 --eval-every 25 --test-texts 48"
-WAYS = [("none", 0, None), ("input", 64, None), ("weight", 64, None), *[("regression", n, 1e-3) for n in (4, 16, 64)],
+WAYS = [("none", 0, None), ("bi", 64, None), ("bw", 64, None), *[("regression", n, 1e-3) for n in (4, 16, 64)],
         ("regression", 4, 1e-1), ("regression", 4, 1e-5)]  # (merge, calibration texts, eps)
 
 
@@ -44,19 +44,13 @@ def merged(label, base, folder):
     for how, texts, eps in WAYS:
         if how not in run.layers[0].merges:
             continue
-        model, tokens = copy.deepcopy(run.model), 0
-        layers = [m for m in model.modules() if isinstance(m, reslora.ResLoRALinear) and not m.exact_merge]
+        model = copy.deepcopy(run.model)
         run.data.examples["train"] = examples[:texts]
-
-        def batches(model=model):
-            nonlocal tokens
-            for real, M in run.calibration_batches(model):
-                tokens += real.sum().item()
-                yield real, M
-        if how == "regression":
-            reslora.regression(layers, batches, eps)
-        else:
-            reslora.ResLoRALinear.calibrate(layers, batches, how)
+        calibration = run.calibration(model)
+        calibration["batches"] = list(calibration["batches"])
+        tokens = sum(calibration["real"](batch).sum().item() for batch in calibration["batches"])
+        more = {"eps": eps} if how == "regression" else {}
+        reslora.calibrate(model, merge=how, **calibration, **more)
         found = {**losses, "merged loss": run.report(lora.merge(model))["loss"]}
         rows.append({"row": label, "merge": how, "texts": texts, "tokens": tokens, "eps": eps,
                      **{name: round(value, 5) for name, value in found.items()}, "flags": shlex.join(flags)})
@@ -66,8 +60,8 @@ def merged(label, base, folder):
 def draw(rows, path):
     """What each merge adds to the loss, a mark for each, on a log axis: a gain stands at its left end."""
     styles = {("regression", 64): ("C2", "o", "regression, 64 texts"), ("regression", 16): ("C2", "^", "16 texts"),
-              ("regression", 4): ("C2", "v", "4 texts"), ("weight", 64): ("C3", "D", "paper: by weights"),
-              ("input", 64): ("C1", "s", "paper: by inputs"), ("none", 0): ("0.45", "x", "shortcut dropped")}
+              ("regression", 4): ("C2", "v", "4 texts"), ("bw", 64): ("C3", "D", "paper: merge_bw"),
+              ("bi", 64): ("C1", "s", "paper: merge_bi"), ("none", 0): ("0.45", "x", "shortcut dropped")}
     labels = list(groups(rows, "row"))
     with picture(path, figsize=(7, 3.6)) as (figure, axis):
         for (how, texts), (colour, marker, label) in styles.items():

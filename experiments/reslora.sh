@@ -4,8 +4,8 @@
 # sh experiments/reslora.sh [--quick]      (does the merged model beat LoRA: experiments/merge_at.py)
 set -e
 cd "$(dirname "$0")/.."
-MERGES="--merge regression,input,weight,none"
-FEWER="--merge regression,input,none"  # the paper's weight merge of input is defined for one earlier layer
+MERGES="--merge regression,bi,bw,none"
+FEWER="--merge regression,bi,none"  # the paper's merge_bw of input is defined for one earlier layer
 # shellcheck disable=SC2086
 python -m experiments.compare experiments/results/reslora-pre-num $1 --lr 1.2e-2 2.4e-2 4.8e-2 --best-lr --metric "unmerged loss" \
     --title "restaurants, r 16, each at its best rate, before merging" \

@@ -11,7 +11,7 @@ import re
 from experiments.compare import RESULTS, ROOT, groups, mean, read_csv, spread, write
 
 RATES = {"restaurants": "2.4e-2", "stdlib": "2.4e-2", "e2e": "2.4e-2", "reviews": "3e-3"}  # of experiments/merges.py
-MERGES = "regression", "input", "weight", "none"
+MERGES = "regression", "bi", "bw", "none"
 
 
 def best(name):
@@ -112,7 +112,7 @@ def real_merges(where=RESULTS):
     for (row,), same in groups(read_csv(where / "real-merges.csv"), "row").items():
         found = {(r["merge"], r["texts"]): r["merged loss"] for r in same if r["eps"] in ("", "0.001")}
         cells = [found.get(way) for way in (("regression", "64"), ("regression", "16"), ("regression", "4"),
-                                            ("input", "64"), ("weight", "64"), ("none", "0"))]
+                                            ("bi", "64"), ("bw", "64"), ("none", "0"))]
         share = kept({**same[0], "merged loss": found["regression", "64"]}, "regression")
         rows.append([row, f"{float(same[0]['unmerged loss']):.4f}", *(f"{float(c):.4f}" if c else "-" for c in cells),
                      f"{share:.2%}"])
