@@ -112,9 +112,6 @@ def load_run(folder, unmerged=False, cut=None, base=None, dtype=torch.float32):
     if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels) or bool(labels) != bool(
             data.about(settings["dataset"], "LABELS")):
         raise ValueError(f"{folder / 'result.json'}: labels {labels!r} are no labels of a run")
-    if unmerged and settings.get("merge_at"):
-        raise ValueError(f"{folder} was merged while it trained (merge_at {settings['merge_at']}) by an older version: "
-                         "only the merged adapter is left, drop --unmerged")
     if cut is not None and "cut" not in method.flags:
         raise ValueError(f"--cut {cut} is for a DyLoRA run, {folder} is one of {settings['method']}")
     try:

@@ -269,8 +269,6 @@ class Parser(argparse.ArgumentParser):
         self.files = files
 
     def error(self, message):
-        if "--merge-at" in message:
-            message = "--merge-at brought nothing and is an experiment now: python -m experiments.merge_at --help"
         raise ValueError(message)
 
     def _get_values(self, action, given):

@@ -90,8 +90,7 @@ FREE = "model", "data_dir", "init_from", "save_merged", "compile", "checkpoint_a
 
 def difference(before, now, free=FREE):
     """In words, how the settings of a run differ from those that it began with; None if they do not."""
-    keys = [key for key in sorted(before.keys() | now.keys()) if key not in free
-            and (before.get(key) or None) != (now.get(key) or None)]  # an older version had fewer flags
+    keys = [key for key in sorted(before.keys() | now.keys()) if key not in free and before.get(key) != now.get(key)]
     changed = {"base_weights": f"the model {now.get('model')} has other weights than it began with",
                "base_files": f"the model {now.get('model')} has another config.json or tokenizer than it began with",
                "data": f"the data of {now.get('dataset')} have changed since it began",
@@ -260,11 +259,6 @@ def read_state(path, weights=True):
 def weights_of(tensors, kind, model, path):
     """{name: tensor} of `changing(model)` among the tensors of a file, where their names begin with `kind`."""
     weights, wanted = {key.removeprefix(kind): t for key, t in tensors.items() if key.startswith(kind)}, changing(model)
-    for name in wanted.keys() - weights.keys():
-        layer = name.removesuffix("W_has_moved")
-        if f"{layer}A_S" in weights:  # a Delta-LoRA run from before this flag: W moves when A and B leave A_S and B_S
-            pairs = [(weights[f"{layer}{factor}_S"], weights[f"{layer}{factor}_prev"]) for factor in "AB"]
-            weights[name] = torch.tensor(not all(torch.equal(*pair) for pair in pairs))
     check_keys(weights, wanted, path)
     return weights
 

@@ -3,7 +3,6 @@
     compare.py            a grid of runs: rows x ranks x learning rates x seeds -> one csv and one picture
     bench.py              time and memory of a training step, beside transformers + peft and beside the floor
     commands.py           README's first commands: what they print and how long they take
-    measured_again.py     do the --quick scripts give the committed csv's values
     tables.py             the tables of RESULTS.md, made from the csv files
     rank_theorem.py       rsLoRA's theorem: sizes after one step, by rank up to 2,048
     rslora.sh             does a larger rank help, with alpha / r and alpha / sqrt(r), AdamW and SGD
@@ -11,13 +10,10 @@
     gradients.py          the gradient's norm in each layer
     merges.py             what each merge keeps of ResLoRA, on four datasets
     calibration.py        how many tokens merging by regression needs
-    merge_at.py           does a merged ResLoRA beat LoRA; does merging on the way help
     deltalora.sh          lambda and K, beside LoRA with 3 alpha
     deltalora_weights.py  rank and spectrum of the update, how far W turns, W in bf16
     methods.sh            all methods at as many trained parameters as LoRA, and what they forget
     dylora_cuts.py        one DyLoRA cut at all ranks, beside truncated and trained LoRA
-    difficulty.sh         how hard the embedded tasks are
-    decoding_time.py      seconds for 128 tokens, with and without a cache, beside transformers
     e2e_split.py          the E2E split of RESULTS.md, and the official one, from the public files
     smollm2.py            SmolLM2-135M, a real pretrained Llama, as a folder, from a package of PyPI
     base.sh, base_roberta.sh                    the two shipped models, from scratch

@@ -1,7 +1,7 @@
 #!/bin/sh
 # ResLoRA: how many earlier layers should join in, and what does each merge keep? Then the curves of the three structures
 # beside LoRA, at one rate for all and, with two more seeds, at each one's best: runs of the first grid.
-# sh experiments/reslora.sh [--quick]      (does the merged model beat LoRA: experiments/merge_at.py)
+# sh experiments/reslora.sh [--quick]
 set -e
 cd "$(dirname "$0")/.."
 MERGES="--merge regression,bi,bw,none"
