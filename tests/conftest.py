@@ -204,20 +204,15 @@ def one_step(model, layers, optimizer, step, some):
     return loss.item()
 
 
-def run_over(model, *batches):
-    """The `batches` of `calibrate`: sends each batch through the model; all positions count but a RoBERTa's padding."""
-    def run():
-        for idx in batches:
-            with torch.no_grad():
-                model(idx)
-            yield idx != getattr(model.config, "pad_token_id", -1), None
-    return run
+def real(model):
+    """Which tokens of a batch `calibrate` should count: all but a RoBERTa's padding."""
+    return lambda idx: idx != getattr(model.config, "pad_token_id", -1)
 
 
-def calibrated(model, layers, how=None):
+def calibrated(model, layers, merge=None):
     """Calibrate on random tokens and return the layers."""
-    batches = run_over(model, batch(model, 16)[0], batch(model, 16)[0])
-    layers[0].prepare_merge(layers, how or layers[0].merges[0], batches)
+    batches = [batch(model, 16)[0], batch(model, 16)[0]]
+    layers[0].prepare_merge(model, merge or layers[0].merges[0], dict(batches=batches, real=real(model)))
     return layers
 
 

@@ -17,7 +17,7 @@ from conftest import (
     every_variant,
     factors,
     head_of,
-    run_over,
+    real,
     tiny_gpt,
     tiny_llama,
     tokens,
@@ -93,7 +93,7 @@ def test_a_step_and_a_merge_are_those_of_the_cpu(tiny, method, hparams, dtype):
             close(a, b, tolerance, name)
     for m, layers in pair:
         idx = some[0].to(m.wte.weight.device)
-        layers[0].prepare_merge(layers, layers[0].merges[0], run_over(m, idx))
+        layers[0].prepare_merge(m, layers[0].merges[0], dict(batches=[idx], real=real(m)))
         lora.merge(m)
     approximate = 1e-3 if hparams.get("shortcut") in ("input", "middle") else 1e-5
     with torch.no_grad():

@@ -297,10 +297,7 @@ def put_in(model, method, hparams, targets, std):
 
 def calibrate(model, layers, idx):
     """Prepare the merge from one batch."""
-    def batches():
-        model(idx)
-        yield torch.ones_like(idx, dtype=torch.bool), None
-    layers[0].prepare_merge(layers, layers[0].merges[0], batches)
+    layers[0].prepare_merge(model, layers[0].merges[0], dict(batches=[idx]))
 
 
 @OF_TRANSFORMERS

@@ -11,7 +11,7 @@ from conftest import (
     every_model,
     every_variant,
     factors,
-    run_over,
+    real,
     tiny_gpt,
     tiny_roberta,
     tokens,
@@ -20,10 +20,9 @@ from conftest import (
 from test_equations import Chain
 
 import lora
-from experiments.merge_at import MergedOnTheWay
 from lora import LoRALinear
 from methods import METHODS
-from reslora import MERGES, ResLoRALinear, regression
+from reslora import MERGES, ResLoRALinear, calibrate
 
 
 @every_model
@@ -198,10 +197,10 @@ def test_regression_has_the_least_error_of_all_merges_on_its_calibration_data(sh
 
     def errors():
         return torch.stack([(shortcut_part(q, xs) - xs[q] @ (q.A_star - q.lora_A).T).square().sum() for q in hard])
-    regression(hard, run_over(model, idx), eps=0.0)
+    calibrate(model, [idx], merge="regression", eps=0.0)
     best, A_star = errors(), [q.A_star for q in hard]
-    for how in MERGES[1:] if m == 1 else ("input", "none"):
-        layers[0].calibrate(layers, run_over(model, idx), how)
+    for merge in MERGES[1:] if m == 1 else ("bi", "none"):
+        calibrate(model, [idx], merge=merge)
         assert (best < 0.9 * errors()).all()
     for _ in range(5):
         for q, A in zip(hard, A_star, strict=True):
@@ -222,11 +221,7 @@ def test_P_is_the_ridge_solution_whose_eps_is_in_units_of_the_mean_diagonal(shor
         nn.init.normal_(layer.lora_B)
     x = torch.randn(1, 40, 64, dtype=torch.float64)
     xs = chain_inputs(model, layers, x)
-
-    def batches():
-        model(x)
-        yield torch.ones(1, 40, dtype=torch.bool), None
-    layers[0].calibrate(layers, batches)
+    calibrate(model, [x])
     for layer in layers[1:]:
         X, Z = xs[layer], shortcut_part(layer, xs)
         C = X.T @ X
@@ -235,41 +230,8 @@ def test_P_is_the_ridge_solution_whose_eps_is_in_units_of_the_mean_diagonal(shor
 
 
 @pytest.mark.parametrize("shortcut, m", APPROXIMATE)
-def test_merging_while_training_leaves_the_plain_lora_of_the_regression(shortcut, m, monkeypatch):
-    """The experiment's share 0.5 of four steps: after the second the layers are LoRALinears with A* and B in all they
-    compute, before it they are ResLoRA; a run that has more steps behind it starts as LoRA."""
-    model = tiny_gpt()
-    own = dict(shortcut=shortcut, pre_num=m, share=0.5)
-    layers = lora.apply(model, MergedOnTheWay, ["q", "v"], r=3, alpha=5, **own)
-    for layer in layers:
-        torch.nn.init.normal_(layer.lora_B, std=0.4)
-    idx = tokens(8, 12)[0]
-    monkeypatch.setattr(MergedOnTheWay, "batches", staticmethod(run_over(model, idx)))
-    assert layers[0].begin(layers, 4) == 2
-    layers[0].after_step(layers, 1)
-    assert not layers[1].exact_merge
-    layers[0].calibrate(layers, run_over(model, idx))
-    expected = [[t.clone() for t in layer.as_lora()] for layer in layers]
-    before = model(idx)[0]
-    layers[0].after_step(layers, 2)
-    assert (model(idx)[0] - before).abs().max() > 1e-3
-    plain = tiny_gpt()
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "lora_" not in k})
-    for layer, (A, B) in zip(adapt(plain, "lora", {}), expected, strict=True):
-        layer.lora_A.data.copy_(A)
-        layer.lora_B.data.copy_(B)
-    torch.testing.assert_close(model(idx)[0], plain(idx)[0])
-    again = lora.apply(tiny_gpt(), MergedOnTheWay, ["q", "v"], r=3, alpha=5, **own)
-    again[0].begin(again, 4, done=2)
-    assert all(layer.exact_merge for layer in again)
-    for bad in (0, 1.0, 1.5, float("nan")):
-        with pytest.raises(ValueError, match="not a share of the steps"):
-            lora.apply(tiny_gpt(), MergedOnTheWay, ["q"], r=3, alpha=5, share=bad)
-
-
-@pytest.mark.parametrize("shortcut, m", APPROXIMATE)
 def test_a_classifiers_regression_weighs_tokens_by_what_the_output_hears_of_them(shortcut, m):
-    """With a number M beside the mask, A* solves the least squares weighted by |B^T dM/dh|^2: by lstsq on rows scaled
+    """With a margin M, A* solves the least squares weighted by |B^T dM/dh|^2: by lstsq on rows scaled
     with its root, gradients by autograd of our own; and it is another A* than the unweighted one."""
     torch.manual_seed(0)
     model = tiny_roberta()
@@ -286,12 +248,10 @@ def test_a_classifiers_regression_weighs_tokens_by_what_the_output_hears_of_them
     model(idx)[0].amax(1).sum().backward()
     for hook in hooks:
         hook.remove()
-
-    def run():
-        yield mask, model(idx)[0].amax(1).sum()
-    regression(hard, run, eps=0.0)
+    more = dict(run=lambda idx: model(idx)[0], real=real(model), eps=0.0)
+    calibrate(model, [idx], margin=lambda logits: logits.amax(1).sum(), **more)
     weighted = [layer.A_star for layer in hard]
-    regression(hard, run_over(model, idx), eps=0.0)
+    calibrate(model, [idx], **more)
     for layer, A_star in zip(hard, weighted, strict=True):
         root = (gs[layer].grad[mask] @ layer.lora_B).norm(dim=1, keepdim=True)
         P = torch.linalg.lstsq(root * xs[layer], root * shortcut_part(layer, xs)).solution.T
@@ -309,8 +269,7 @@ def test_regression_beats_the_papers_merges_on_the_logits(shortcut):
     error = {}
     for how in MERGES:
         trial = copy.deepcopy(model)
-        trial_layers = [m for m in trial.modules() if isinstance(m, ResLoRALinear)]
-        calibrated(trial, trial_layers, how)
+        calibrated(trial, [m for m in trial.modules() if isinstance(m, ResLoRALinear)], how)
         error[how] = (lora.merge(trial)(idx)[0] - out).norm().item()
     assert error["regression"] == min(error.values()) and error["none"] > 1.5 * error["regression"], error
 
@@ -322,14 +281,14 @@ def test_the_papers_merges_are_the_papers(shortcut, m):
     batches = [tokens()[0], tokens()[0]]
     xs = [chain_inputs(model, layers, idx) for idx in batches]
     s = 5 / 3
-    for how in ("none", "input", "weight"):
-        if how == "weight" and shortcut == "input" and m > 1:
+    for how in ("none", "bi", "bw"):
+        if how == "bw" and shortcut == "input" and m > 1:
             with pytest.raises(ValueError, match="pre_num 1 only, not 2"):
-                layers[0].calibrate(layers, run_over(model, *batches), how)
+                calibrate(model, batches, merge=how)
             continue
-        layers[0].calibrate(layers, run_over(model, *batches), how)
+        calibrate(model, batches, merge=how)
         for chain in (layers[:4], layers[4:]):
-            f = [sum((x[q] @ q.lora_A.T if how == "input" and shortcut == "middle" else x[q]).norm() for x in xs) / 2
+            f = [sum((x[q] @ q.lora_A.T if how == "bi" and shortcut == "middle" else x[q]).norm() for x in xs) / 2
                  for q in chain]
             star = []
             for n, q in enumerate(chain):
@@ -338,7 +297,7 @@ def test_the_papers_merges_are_the_papers(shortcut, m):
                     A = 2 * q.lora_A  # x_{-1} = x_0: exact under every merge
                 elif how == "none":
                     A = q.lora_A
-                elif how == "input":
+                elif how == "bi":
                     A = (1 + sum(f[n - k] / f[n] for k in window)) * q.lora_A
                 elif shortcut == "middle":
                     A = q.lora_A + sum(f[n - k] / f[n] * chain[n - k].lora_A for k in window)
@@ -352,15 +311,11 @@ def test_calibration_leaves_padding_out():
     """Positions marked False do not count: A* is that of the real tokens alone."""
     model, layers = trained_reslora("input", 1)
     hard = [layer for layer in layers if not layer.exact_merge]
-    real = tokens(16, 8)[0]
-    padded = torch.cat([real, torch.zeros(16, 4, dtype=torch.long)], 1)
-
-    def run():
-        model(padded)
-        yield torch.arange(12).expand(16, 12) < 8, None
-    regression(hard, run)
+    idx = tokens(16, 8)[0]
+    padded = torch.cat([idx, torch.zeros(16, 4, dtype=torch.long)], 1)
+    calibrate(model, [padded], real=lambda idx: torch.arange(12).expand(16, 12) < 8)
     with_padding = [q.A_star for q in hard]
-    regression(hard, run_over(model, real))
+    calibrate(model, [idx])
     for a, q in zip(with_padding, hard, strict=True):
         torch.testing.assert_close(a, q.A_star)
 
@@ -394,7 +349,7 @@ def test_no_shortcut_is_exact():
 def test_the_first_layer_merges_exactly_without_calibration(tiny, how, m):
     """A chain of one layer of any shortcut is merged to 1e-12 under every merge, and no batch is asked for; with
     `input` its model is that of LoRA with 2 alpha."""
-    if how == "weight" and m != 1:
+    if how == "bw" and m != 1:
         return
     for shortcut in ("input", "block", "middle"):
         torch.manual_seed(1)
@@ -407,7 +362,7 @@ def test_the_first_layer_merges_exactly_without_calibration(tiny, how, m):
             b.data.copy_(a.data)
         out = model(idx)[0]
         torch.testing.assert_close(double(idx)[0], out, rtol=0, atol=1e-12)
-        layers[0].calibrate(layers, None)
+        calibrate(model, None)
         torch.testing.assert_close(lora.merge(model)(idx)[0], out, rtol=0, atol=1e-12)
 
 

@@ -18,7 +18,7 @@ import data
 import lora
 import train
 from methods import METHODS, Method
-from reslora import ResLoRALinear
+from reslora import ResLoRALinear, calibrate
 
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -131,7 +131,7 @@ def test_the_snippet_for_your_own_model_runs():
         F.cross_entropy(model(idx).transpose(1, 2), idx.roll(1, 1)).backward()
         optimizer.step()
     """
-    calibration = snippet.index("layers[0].calibrate")
+    calibration = snippet.index("# for ResLoRA")
     idx = torch.randint(1, 11, (8, 12))
     scope = {"torch": torch, "F": F, "model": Own(), "idx": idx, "calibration_texts": [idx], "pad_id": 0}
     exec(re.sub(r"^\.\.\..*$", textwrap.dedent(train_it), snippet[:calibration], flags=re.M), scope)
@@ -151,19 +151,11 @@ def test_a_classifier_of_your_own_is_calibrated_with_its_margins(grad, frozen):
     for layer in layers:
         nn.init.normal_(layer.lora_B, std=0.3)
     model.eval().requires_grad_(not frozen)
-    margin = re.search(r"`(\(logits\.amax.*?\.sum\(\))`", README)[1]
-
-    def batches():
-        logits = model(idx)
-        yield idx != 0, eval(margin, {"logits": logits})
-
-    def plain():
-        model(idx)
-        yield idx != 0, None
+    margin = eval(re.search(r"`margin=(lambda logits: \(logits\.amax.*?\.sum\(\))`", README)[1])
     with torch.set_grad_enabled(grad):
-        layers[0].calibrate(layers, batches)
+        calibrate(model, [idx], real=lambda idx: idx != 0, margin=margin)
         weighted = layers[1].A_star.clone()
-        layers[0].calibrate(layers, plain)
+        calibrate(model, [idx], real=lambda idx: idx != 0)
     assert (weighted - layers[1].A_star).norm() > 1e-4
     lora.merge(model)
 
