@@ -8,7 +8,7 @@ from conftest import ROOT
 
 from methods import METHODS
 
-ALL = "regression,input,weight,none"
+ALL = "regression,bi,bw,none"
 RUNS = ["lora", "reslora --shortcut block", f"reslora --shortcut input --merge {ALL}",
         "deltalora --delta-start 1", "dylora --frozen",
         "adalora --budget-warmup 1 --budget-final 1"]

@@ -24,7 +24,7 @@ from data.tasks import Label, Mask, Write
 from evaluation import evaluate, plots, printing
 from experiments import compare
 from methods import METHODS, NoAdapter
-from reslora import ResLoRALinear
+from reslora import calibrate
 
 CPU, PLAIN = torch.device("cpu"), contextlib.nullcontext()
 
@@ -358,38 +358,32 @@ def test_a_point_of_the_curve_is_the_mean_over_the_steps_since_the_last_one():
 
 # Calibration, as train.py runs it
 
-def test_calibration_masks_exactly_what_is_padding_and_leaves_the_model_training():
-    """The mask is True at the ids of the examples, in the order of the batches; the model is in eval mode inside, and
-    trains again afterwards. A classifier yields the sum of the margins, a language model None."""
+def test_calibration_counts_what_is_no_padding_and_takes_a_classifier_s_margins(monkeypatch):
+    """`real` is True at the ids of the examples, in the order of the batches. A classifier's margin
+    is its largest logit minus the mean, a language model has none and runs without its head. A
+    classifier, whose texts are short, has more batches."""
+    assert evaluate.CALIBRATION < evaluate.CALIBRATION_LABELLED
     model, task = tiny_gpt(), Write(Namespace(bos=0, eos=0), 16)
-    adapt(model, "reslora", {}, dropout=0.5)
     examples = examples_of_unlike_length()
-    model.train()
-    stream = evaluate.calibration_batches(model, examples, task, 4, 0, CPU, PLAIN)
-    for indices, (mask, M) in zip(data.epoch_batches(examples, 4, "0/0"), stream, strict=True):
-        assert not model.training and M is None
+    found = evaluate.calibration(model, examples, task, 4, 0, CPU, PLAIN)
+    assert found["margin"] is None
+    for indices, each in zip(data.epoch_batches(examples, 4, "0/0"), found["batches"], strict=True):
+        mask = found["real"](each)
         assert mask.sum(1).tolist() == [len(examples[i][0]) - 1 for i in indices]
         assert (mask.int().diff(dim=1) <= 0).all()  # real tokens first
-    assert model.training
+        assert torch.equal(found["run"](each), model.hidden(each[0]))
     reader, label = tiny_roberta(), Label(Namespace(pad=1), 16, 3)
     rows = [([0, *torch.randint(3, 61, (3 + i % 4,)).tolist(), 2], i % 3) for i in range(8)]
-    for indices, (mask, M) in zip(data.epoch_batches(rows, 4, "0/0"),
-                                  evaluate.calibration_batches(reader, rows, label, 4, 0, CPU, PLAIN), strict=True):
+    found = evaluate.calibration(reader, rows, label, 4, 0, CPU, PLAIN)
+    for indices, each in zip(data.epoch_batches(rows, 4, "0/0"), found["batches"], strict=True):
         logits = [reader(torch.tensor([rows[i][0]]))[0][0] for i in indices]
-        assert M.item() == pytest.approx(sum((z.max() - z.mean()).item() for z in logits))
-        assert mask.sum(1).tolist() == [len(rows[i][0]) for i in indices] and M.requires_grad
-    assert reader.training
-
-
-def test_calibration_takes_so_many_batches_and_no_more(monkeypatch):
-    """A dozen for a language model, more for a classifier, whose texts are short."""
-    assert evaluate.CALIBRATION < evaluate.CALIBRATION_LABELLED
+        M = found["margin"](found["run"](each)).item()
+        assert M == pytest.approx(sum((z.max() - z.mean()).item() for z in logits))
+        assert found["real"](each).sum(1).tolist() == [len(rows[i][0]) for i in indices]
     monkeypatch.setattr(evaluate, "CALIBRATION", 2)
-    monkeypatch.setattr(evaluate, "CALIBRATION_LABELLED", 3)
-    rows = [([0, 5, 6, 2], 1)] * 20
-    for model, task, n in ((tiny_gpt(), Write(Namespace(bos=0, eos=0), 16), 2),
-                           (tiny_roberta(), Label(Namespace(pad=1), 16, 3), 3)):
-        assert len(list(evaluate.calibration_batches(model, rows, task, 4, 0, CPU, PLAIN))) == n
+    monkeypatch.setattr(evaluate, "CALIBRATION_LABELLED", 1)
+    for of, n in (((model, examples * 4, task), 2), ((reader, rows, label), 1)):
+        assert len(list(evaluate.calibration(*of, 4, 0, CPU, PLAIN)["batches"])) == n
 
 
 def test_neither_more_padding_nor_dropout_changes_A_star():
@@ -404,7 +398,8 @@ def test_neither_more_padding_nor_dropout_changes_A_star():
     for kind in (Write, Wider, Write):
         model.train()
         of = model, examples_of_unlike_length(), kind(Namespace(bos=0, eos=0), 16), 4, 0, CPU, PLAIN
-        ResLoRALinear.calibrate(layers, lambda of=of: evaluate.calibration_batches(*of))
+        calibrate(model, **evaluate.calibration(*of))
+        assert all(module.training for module in model.modules())
         found.append(torch.stack([layer.A_star for layer in layers if layer.earlier]))
     torch.testing.assert_close(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -455,7 +450,7 @@ def test_merging_on_a_half_precision_base_rounds_once_and_keeps_the_mode(dtype):
         assert same.double().mean() > 0.999
 
 
-@pytest.mark.parametrize("flags", ["lora", "reslora --merge input,none"])
+@pytest.mark.parametrize("flags", ["lora", "reslora --merge bi,none"])
 def test_a_run_merges_in_one_mode(tmp_path, base, flags):
     """No module of the merged model is in another mode than the rest, nor of the copy that
     another way of merging is measured on. Calibration ends in training, without it a model

@@ -422,7 +422,7 @@ def test_label_names_and_the_bases_name_are_written(tmp_path, small_roberta, mon
 def test_a_resumed_run_has_its_own_flags(tmp_path, base):
     """--resume --out FOLDER alone: every flag of the run comes from its folder, those that are 0 or a list too."""
     whole = train.main(command(base, tmp_path, "--method", "reslora", "--shortcut", "middle", "--merge",
-                               "regression,input", "--clip", "0", "--warmup", "0", "--weight-decay", "0",
+                               "regression,bi", "--clip", "0", "--warmup", "0", "--weight-decay", "0",
                                "--save-merged", "--rs", "--seed", "3"))
     shutil.rmtree(tmp_path / "merged")
     resumed = train.main(["--resume", "--out", str(tmp_path)])
