@@ -136,7 +136,7 @@ def load_run(folder, unmerged=False, cut=None, base=None, dtype=torch.float32):
             raise ValueError(f"{folder / 'result.json'} holds a setting of the wrong kind: {e}") from None
         state.load_best(folder / "resume.safetensors", model)
         if cut is not None:
-            adapter.prepare_merge(layers, cut, None)
+            adapter.prepare_merge(model, cut, None)
         if method.adapter and not unmerged:
             lora.merge(model)
     return model.eval(), settings, source

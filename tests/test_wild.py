@@ -426,7 +426,7 @@ def test_a_resumed_run_has_its_own_flags(tmp_path, base):
                                "--save-merged", "--rs", "--seed", "3"))
     shutil.rmtree(tmp_path / "merged")
     resumed = train.main(["--resume", "--out", str(tmp_path)])
-    assert resumed["metrics"] == whole["metrics"] and "merged by input" in whole["metrics"]
+    assert resumed["metrics"] == whole["metrics"] and "merged by bi" in whole["metrics"]
     assert resumed["settings"] == whole["settings"] and (tmp_path / "merged/config.json").exists()
 
 
