@@ -2,7 +2,6 @@
 
     compare.py            a grid of runs: rows x ranks x learning rates x seeds -> one csv and one picture
     bench.py              time and memory of a training step, beside transformers + peft and beside the floor
-    commands.py           README's first commands: what they print and how long they take
     tables.py             the tables of RESULTS.md, made from the csv files
     rank_theorem.py       rsLoRA's theorem: sizes after one step, by rank up to 2,048
     rslora.sh             does a larger rank help, with alpha / r and alpha / sqrt(r), AdamW and SGD
