@@ -12,10 +12,11 @@ ALL = "regression,bi,bw,none"
 RUNS = ["lora", "reslora --shortcut block", f"reslora --shortcut input --merge {ALL}",
         "deltalora --delta-start 1", "dylora --frozen",
         "adalora --budget-warmup 1 --budget-final 1"]
-RUNS += sorted(METHODS.keys() - {run.split()[0] for run in RUNS} - {"head"})  # a new method, as it is by default
+# a new method, as it is by default
+RUNS += sorted(METHODS.keys() - {run.split()[0] for run in RUNS} - {"head", "rslora"})
 RUNS += [f"{run} --model LLAMA" for run in ("lora --dropout 0.1",
                                             "reslora --checkpoint-activations",
-                                            f"reslora --shortcut middle --pre-num -1 --merge {ALL}", "dylora")]
+                                            f"reslora --shortcut middle --pre-num -1 --merge {ALL}")]
 RUNS += [f"{run} --model ROBERTA --context 64" for run in (
     "lora --dataset stdlib", "reslora --dataset reviews", "head --dataset reviews")]
 # generate.py: number of the run, flags
