@@ -74,7 +74,7 @@ def parse(argv):
     args.split = args.split or "test"
     if args.out is not None:
         if args.out.is_dir() or not args.out.parent.is_dir():
-            raise ValueError(f"--out {args.out} is no place for a file")
+            raise ValueError(f"--out {args.out} cannot be written there")
         if args.out.resolve() in [(args.run / name).resolve() for name in state.STATE + state.RESULTS
                                   if not name.startswith("predictions")]:
             raise ValueError(f"--out {args.out} is a file of the run itself")

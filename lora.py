@@ -5,21 +5,23 @@
     x (..., d_in), h (..., d_out); W (d_out, d_in) and b (d_out) are pretrained and frozen;
     A (r, d_in) and B (d_out, r) are trained: r (d_in + d_out) numbers instead of d_in d_out.
 
-    W_merged = W + s B A          exact up to one rounding: the merged model is the base with other numbers in it
+    W_merged = W + s B A     exact up to one rounding: same architecture as the base, no extra cost
 
-A starts random, U(-1, 1) / sqrt(d_in) as in the authors' code. B starts at zero, so the adapted model starts as the
-pretrained one. At that moment dL/dA = 0, so B moves first. `apply` and `merge` below serve all methods of the family.
+A starts random, U(-1, 1) / sqrt(d_in) as in the authors' code. B starts at zero, so the adapted
+model starts as the pretrained one. At that moment dL/dA = 0, so B moves first. `apply` and `merge`
+below serve all methods of the family.
 
-What alpha does. Write B' = c B: a layer with c alpha and B computes the same as one with alpha and B'. Adam moves B by
-the learning rate, however large its gradient is, so B' moves by c times that rate, while A moves as before. So under
-Adam
+What alpha does. Write B' = c B: a layer with c alpha and B computes the same as one with alpha and
+B'. Adam moves B by the learning rate, however large its gradient is, so B' moves by c times that
+rate, while A moves as before. So under Adam
 
     c alpha, one rate lr      is      alpha, with rate lr for A and c lr for B
 
-exactly, as long as nothing else sees the size of B or of its gradient: weight decay, clipping and Adam's eps do, a
-little. alpha is the learning rate of B. LoRA+ (Hayou et al. 2024, arXiv:2402.12354) sets that ratio itself, to 16 for
-instance; rsLoRA is a ratio of sqrt(r), and Delta-LoRA with K = 0 one of 1 + lambda. Under SGD, whose steps grow with
-the gradient, the ratio is c^2. `train.py --lr-ratio` sets it.
+exactly, as long as nothing else sees the size of B or of its gradient: weight decay, clipping and
+Adam's eps do, a little. alpha is the learning rate of B. LoRA+ (Hayou et al. 2024,
+arXiv:2402.12354) sets that ratio itself, to 16 for instance; rsLoRA is a ratio of sqrt(r), and
+Delta-LoRA with K = 0 one of 1 + lambda. Under SGD, whose steps grow with the gradient, the ratio is
+c^2. `train.py --lr-ratio` sets it.
 """
 import math
 from contextlib import nullcontext
@@ -30,19 +32,21 @@ import torch.nn.functional as F
 
 
 class LoRALinear(nn.Module):
-    """An nn.Linear plus a trainable low-rank term. `weight` and `bias` keep their names, so pretrained keys still fit.
+    """An nn.Linear plus a trainable low-rank term. `weight` and `bias` keep their names, so that
+    pretrained keys still fit.
 
-    r: rank, 1..min(d_in, d_out). alpha: numerator of the scale. dropout: probability, on the input of A only."""
+    r: rank, 1..min(d_in, d_out). alpha: numerator of the scale. dropout: probability, on the input
+    of A only. ValueError for values that no layer can have."""
 
     def forward(self, x):
         """(..., d_in) -> (..., d_out)"""
         # u = A drop(x)
         u = F.linear(self.drop(x), self.lora_A)  # (..., r)
-        # h = W x + b + s B u; the scale multiplies u, the smallest activation here
+        # h = W x + b + B (s u): scale u, only r numbers a token
         return F.linear(x, self.weight, self.bias) + F.linear(self.scaling * u, self.lora_B)
 
     def delta(self):
-        """Delta W = s B A (d_out, d_in): what merging adds to W as it is now."""
+        """Delta W = s B A (d_out, d_in): what merging adds to W."""
         return self.scaling * (self.lora_B @ self.lora_A)
 
     @staticmethod
@@ -55,53 +59,84 @@ class LoRALinear(nn.Module):
         check(linear, r, alpha, dropout)
         self.weight, self.bias = linear.weight, linear.bias
         self.r, self.scaling = r, self.scale(r, alpha)
-        self.drop = nn.Dropout(dropout) if dropout else nn.Identity()  # nn.Dropout(0.) would cost time
-        # Adapters are fp32 even on a bf16 base, called under autocast: their updates are too small for bf16.
+        # nn.Dropout(0.) would cost time
+        self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
+        # Adapters stay fp32 on a bf16 base: bf16 would round their updates away
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         self.init_factors(*linear.weight.shape, device=linear.weight.device, dtype=dtype)
 
     def init_factors(self, d_out, d_in, **like):
-        """Create the trained parameters; `like` is their device and dtype."""
+        """Create the trained parameters. like: their device and dtype."""
         self.lora_A = nn.Parameter(torch.empty(self.r, d_in, **like))
         self.lora_B = nn.Parameter(torch.zeros(d_out, self.r, **like))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # this a makes it U(-1, 1) / sqrt(d_in)
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # a = sqrt 5: U(-1, 1) / sqrt(d_in)
 
     def as_lora(self):
-        """(A' (r', d_in), B' (d_out, r')) with W_merged = W_0 + scaling B' A', where W_0 is the pretrained weight."""
+        """(A' (r', d_in), B' (d_out, r')) with W_merged = W_0 + scaling B' A'. W_0 is the
+        pretrained weight, which differs from W only where a method moves W."""
         return self.lora_A, self.lora_B
 
     def __call__(self, x):
-        """`forward`, under autocast where x is in bf16 and autocast is off: torch refuses to multiply a bf16 x by
-        an fp32 factor. The models that `transformers` loads in bf16 need this."""
+        """`forward`. Where x is in bf16 and autocast is off, as in a model that `transformers`
+        loads in bf16, it runs under autocast: torch refuses to multiply a bf16 x by an fp32
+        factor."""
         if x.dtype.itemsize < 4 and not torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, x.dtype):
                 return super().__call__(x)
         return super().__call__(x)
 
-    # The rest of the contract: LoRA needs none of it, other methods override what they need. layers: all adapter layers
+    # The rest of the contract. LoRA needs none of it; other methods override what they need.
+
     exact_merge = True  # False where merging approximates (ResLoRA's input and middle)
-    moves_weight = False  # True where W is not the base's: the method changes it in training or at the start
-    exact_gradient = True  # False where the paper cuts a part of the forward from the graph, as DoRA its norm
-    merges = ("exact",)  # the ways to merge; train.py measures all and keeps the first
+    moves_weight = False  # True where W is not the base's: changed in training or at the start
+    exact_gradient = True  # False where the paper cuts the graph, as DoRA at its norm
+    merges = ("exact",)  # the ways to merge: train.py measures all and keeps the first
     peft_type = "LORA"  # PEFT's name for these factors (LoHa and LoKr have their own)
-    lr_scale = {}  # {name of a factor: its learning rate, as a multiple of the run's}; 1 for the others
-    connect = staticmethod(lambda chains: None)  # called by `apply` with {target: [its layers, shallow to deep]}
-    begin = staticmethod(lambda layers, steps, done=0: 1)  # before training; returns the first step whose weights count
-    before_step = staticmethod(lambda layers, step: None)  # step 1, 2, …: between backward and clipping
-    after_step = staticmethod(lambda layers, step: None)  # after the optimizer's step
-    ranks = staticmethod(lambda layers: None)  # [rank of each layer], for a method that moves ranks
-    prepare_merge = staticmethod(lambda model, merge, calibration: None)  # one of `merges`; calibration: see reslora.py
-    recompute = staticmethod(lambda block: (nullcontext(), nullcontext()))  # around both runs of a checkpointed block
+    lr_scale = {}  # {name of a factor: its learning rate, as a multiple of the run's}
+
+    @staticmethod
+    def connect(chains):
+        """Called once by `apply` with {target: [its layers, shallow to deep]}."""
+
+    @staticmethod
+    def begin(layers, steps, done=0):
+        """Called before training, with the steps done already if it goes on. Returns the first step
+        from which on the best checkpoint is chosen."""
+        return 1
+
+    @staticmethod
+    def before_step(layers, step):
+        """Called in step 1, 2, … between backward and clipping."""
+
+    @staticmethod
+    def after_step(layers, step):
+        """Called after the optimizer's step."""
+
+    @staticmethod
+    def ranks(layers):
+        """[rank of each layer] of a method that moves ranks between layers, else None."""
+
+    @staticmethod
+    def prepare_merge(model, merge, calibration):
+        """Called before merging by one of `merges`. calibration: the arguments of
+        reslora.calibrate."""
+
+    @staticmethod
+    def recompute(block):
+        """The contexts of the two runs of a block whose activations are computed again."""
+        return nullcontext(), nullcontext()
 
     def extra_repr(self):
-        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, r={self.r}, scaling={self.scaling:g}"
+        d_out, d_in = self.weight.shape
+        return f"{d_in} -> {d_out}, r={self.r}, scaling={self.scaling:g}"
 
 
 def check(linear, r, alpha, dropout):
     """ValueError for values that no layer can have."""
     d_out, d_in = linear.weight.shape
-    if not (isinstance(r, int) and 1 <= r <= min(d_in, d_out)):
-        raise ValueError(f"rank {r} is not in 1..{min(d_in, d_out)} for a linear of {d_in} -> {d_out}")
+    most = min(d_in, d_out)
+    if not (isinstance(r, int) and 1 <= r <= most):
+        raise ValueError(f"rank {r} is not in 1..{most} for a linear of {d_in} -> {d_out}")
     if not 0 < alpha <= 1e6:
         raise ValueError(f"alpha {alpha} is not above 0 and at most 10^6")
     if not 0 <= dropout < 1:
@@ -109,19 +144,23 @@ def check(linear, r, alpha, dropout):
 
 
 def apply(model, adapter, targets, **hparams):
-    """Freeze `model` and put an `adapter` (a class like LoRALinear) in the place of every nn.Linear named in `targets`.
+    """Freeze `model` and put an `adapter` in the place of every nn.Linear named in `targets`.
 
-    targets: a list. Each is the end of a module's name, "q" or "attn.q"; the linears that it matches form one chain, in
-    order of registration, which is taken for depth. hparams go to the class: r=, alpha=, … Returns the new layers,
-    chain after chain. A parent that reads its linear's weight itself, as nn.MultiheadAttention does, bypasses them.
-    Raises ValueError, and leaves the model as it was, for a target without a linear, a tied weight, or bad hparams.
+    adapter: a class like LoRALinear. targets: a list; each is the end of a module's name, "q" or
+    "attn.q". The linears that it matches form one chain, in order of registration, which is taken
+    for depth. hparams: go to the class, r=, alpha=, … Returns the new layers, chain after chain.
+
+    Raises ValueError, and leaves the model as it was, for a target without a linear, a tied weight,
+    or bad hparams. A parent that reads its linear's weight itself, as nn.MultiheadAttention does,
+    bypasses the adapter.
     """
     if isinstance(targets, str) or not targets:
         raise ValueError(f"targets must be a list of names, not {targets!r}")
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError("the model has adapters already: name all targets in one call")
     if adapter.delta is not LoRALinear.delta and adapter.as_lora is LoRALinear.as_lora:
-        raise ValueError(f"{adapter.__name__} overrides delta, so it must override as_lora too: exports rely on it")
+        raise ValueError(f"{adapter.__name__} overrides delta, so it must override as_lora too: "
+                         "exports rely on it")
     linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and name}
     uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     chains, new = {}, {}
@@ -129,7 +168,8 @@ def apply(model, adapter, targets, **hparams):
         names = [name for name in linears if name == target or name.endswith("." + target)]
         if not names:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
-            raise ValueError(f"target {target!r} matches no linear of the model; its linears are: {known}")
+            raise ValueError(f"target {target!r} matches no linear of the model; its linears are: "
+                             f"{known}")
         for name in names:
             if name in new:
                 raise ValueError(f"target {target!r}: {name} is meant by an earlier target already")
@@ -146,9 +186,10 @@ def apply(model, adapter, targets, **hparams):
 
 @torch.no_grad()
 def merge(model):
-    """Fold every adapter into a plain nn.Linear with the original key and dtype (Delta-LoRA's W stays fp32); returns
-    the model. Call it outside autocast. ValueError, before any weight is touched, where nothing can be merged or a
-    merged weight would not be finite."""
+    """Fold every adapter into a plain nn.Linear with the original key and dtype; return the model.
+
+    (A W that Delta-LoRA moves stays fp32.) Call it outside autocast. ValueError, before any weight
+    is touched, where there is nothing to merge or a merged weight would not be finite."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers or "" in layers:
         raise ValueError("nothing to merge: the model holds no adapters (any more)")
@@ -156,10 +197,11 @@ def merge(model):
         if not merged(layer).isfinite().all():
             raise ValueError(f"merging {name} would give NaN or inf: nothing was merged")
     for name, layer in layers.items():
-        linear = nn.Linear(*layer.weight.shape[::-1], bias=layer.bias is not None, device="meta").train(layer.training)
+        d_out, d_in = layer.weight.shape
+        linear = nn.Linear(d_in, d_out, bias=layer.bias is not None, device="meta")
         linear.weight, linear.bias = layer.weight, layer.bias
         linear.weight.copy_(merged(layer))
-        model.set_submodule(name, linear)
+        model.set_submodule(name, linear.train(layer.training))
     return model
 
 
@@ -175,8 +217,10 @@ if __name__ == "__main__":
     model(x).square().sum().backward()
     print(f"{model}\nafter one backward at B = 0:")
     for name, p in model.named_parameters():
-        print(f"  {name:8} {str(tuple(p.shape)):8}", "frozen" if p.grad is None else f"|gradient| {p.grad.norm():.3f}")
+        gradient = "frozen" if p.grad is None else f"|gradient| {p.grad.norm():.3f}"
+        print(f"  {name:8} {str(tuple(p.shape)):8}", gradient)
     for layer in layers:
         nn.init.normal_(layer.lora_B)
     out = model(x)
-    print(f"B random: merged and unmerged differ by {(merge(model)(x) - out).abs().max():.0e}")
+    error = (merge(model)(x) - out).abs().max()
+    print(f"B random: merged and unmerged differ by {error:.0e}")

@@ -19,9 +19,9 @@ class Method(NamedTuple):
     """What train.py has to know of a method."""
     adapter: type | None  # a class like LoRALinear; None: the method has no adapter
     flags: dict = {}  # {name: arguments for argparse} of its own flags; a default may be a function of (steps, warmup)
-    for_merging: tuple = ()  # the flags that only merging reads, which a resumed run may change
+    merge_only_flags: tuple = ()  # the flags that only merging reads, which a resumed run may change
     trains_base: bool = False  # True where all parameters train
-    planned: bool = False  # True where a plan depends on the number of steps: a run cannot be made longer
+    fixed_length: bool = False  # True where a run cannot be made longer: AdaLoRA plans its ranks for it
 
 
 class NoAdapter(LoRALinear):
@@ -41,7 +41,7 @@ METHODS = {
         "pre_num": dict(type=int, default=1, help="m, the number of earlier layers; -1: all, 0: plain LoRA (1)"),
         "merge": dict(type=lambda names: names.split(","), default=["regression"],
                       help=f"{'|'.join(MERGES)}; after commas, more merges to measure beside the first (regression)"),
-    }, for_merging=("merge",)),
+    }, merge_only_flags=("merge",)),
     "deltalora": Method(DeltaLoRALinear, {
         "delta_lambda": dict(type=float, default=2.0, help="how far W follows the delta of B A (2)"),
         # the paper: lambda 2 and K 500 on E2E and WebNLG, lambda .5 and the task's warm-up on GLUE, .5 and 1000 on XSum
@@ -58,12 +58,12 @@ METHODS = {
                              help="t_f, steps at the end in which the ranks stay as they are (four tenths)"),
         "budget_every": dict(type=int, default=lambda steps, warmup: max(1, steps // 100),
                              help="steps between two allocations of ranks (a hundredth of the run)"),
-    }, planned=True),
+    }, fixed_length=True),
     "dylora": Method(DyLoRALinear, {
         "frozen": dict(action="store_true", default=False, help="train only the last of the drawn ranks"),
         "cut": dict(type=ranks, help="the rank to merge and export at; after commas, more ranks to measure beside it "
                                      "(--rank, and the powers of two)"),
-    }, for_merging=("cut",)),
+    }, merge_only_flags=("cut",)),
     "loha": Method(LoHaLinear),
     "lokr": Method(LoKrLinear),
     # Without adapters, the reference lines: every parameter trains, or nothing but the head of a classifier.
@@ -84,6 +84,7 @@ def adapt(model, settings):
         adapter = rank_stabilised(adapter) if settings["rs"] else adapter
         targets = settings["targets"].split(",")
         for name, m in model.named_modules():
+            # what stands outside the blocks is the head
             if not name.startswith("h.") and isinstance(m, nn.Linear) and name.split(".")[-1] in targets:
                 raise ValueError(f"--targets {settings['targets']}: {name} belongs to the head, which is no place for "
                                  "an adapter")

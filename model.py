@@ -43,14 +43,16 @@ class Config:
 class Attention(nn.Module):
     """(B, T, C) -> (B, T, C). mask (B, 1, 1 or T, S): True where a position may be attended to; None: causal.
 
-    rope: cos and sin of `rotary`, or None. cache (2, B, S, nkv, hs): keys and values of earlier tokens. at: the index
-    (rows, positions) where x's are stored. norm: makes the norm of each head of q, and of k."""
+    rope: cos and sin of `rotary`, or None. cache (2, B, S, nkv, hs): keys and values of earlier tokens. at: where
+    x's own keys and values go in the cache, (rows, positions). norm: makes the norm of each head of q, and of k."""
 
     def __init__(self, config, qkv_bias=True, o_bias=True, norm=None):
         super().__init__()
         C, nh, nkv, self.head_dim = config.width, config.n_head, config.n_kv_head, config.head_dim
-        if C % nh and self.head_dim == C // nh or nh % nkv:
-            raise ValueError(f"{C} channels are no multiple of {nh} heads, or these of {nkv} heads of keys and values")
+        if self.head_dim == C // nh and C % nh:
+            raise ValueError(f"{C} channels are not a multiple of {nh} heads")
+        if nh % nkv:
+            raise ValueError(f"{nh} heads are not a multiple of {nkv} heads of keys and values")
         self.shared = nh // nkv  # so many heads share their keys and values
         self.q, self.k, self.v = (nn.Linear(C, n * self.head_dim, bias=qkv_bias) for n in (nh, nkv, nkv))
         self.o = nn.Linear(nh * self.head_dim, C, bias=o_bias)
@@ -90,11 +92,11 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(x), approximate=self.approximate))
 
 
-def initialise(module, writers=0.02):
-    """BERT's and GPT-2's start: N(0, .02^2), of those that write into the residual stream N(0, writers^2)."""
+def initialise(module, residual_std=0.02):
+    """BERT's and GPT-2's start: N(0, .02^2), of those that write into the residual stream N(0, residual_std^2)."""
     for name, p in module.named_parameters():
         if p.dim() == 2:
-            nn.init.normal_(p, std=writers if name.endswith(("o.weight", "down.weight")) else 0.02)
+            nn.init.normal_(p, std=residual_std if name.endswith(("o.weight", "down.weight")) else 0.02)
         elif name.endswith("bias"):
             nn.init.zeros_(p)
 
@@ -146,7 +148,7 @@ class Causal(Transformer):
         T, mask = idx.size(1), None
         if T > self.context:
             raise ValueError(f"{T} tokens do not fit the model's context of {self.context}")
-        if isinstance(pos, int):  # slices and no mask: many small operations less
+        if isinstance(pos, int):  # slices and no mask: fewer small operations
             at, pos = (slice(None), slice(pos, None)), torch.arange(pos, pos + T, device=idx.device)  # pos (T,)
         else:
             at = torch.arange(len(idx), device=idx.device)[:, None], pos

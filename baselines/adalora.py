@@ -92,31 +92,31 @@ class AdaLoRALinear(LoRALinear):
     def begin(layers, steps, done=0):
         """The first step of the last phase: before it the model has more ranks than it is to end with. ValueError if
         the phases do not fit into the run."""
-        one = layers[0]
-        if one.budget_warmup + one.budget_final >= steps:
-            raise ValueError(f"budget_warmup {one.budget_warmup} and budget_final {one.budget_final} leave no step "
+        first = layers[0]  # all have the same budget
+        if first.budget_warmup + first.budget_final >= steps:
+            raise ValueError(f"budget_warmup {first.budget_warmup} and budget_final {first.budget_final} leave no step "
                              f"between them in a run of {steps}: together they must be below {steps}")
         for layer in layers:
             layer.steps = steps
-        return steps - one.budget_final
+        return steps - first.budget_final
 
     @staticmethod
     def before_step(layers, step):
-        """The orthogonality term joins the gradient; all weights' importance is seen."""
+        """The orthogonality term joins the gradient; the importance of all weights is updated."""
         if layers[0].steps is None:
             raise RuntimeError("AdaLoRA's budget depends on the length of the run: call begin first")
         if layers[0].orth:
             sum(layer.orth * layer.orthogonality() for layer in layers).backward()
         if step <= layers[0].steps - layers[0].budget_final:
             for layer in layers:
-                layer.see_importance()
+                layer.update_importance()
 
     @staticmethod
     @torch.no_grad()
     def after_step(layers, step):
         """Choose b(t) triplets where it is time to, and mask the others."""
-        one, last = layers[0], layers[0].steps - layers[0].budget_final
-        if one.budget_warmup < step <= last and (step % one.budget_every == 0 or step == last):
+        first, last = layers[0], layers[0].steps - layers[0].budget_final
+        if first.budget_warmup < step <= last and (step % first.budget_every == 0 or step == last):
             scores = torch.cat([layer.scores() for layer in layers])
             chosen = torch.zeros_like(scores)
             chosen[scores.topk(budget(layers, step)).indices] = 1
@@ -134,11 +134,11 @@ class AdaLoRALinear(LoRALinear):
 
     def orthogonality(self):
         """O = |A A^T - 1|_F^2 + |B^T B - 1|_F^2, a number"""
-        A, B, one = self.lora_A, self.lora_B, torch.eye(self.init_rank, device=self.lora_A.device)
-        return (A @ A.T - one).square().sum() + (B.T @ B - one).square().sum()
+        A, B, unit = self.lora_A, self.lora_B, torch.eye(self.init_rank, device=self.lora_A.device)
+        return (A @ A.T - unit).square().sum() + (B.T @ B - unit).square().sum()
 
     @torch.no_grad()
-    def see_importance(self):
+    def update_importance(self):
         """One step of both EMAs, of every factor that has a gradient."""
         for name in "AEB":
             w, Ibar, U = (getattr(self, kind + name) for kind in ("lora_", "Ibar_", "U_"))
@@ -156,8 +156,8 @@ class AdaLoRALinear(LoRALinear):
 
 def budget(layers, step):
     """b(t), the number of ranks that the whole model may have after step t, counted from 1."""
-    one = layers[0]
-    t, T, t_i, t_f = step, one.steps, one.budget_warmup, one.budget_final
+    first = layers[0]
+    t, T, t_i, t_f = step, first.steps, first.budget_warmup, first.budget_final
     start, end = sum(layer.init_rank for layer in layers), sum(layer.r for layer in layers)
     if t <= t_i:
         return start

@@ -154,12 +154,12 @@ if __name__ == "__main__":
             layer.after_step(layers, step)
             optimizer.zero_grad()
         return layer.requires_grad_(False)
-    dylora, lora = trained(), trained(always=4)
+    dylora, plain = trained(), trained(always=4)
     cuts = []
     for b in range(1, 5):
         dylora.cut_at(b)
         cuts.append(loss(dylora.delta()))
     show("DyLoRA, b drawn from 1..4, cut at", cuts)
-    show("LoRA r 4, its first ranks", [loss(lora.lora_B[:, :b] @ lora.lora_A[:b]) for b in range(1, 5)])
-    U, S, V = torch.linalg.svd(lora.delta())
+    show("LoRA r 4, its first ranks", [loss(plain.lora_B[:, :b] @ plain.lora_A[:b]) for b in range(1, 5)])
+    U, S, V = torch.linalg.svd(plain.delta())
     show("LoRA r 4, its first singular values", [loss(U[:, :b] * S[:b] @ V[:b]) for b in range(1, 5)])

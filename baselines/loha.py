@@ -67,10 +67,10 @@ class LoHaLinear(LoRALinear):
 if __name__ == "__main__":
     torch.manual_seed(0)
     for r in (1, 2, 4):
-        loha, lora = LoHaLinear(nn.Linear(24, 24), r, 1), LoRALinear(nn.Linear(24, 24), 2 * r, 1)
+        loha, plain = LoHaLinear(nn.Linear(24, 24), r, 1), LoRALinear(nn.Linear(24, 24), 2 * r, 1)
         nn.init.normal_(loha.hada_w2_a)
-        nn.init.normal_(lora.lora_B)
-        ranks = [torch.linalg.matrix_rank(layer.delta()).item() for layer in (loha, lora)]
+        nn.init.normal_(plain.lora_B)
+        ranks = [torch.linalg.matrix_rank(layer.delta()).item() for layer in (loha, plain)]
         x = torch.randn(5, 24)
         error = (loha(x) - x @ (loha.weight + loha.delta()).T - loha.bias).abs().max()
         print(f"{4 * r * 24} parameters: LoHa r {r} has rank {ranks[0]}, LoRA r {2 * r} has rank {ranks[1]}; "

@@ -10,7 +10,7 @@ How each method becomes a PEFT adapter:
     LoRA, rsLoRA              a LoRA of rank r; GPT-2's q, k and v share one c_attn, so there of rank 2 r for q and v
     ResLoRA block             a LoRA whose rank grows along the chain: (min(m, n) + 1) r for layer n = 0, 1, …
     ResLoRA input, middle     a LoRA of rank r, after the approximate merge
-    Delta-LoRA                a LoRA of rank 2 r: [A_T ; A_S] and [(1 + lambda) B_T | -lambda B_S]
+    Delta-LoRA                a LoRA of rank 2 r: [A_T ; A_K] and [(1 + lambda) B_T | -lambda B_K]
     AdaLoRA                   a LoRA of the rank that each layer kept, E folded into B; layers of rank 0 are left out
     DyLoRA                    a LoRA of rank b, the cut
     LoHa, LoKr                PEFT's own LOHA and LOKR; on GPT-2, whose Conv1D those refuse, a LoRA

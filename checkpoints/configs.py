@@ -54,7 +54,7 @@ def check_heads(path, **sizes):
     """ValueError if the heads do not share the channels evenly; sizes: both, under the file's names."""
     (width, C), (name, heads) = sizes.items()
     if C % heads:
-        raise ValueError(f"{path}: {width} {C} is no multiple of {name} {heads}")
+        raise ValueError(f"{path}: {width} {C} is not a multiple of {name} {heads}")
 
 
 def number(value):
@@ -87,7 +87,7 @@ def complete_llama(raw, path):
         check_heads(path, hidden_size=hidden, num_attention_heads=heads)
         head_dim = hidden // heads
     if heads % kv:
-        raise ValueError(f"{path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv}")
+        raise ValueError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv}")
     if head_dim % 2:
         raise ValueError(f"{path}: head_dim {head_dim} is odd, rotary positions turn pairs of channels")
     kinds = raw.get("layer_types")

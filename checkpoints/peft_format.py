@@ -74,7 +74,8 @@ def peft_scaling(config, module, rank, where):
             values = [value for key, value in (config.get(f"{name}_pattern") or {}).items()
                      if re.fullmatch(rf"(.*\.)?({key})", module)]
         except (re.error, AttributeError) as e:
-            raise ValueError(f"{where}: {name}_pattern {config[f'{name}_pattern']!r} is none: {e}") from None
+            raise ValueError(f"{where}: {name}_pattern {config[f'{name}_pattern']!r} is not a valid pattern: "
+                             f"{e}") from None
         return values[0] if values else config.get({"rank": "r", "alpha": "lora_alpha"}[name], default)
     r, alpha = of("rank", 8), of("alpha", 8)
     if r != rank or type(alpha) not in (int, float) or not 0 < abs(alpha) < 1e30:

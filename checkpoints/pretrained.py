@@ -38,7 +38,7 @@ def locate(source):
     try:
         return hub.fetch(source, ["config.json", *weights.PATTERNS, *tokenizers.FILES])
     except (OSError, ValueError) as e:
-        raise ValueError(f"model {source!r} is neither a folder nor to be had from the hub ({type(e).__name__}): "
+        raise ValueError(f"model {source!r} is neither a folder nor on the hub ({type(e).__name__}): "
                          "give --model a folder with config.json and model.safetensors") from None
 
 

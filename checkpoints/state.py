@@ -118,13 +118,13 @@ def check_replaceable(folder, settings):
 def check_resume(folder, settings, method):
     """How many steps a run has done; ValueError if it cannot go on with these settings. method: its methods.Method."""
     _, step, _, before = read_state(folder / STATE[0])
-    other = difference(before, settings, (*FREE, *method.for_merging, "steps"))
+    other = difference(before, settings, (*FREE, *method.merge_only_flags, "steps"))
     if other:
         how = f", or go on from its adapter with --init-from {folder}" * (folder / "adapter_config.json").exists()
         raise ValueError(f"cannot resume {folder}: {other}. Start a new run with another --out{how}")
     if settings["steps"] < step:
         raise ValueError(f"cannot resume {folder} for {settings['steps']} steps: it has done {step} already")
-    if method.planned and settings["steps"] != before.get("steps"):
+    if method.fixed_length and settings["steps"] != before.get("steps"):
         raise ValueError(f"cannot resume {folder} for {settings['steps']} steps: {settings['method']} has planned its "
                          f"ranks for {before.get('steps')}")
     return step

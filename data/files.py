@@ -69,7 +69,7 @@ def own_rows(path):
     path = Path(path)
     if path.is_file():
         if path.suffix not in READERS:
-            raise ValueError(f"{path} is none of {', '.join(READERS)}")
+            raise ValueError(f"{path} is not one of {', '.join(READERS)}")
         return {"train": read_files([path])}
     if not path.is_dir():
         raise ValueError(f"data folder {path} does not exist")
@@ -116,7 +116,7 @@ def hub_rows(repo, patterns, revision=None, first=None):
                     for split, rows in hub.tables(repo, patterns, revision, first).items()}
         folder = hub.fetch(repo, list(patterns.values()), "dataset", revision, away=True)
     except (OSError, ValueError) as e:
-        raise ValueError(f"dataset {repo} is not to be had from the hub ({type(e).__name__}): give --data-dir a folder "
+        raise ValueError(f"dataset {repo} is not on the hub ({type(e).__name__}): give --data-dir a folder "
                          f"with {', '.join(f'{split}.jsonl' for split in patterns)}") from None
     files = {split: sorted(folder.glob(pattern)) for split, pattern in patterns.items()}
     for split, parts in files.items():

@@ -18,7 +18,7 @@ class Pairs:
     def __init__(self, columns=None, metric=None):
         self.columns, self.metric = columns, metric
         if metric not in (None, *METRICS):  # the parser knows them, a file may not
-            raise ValueError(f"metric {metric!r} is none of {', '.join(METRICS)}")
+            raise ValueError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
         self.METRICS = (METRICS[metric][0],) if metric else ()
         self.SPLITS = {}
         if metric:

@@ -52,8 +52,8 @@ def measured(label, lr):
                "rank": (S > 1e-4 * S[0]).sum().item(),
                "cosine": round((W_0 * (W + branch)).sum().item() / (W_0.norm() * (W + branch).norm()).item(), 5)}
         if hasattr(layer, "delta_lambda"):
-            # W should have moved by lambda s (B_T A_T - B_S A_S)
-            asked = layer.delta_lambda * (branch - layer.scaling * (layer.B_S @ layer.A_S).detach().double())
+            # W should have moved by lambda s (B_T A_T - B_K A_K)
+            asked = layer.delta_lambda * (branch - layer.scaling * (layer.B_K @ layer.A_K).detach().double())
             row["share of the motion"] = round(((W - W_0) * asked).sum().item() / asked.square().sum().item(), 4)
         rows.append({**row, "singular values": " ".join(f"{s:.4g}" for s in S[:3 * R].tolist())})
     return rows

@@ -302,8 +302,8 @@ BAD_CONFIGS = [
     ("use_dora True", {"use_dora": True}),
     ("bias 'all'", {"bias": "all"}), ("init_lora_weights 'pissa'", {"init_lora_weights": "pissa"}),
     ("alora_invocation_tokens", {"alora_invocation_tokens": [5]}), ("says r 3", {"r": 3}),
-    ("rank_pattern .* is none", {"rank_pattern": ["a"]}),
-    ("rank_pattern .* is none", {"rank_pattern": {"(": 1}}),
+    ("rank_pattern .* is not a valid", {"rank_pattern": ["a"]}),
+    ("rank_pattern .* is not a valid", {"rank_pattern": {"(": 1}}),
     ("lora_alpha '8'", {"lora_alpha": "8"}),
     ("lora_alpha", {"lora_alpha": 10**400})]
 BAD_TENSORS = [
@@ -413,17 +413,17 @@ def test_the_state_is_adapter_sized(method, hparams):
 
 
 def test_an_adapter_sized_checkpoint_restores_the_W_of_delta_lora():
-    """{A_T, B_T, A_S, B_S} and W_0 give W_T: the exported LoRA of rank 2 r says all of the motion."""
+    """{A_T, B_T, A_K, B_K} and W_0 give W_T: the exported LoRA of rank 2 r says all of the motion."""
     model = tiny_gpt()
     layers = adapt(model, "deltalora", dict(delta_start=2), random=False)
     W_0 = [layer.weight.clone() for layer in layers]
     train_steps(model, layers, 6)
     for layer, start in zip(layers, W_0, strict=True):
         A, B = layer.as_lora()
-        A_T, A_S = A.split(layer.r)
-        B_T, B_S = B[:, :layer.r] / (1 + 2.0), B[:, layer.r:] / -2.0
+        A_T, A_K = A.split(layer.r)
+        B_T, B_K = B[:, :layer.r] / (1 + 2.0), B[:, layer.r:] / -2.0
         assert (layer.weight - start).abs().max() > 1e-4
-        torch.testing.assert_close(layer.weight, start + 2.0 * layer.scaling * (B_T @ A_T - B_S @ A_S))
+        torch.testing.assert_close(layer.weight, start + 2.0 * layer.scaling * (B_T @ A_T - B_K @ A_K))
 
 
 def test_a_bad_state_is_refused(tmp_path):
@@ -471,4 +471,4 @@ def test_every_method_of_the_registry_has_a_class_that_is_a_lora():
     """methods.py: adapters share the surgery of lora.py; `full` is the entry without a class."""
     assert [name for name, method in METHODS.items() if not method.adapter] == ["full", "head"]
     assert all(issubclass(method.adapter, lora.LoRALinear) for method in METHODS.values() if method.adapter)
-    assert all(set(method.for_merging) <= set(method.flags) for method in METHODS.values())
+    assert all(set(method.merge_only_flags) <= set(method.flags) for method in METHODS.values())

@@ -329,7 +329,7 @@ def test_W_moves_as_algorithm_1_says(start):
 
 @pytest.mark.parametrize("start", [0, 1, 3])
 def test_delta_lora_telescopes(start):
-    """W_T = W_0 + lambda s (B_T A_T - B_S A_S); the total update is a LoRA of rank 2 r, of rank r for K = 0."""
+    """W_T = W_0 + lambda s (B_T A_T - B_K A_K); the total update is a LoRA of rank 2 r, of rank r for K = 0."""
     layer, x, y = delta_layer(start)
     W_0, optimizer = layer.weight.clone(), torch.optim.AdamW([layer.lora_A, layer.lora_B], 1e-2)
     for t in range(1, 9):

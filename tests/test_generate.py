@@ -195,7 +195,7 @@ def test_streamed_text_is_the_text(run, capsys):
     (["x " * 900], "leaves no room in a context of 256"),
     (["--data-dir", "."], "restaurants is generated"), (["--out", "/proc/none"], "/proc/none cannot be written"),
     (["--beams", "101"], "--beams must be at most 100"), (["--seed", "-1"], "--seed must be in 0..2^62 - 1, not -1"),
-    (["--out", "."], "--out . is no place for a file"), (["--out", "no/such"], "--out no/such is no place for a file"),
+    (["--out", "."], "--out . cannot be written"), (["--out", "no/such"], "--out no/such cannot be written"),
     (["a text", "--split", "test"], "not both")])
 def test_bad_flags(run, capsys, flags, message):
     """One line, exit code 2."""
@@ -243,7 +243,7 @@ def test_a_run_is_found_from_elsewhere(tmp_path, base, capsys, monkeypatch):
     ({"method": "qlora"}, "not known here"), ({"dataset": "poems"}, "not known here"),
     ({"pre_num": "x"}, "wrong kind"), ({"shortcut": None}, "shortcut None is not one of"),
     ({"shortcut": ...}, "needs shortcut"), ({"rank": None}, "needs rank"),
-    ({"dataset": "pairs", "metric": "x"}, "metric 'x' is none of"),
+    ({"dataset": "pairs", "metric": "x"}, "metric 'x' is not one of"),
     (None, "holds no settings"), ("labels", "labels [1] are no labels of a run")])
 def test_a_setting_that_is_missing_or_of_another_kind(run, tmp_path, capsys, change, message):
     """A line that names it."""

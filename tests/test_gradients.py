@@ -253,7 +253,7 @@ def test_gradient_of_B_at_the_start_is_flat_in_rank_only_with_the_root():
 
 
 def test_delta_lora_is_lora_with_a_weight_that_follows_by_hand():
-    """Oracle: y = W_0 x + s B A x + [t > K] lambda s (sg(B) sg(A) - B_S A_S) x, by autograd, gives the same run."""
+    """Oracle: y = W_0 x + s B A x + [t > K] lambda s (sg(B) sg(A) - B_K A_K) x, by autograd, gives the same run."""
     layer, x, y = delta_layer(2)
     W_0, b = layer.weight.clone(), layer.bias.clone()
     A, B = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))

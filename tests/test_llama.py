@@ -178,8 +178,8 @@ REFUSED = [
     ("llama", dict(rope_parameters={**LLAMA3, "factor": "8"}), "must be a number above 0, not '8'"),
     ("llama", dict(rope_parameters=None, rope_theta=-1), "rope_theta must be a number above 0"),
     ("llama", dict(rope_parameters=[1]), "must be objects"),
-    ("llama", dict(num_attention_heads=5, head_dim=None), "hidden_size 32 is no multiple of num_attention_heads 5"),
-    ("llama", dict(num_key_value_heads=3), "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+    ("llama", dict(num_attention_heads=5, head_dim=None), "hidden_size 32 is not a multiple of num_attention_heads 5"),
+    ("llama", dict(num_key_value_heads=3), "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
     ("llama", dict(head_dim=7), "head_dim 7 is odd"), ("llama", dict(head_dim=0), "head_dim must be a whole number"),
     ("llama", dict(num_key_value_heads=0), "num_key_value_heads must be a whole number"),
     ("llama", dict(rms_norm_eps=None), "lacks rms_norm_eps"), ("qwen3", dict(head_dim=None), "lacks head_dim"),
@@ -721,7 +721,7 @@ def test_a_bad_folder_ends_in_one_line(tmp_path, small_llama, run, capsys):
     """Exit code 2, the reason, and nothing is written."""
     for key, value, message in (("model_type", "gemma", "model_type 'gemma' is not supported"),
                                 ("num_key_value_heads", 3,
-                                 "is no multiple of num_key_value_heads 3"),
+                                 "is not a multiple of num_key_value_heads 3"),
                                 ("vocab_size", 100, "has shape")):
         shutil.copytree(small_llama, tmp_path / "bad", dirs_exist_ok=True)
         edit_config(tmp_path / "bad", **{key: value})

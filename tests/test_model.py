@@ -339,7 +339,7 @@ def test_models_of_the_hub_are_read_from_its_cache(tmp_path, no_network):
 def test_a_model_that_is_not_to_be_had_says_what_to_do(no_network):
     """Not cached, not reachable: within seconds, one line that asks for a local folder."""
     start = time.time()
-    with pytest.raises(ValueError, match="'FacebookAI/roberta-base' is neither a folder nor to be had from the hub .*: "
+    with pytest.raises(ValueError, match="'FacebookAI/roberta-base' is neither a folder nor on the hub .*: "
                                          "give --model a folder with config.json and model.safetensors"):
         from_pretrained("FacebookAI/roberta-base", 2)
     assert time.time() - start < 10
@@ -379,7 +379,7 @@ BAD_GPT2 = [
     (edit_config(model_type="mamba"), "model_type 'mamba' is not supported, only 'gpt2' or 'roberta' or 'llama'"),
     (edit_config(activation_function="relu"), "activation_function 'relu'"),
     (edit_config(tie_word_embeddings=False), "tie_word_embeddings False"),
-    (edit_config(n_head=5), "n_embd 24 is no multiple of n_head 5"),
+    (edit_config(n_head=5), "n_embd 24 is not a multiple of n_head 5"),
     (edit_config(n_layer=4), "lacks transformer.h.3.attn.c_attn.bias and 11 more"),
     (edit_config(n_layer=2), "holds unexpected transformer.h.2.attn.c_attn.bias and 11 more"),
     (edit_config(n_positions=16), r"transformer.wpe.weight has shape (32, 24), not (16, 24)"),
@@ -408,7 +408,7 @@ BAD_ROBERTA = [
     (edit_config(type_vocab_size=2), "type_vocab_size 2"), (edit_config(is_decoder=True), "is_decoder True"),
     (edit_config(model_type="bert"), "model_type 'bert' is not supported, only 'gpt2' or 'roberta'"),
     (edit_config(model_type=None), "model_type None"), (edit_config(model_type=["roberta"]), "model_type ['roberta']"),
-    (edit_config(num_attention_heads=5), "hidden_size 24 is no multiple of num_attention_heads 5"),
+    (edit_config(num_attention_heads=5), "hidden_size 24 is not a multiple of num_attention_heads 5"),
     (edit_config(num_hidden_layers=4), "lacks roberta.encoder.layer.3.attention.output.LayerNorm.bias and 15 more"),
     (with_file("config.json", b'{"model_type": "roberta"}'), "lacks hidden_size"),
     (edit_config(pad_token_id=0), "pad_token_id 0 is not supported, only 1"),

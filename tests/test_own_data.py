@@ -188,7 +188,7 @@ GOOD = {"prompt": "a", "completion": "b"}
     ("pairs", "a.csv", "prompt;completion\na;\n", "line 2: completion must be text"),
     ("pairs", "a.csv", "prompt,completion\na,b\n".encode("utf-16"), "line 1: not UTF-8 (it begins as UTF-16 does)"),
     ("pairs", "a.jsonl", [GOOD, GOOD], "1 different texts to train on cannot be split"),
-    ("pairs", "a.txt", "hello", "a.txt is none of .jsonl"), ("pairs", "folder", None, "has no train.jsonl, .json"),
+    ("pairs", "a.txt", "hello", "a.txt is not one of .jsonl"), ("pairs", "folder", None, "has no train.jsonl, .json"),
     ("labels", "a.csv", "text,label\na,x\nb,\n", "line 3: label must be text"),
     ("labels", "a.csv", "text,label\na,x\nb,x\n", "have the label 'x': nothing to tell apart"),
     ("labels", "a.csv", "text,label\na,1.5\nb,2.5\nc,3.5\n", "for numbers say --regression"),

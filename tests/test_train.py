@@ -246,7 +246,7 @@ def test_a_run_on_sst2_with_robertas_own_vocabulary_is_loaded_elsewhere(tmp_path
     (["--targets", "out_proj"], "classifier.out_proj belongs to the head"),
     (["--dataset", "opinions", "--targets", "dense"], "lm_head.dense belongs to the head"),
     (["--targets", "q,query"], "'query' matches no linear"),
-    (["--dataset", "glue/sst2"], "dataset nyu-mll/glue is not to be had from the hub"),
+    (["--dataset", "glue/sst2"], "dataset nyu-mll/glue is not on the hub"),
     (["--dataset", "glue/sst3"], "unknown dataset 'glue/sst3'"),
     (["--dataset", "glue/stsb", "--label-smoothing", ".1"], "--label-smoothing 0.1 is for classes"),
     (["--context", "65"], "--context 65 is not in 4..64"), (["--context", "3"], "--context 3 is not in 4..64")])
