@@ -1,24 +1,27 @@
-"""DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank Adaptation. Valipour et
-al. 2022, arXiv:2210.07558.
+"""DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank
+Adaptation. Valipour et al. 2022, arXiv:2210.07558.
 
-One training serves all ranks up to r. Every step draws a rank b, uniformly from 1..r and the same for the whole model,
-and uses only the first b ranks:
+One training serves all ranks up to r. Every step draws a rank b, uniformly from 1..r and the same
+for the whole model, and uses only the first b ranks:
 
     h = W x + b + s_b B_{:, 1..b} A_{1..b} drop(x),        s_b = alpha / b
 
-    A (r, d_in), B (d_out, r) as in LoRA. The first ranks take part in every draw and learn what matters most; the last
-    one only refines the others. So the trained adapter can be cut at any b, without a search over r:
+    A (r, d_in), B (d_out, r) as in LoRA. The first ranks take part in every draw and learn what
+    matters most; the last one only refines the others. So the trained adapter can be cut at any b,
+    without a search over r:
 
     W_merged = W + s_b B_{:, 1..b} A_{1..b}
 
-With `frozen`, the paper's faster form, the forward is the same and only the b-th rank, A_b and B_{:, b}, is trained.
+With `frozen`, the paper's faster form, the forward is the same and only the b-th rank, A_b and
+B_{:, b}, is trained.
 
-Ranks that a step does not train must stay where they are. They have no gradient, but an optimizer with momentum or
-weight decay would move them all the same, so they are put back after its step. (The optimizer's moments are not put
-back: they decay in steps without a gradient and take part when the rank is drawn again.)
+Ranks that a step does not train must stay where they are. They have no gradient, but an optimizer
+with momentum or weight decay would move them all the same, so they are put back after its step.
+(The optimizer's moments are not put back: they decay in steps without a gradient and take part when
+the rank is drawn again.)
 
-The demo, python -m baselines.dylora, also shows what DyLoRA must be compared with: an ordinary LoRA whose product B A
-is truncated to its first singular values.
+The demo, python -m baselines.dylora, also shows what DyLoRA must be compared with: an ordinary LoRA
+whose product B A is truncated to its first singular values.
 """
 import random
 
@@ -31,14 +34,15 @@ from lora import LoRALinear
 class DyLoRALinear(LoRALinear):
     """LoRALinear trained at a random rank 1..r, evaluated at r, merged at a cut.
 
-    frozen: train the last of the drawn ranks alone. cut: a rank to merge at or a list of them, the first is kept, the
-    others are measured beside it; None: r, and beside it the powers of two.
+    frozen: train the last of the drawn ranks alone. cut: a rank to merge at or a list of them, the
+    first is kept, the others are measured beside it; None: r, and beside it the powers of two.
     """
 
     def __init__(self, linear, r, alpha, dropout=0.0, frozen=False, cut=None):
         super().__init__(linear, r, alpha, dropout)
         self.alpha, self.frozen, self.seed = alpha, frozen, None
-        # s_b for the first b ranks, 0 for the others, (r,): a tensor, so that a new b costs no new compilation
+        # s_b for the first b ranks, 0 for the others, (r,): a tensor, so that a new b costs no new
+        # compilation
         self.register_buffer("s_b", self.lora_A.new_empty(r), persistent=False)
         self.draw(r)
         powers = [2**i for i in range(r.bit_length())]
@@ -59,7 +63,9 @@ class DyLoRALinear(LoRALinear):
 
     def forward(self, x):
         """(..., d_in) -> (..., d_out)"""
-        A, B, s_b = (self.lora_A, self.lora_B, self.s_b) if self.training else (*self.as_lora(), self.scaling)
+        A, B, s_b = self.lora_A, self.lora_B, self.s_b
+        if not self.training:
+            (A, B), s_b = self.as_lora(), self.scaling
         # u = s_b A_{1..b} drop(x)
         u = s_b * F.linear(self.drop(x), A)  # (..., r), in training 0 beyond b
         # h = W x + b + B_{:, 1..b} u
@@ -81,7 +87,8 @@ class DyLoRALinear(LoRALinear):
 
     @staticmethod
     def begin(layers, steps, done=0):
-        """Draw for the first step. Draws depend on a seed and the step: a resumed run goes on with the same."""
+        """Draw for the first step. Draws depend on a seed and the step: a resumed run goes on with
+        the same."""
         seed = torch.randint(2**62, ()).item()
         for layer in layers:
             layer.seed = seed
@@ -160,6 +167,8 @@ if __name__ == "__main__":
         dylora.cut_at(b)
         cuts.append(loss(dylora.delta()))
     show("DyLoRA, b drawn from 1..4, cut at", cuts)
-    show("LoRA r 4, its first ranks", [loss(plain.lora_B[:, :b] @ plain.lora_A[:b]) for b in range(1, 5)])
+    show("LoRA r 4, its first ranks",
+         [loss(plain.lora_B[:, :b] @ plain.lora_A[:b]) for b in range(1, 5)])
     U, S, V = torch.linalg.svd(plain.delta())
-    show("LoRA r 4, its first singular values", [loss(U[:, :b] * S[:b] @ V[:b]) for b in range(1, 5)])
+    show("LoRA r 4, its first singular values",
+         [loss(U[:, :b] * S[:b] @ V[:b]) for b in range(1, 5)])
