@@ -66,7 +66,8 @@ class LoRALinear(nn.Module):
         self.init_factors(*linear.weight.shape, device=linear.weight.device, dtype=dtype)
 
     def init_factors(self, d_out, d_in, **like):
-        """Create the trained parameters. like: their device and dtype."""
+        """Create the trained parameters. like: their device and dtype. `weight`, `r` and `scaling`
+        are there already. What a method keeps frozen beside them is a buffer of its own."""
         self.lora_A = nn.Parameter(torch.empty(self.r, d_in, **like))
         self.lora_B = nn.Parameter(torch.zeros(d_out, self.r, **like))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # a = sqrt 5: U(-1, 1) / sqrt(d_in)
@@ -88,7 +89,8 @@ class LoRALinear(nn.Module):
     # The rest of the contract. LoRA needs none of it; other methods override what they need.
 
     exact_merge = True  # False where merging approximates (ResLoRA's input and middle)
-    moves_weight = False  # True where W is not the base's: changed in training or at the start
+    moves_weight = False  # True where W is not the base's, but a new fp32 tensor that the method
+    # has changed at the start or changes in training
     exact_gradient = True  # False where the paper cuts the graph, as DoRA at its norm
     merges = ("exact",)  # the ways to merge: train.py measures all and keeps the first
     peft_type = "LORA"  # PEFT's name for these factors (LoHa and LoKr have their own)

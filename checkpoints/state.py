@@ -299,6 +299,9 @@ def load_state(path, model, optimizer, first=1):
     kept, now = tensors.get("rng.cpu"), torch.get_rng_state()
     if kept is None or (kept.shape, kept.dtype) != (now.shape, now.dtype):
         raise ValueError(f"{path} lacks rng.cpu, the state of the random numbers, or holds that of another torch")
+    for i, p in enumerate(params):  # a moment lies in memory as its parameter does: the fused step counts on that
+        for kind in kinds[1:]:
+            state[i][kind] = torch.empty_like(p).copy_(state[i][kind])
     put(model, weights)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["rng.cpu"])

@@ -289,9 +289,9 @@ OF_TRANSFORMERS = pytest.mark.parametrize("make, targets", [
 def put_in(model, method, hparams, targets, std):
     """The adapters of a method in one of their models, with factors that matter."""
     layers = lora.apply(model, METHODS[method].adapter, targets, r=3, alpha=5, **hparams)
-    for p in factors(layers):
-        if p.std() < 0.05:
-            torch.nn.init.normal_(p, std=std)
+    small = [p for p in factors(layers) if p.std() < 0.05]
+    for p in small or factors(layers):  # PiSSA's are all large
+        torch.nn.init.normal_(p, std=std)
     return layers
 
 
@@ -443,7 +443,8 @@ EXACT = [case for case in variants() if case.values[1].get("shortcut", "block") 
 def test_a_merge_into_large_weights_in_bf16_is_rounded_once(method, hparams):
     """Weights of 30 to 300, where neighbours in bf16 are up to 2 apart: merged, each is W +
     Delta W in float64, rounded once. (The factors are short binary fractions, so that fp32 has
-    the exact sum.) Where the method moves W, it is that sum in fp32."""
+    the exact sum, but of a method that divides, as DoRA by its norm: there nearly all are equal.)
+    Where the method moves W, it is that sum in fp32."""
     model = tiny_llama(torch.bfloat16)
     layers = adapted(model, method, hparams, ("q", "v", "down"), r=4, alpha=8)
     with torch.no_grad():
@@ -453,7 +454,7 @@ def test_a_merge_into_large_weights_in_bf16_is_rounded_once(method, hparams):
             for p in factors([layer]):
                 p.copy_(torch.randint(-24, 25, p.shape) / 8)
     exact, bits = copy.deepcopy(model).double(), torch.bfloat16
-    if method == "deltalora":
+    if METHODS[method].adapter.moves_weight:
         bits = torch.float32
     expected, seen = {}, 0
     for name, layer in exact.named_modules():
@@ -465,7 +466,8 @@ def test_a_merge_into_large_weights_in_bf16_is_rounded_once(method, hparams):
     assert seen > 5 and len(expected) == len(layers)  # where rounding twice would show
     for name, W in expected.items():
         assert model.get_submodule(name).weight.dtype == bits
-        assert torch.equal(model.get_submodule(name).weight, W), name
+        same = (model.get_submodule(name).weight == W).double().mean()
+        assert same == 1 or same > 0.95 and not METHODS[method].adapter.exact_gradient, name
 
 
 @every_variant
