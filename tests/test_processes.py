@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from methods import METHODS
 
-RUNS = ["lora", "reslora --shortcut input", "reslora --shortcut middle", "deltalora --delta-start 2",
-        "adalora --budget-warmup 1 --budget-final 3", "dylora", "dylora --frozen", "full"]
+# (`middle` is the Llama's below; what DyLoRA puts back without --frozen it puts back with it too)
+RUNS = ["lora", "reslora --shortcut input", "deltalora --delta-start 2",
+        "adalora --budget-warmup 1 --budget-final 3", "dylora --frozen", "full"]
 ONLY_GRADIENTS = {"rslora", "loha", "lokr", "head"}  # DDP averages those: nothing else happens in a step
 # a new method, as it is by default
 RUNS += sorted(METHODS.keys() - {run.split()[0] for run in RUNS} - ONLY_GRADIENTS)
