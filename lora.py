@@ -17,11 +17,11 @@ rate, while A moves as before. So under Adam
 
     c alpha, one rate lr      is      alpha, with rate lr for A and c lr for B
 
-exactly, as long as nothing else sees the size of B or of its gradient: weight decay, clipping and
-Adam's eps do, a little. alpha is the learning rate of B. LoRA+ (Hayou et al. 2024,
-arXiv:2402.12354) sets that ratio itself, to 16 for instance; rsLoRA is a ratio of sqrt(r), and
-Delta-LoRA with K = 0 one of 1 + lambda. Under SGD, whose steps grow with the gradient, the ratio is
-c^2. `train.py --lr-ratio` sets it.
+exactly, as long as nothing else sees the size of B or of its gradient. Weight decay, clipping and
+Adam's eps do. alpha is the learning rate of B. LoRA+ (Hayou et al. 2024, arXiv:2402.12354) sets the
+ratio of both rates itself, to 16 for instance. rsLoRA is a ratio of sqrt(r), and Delta-LoRA with
+K = 0 one of 1 + lambda. Under SGD, whose steps grow with the gradient, c alpha is a ratio of c^2.
+`train.py --lr-ratio` sets the ratio.
 """
 import math
 from contextlib import nullcontext
@@ -89,8 +89,8 @@ class LoRALinear(nn.Module):
     # The rest of the contract. LoRA needs none of it; other methods override what they need.
 
     exact_merge = True  # False where merging approximates (ResLoRA's input and middle)
-    moves_weight = False  # True where W is not the base's, but a new fp32 tensor that the method
-    # has changed at the start or changes in training
+    # True where `weight` is a new fp32 tensor, which the method changes at the start or in training
+    moves_weight = False
     exact_gradient = True  # False where the paper cuts the graph, as DoRA at its norm
     merges = ("exact",)  # the ways to merge: train.py measures all and keeps the first
     peft_type = "LORA"  # PEFT's name for these factors (LoHa and LoKr have their own)

@@ -14,9 +14,11 @@ chain: m' = min(m, n), or m' = n for m = -1.
 
 The first layer of a chain has no earlier one. `block` and `middle` are plain LoRA there. `input`
 sets x_{-1} = x_0, so that every layer's branch reads a sum of the same size (the paper says so
-after its eq. 2). That is LoRA with twice the scale. With m = 0 every layer is plain LoRA:
+after its eq. 2):
 
     input    h_0 = W_0 x_0 + b_0 + s B_0 A_0 drop(x_0 + x_0)
+
+That is LoRA with twice the scale. With m = 0 there is no shortcut, and every layer is plain LoRA.
 
 Nothing is detached: the added gradient path is the point. Let g_n = dL/dh_n and m = 1. With
 `input` x_{n-1} gains the gradient s A_n^T B_n^T g_n (the paper's eq. 16), with `middle` it gains
@@ -31,17 +33,17 @@ from the shortcut is
 
     z_n = A_n sum_{k=1..m'} x_{n-k}   (input)      z_n = sum_{k=1..m'} A_{n-k} x_{n-k}   (middle)
 
-with r numbers. The paper lets x_n stand for x_{n-k} and corrects its size by ratios of norms, but
-not its direction. Ours is least squares. Neighbouring x_n are strongly correlated (the residual
-stream), so z_n is nearly a linear function P_n x_n. It is fitted over the tokens of a few
-calibration batches. The rank stays r.
+z_n has r numbers. The paper lets x_n stand for x_{n-k} and corrects its size by ratios of norms,
+but not its direction. Ours is least squares. Neighbouring x_n are strongly correlated (the residual
+stream), so z_n is nearly a linear function P_n x_n, where P_n is (r, d_in). It is fitted over the
+tokens of a few calibration batches. The rank stays r.
 
     minimise over P   E |z_n - P x_n|^2     =>     P_n = E[z x^T] E[x x^T]^-1
     A*_n = A_n + P_n        W*_n = W_n + s B_n A*_n
 
 A classifier predicts once per text, and few of its tokens matter. Let M be its prediction as one
-number. To first order, an error z_n - P x_n at a token changes M by at most
-s |B_n^T dM/dh_n| |z_n - P x_n|. When the batches give such a margin M, weight the fit by it:
+number, its margin. To first order, an error z_n - P x_n at a token changes M by at most
+s |B_n^T dM/dh_n| |z_n - P x_n|. So where there is a margin, the fit is weighted:
 
     minimise over P   E w |z_n - P x_n|^2     =>     P_n = E[w z x^T] E[w x x^T]^-1
     w = |B_n^T dM/dh_n|^2
@@ -231,14 +233,15 @@ def layer_inputs(layers, batches, run, real, margin):
     """Yield for each batch {layer: its inputs at the N real tokens (N, d_in)} and {layer: their
     weights w (N, 1), or 1 without a margin}, of `layers` and all that they read from."""
     wanted = list(set(layers).union(*(layer.earlier for layer in layers)))
-    number = 0
-    for number, batch in enumerate(batches, 1):  # noqa: B007
-        inputs, outputs = {}, {}
+    inputs, outputs = {}, {}
 
-        def keep(layer, args, h, inputs=inputs, outputs=outputs):
-            inputs[layer], outputs[layer] = args[0].detach(), h
-            if margin and not h.requires_grad:
+    def keep(layer, args, h):
+        inputs[layer] = args[0].detach()
+        if margin:
+            outputs[layer] = h
+            if not h.requires_grad:
                 h.requires_grad_()  # a model that is frozen altogether has no graph of its own
+    for batch in batches:
         hooks = [layer.register_forward_hook(keep) for layer in wanted]
         try:
             with torch.set_grad_enabled(margin is not None):
@@ -256,7 +259,7 @@ def layer_inputs(layers, batches, run, real, margin):
                 B = layer.lora_B
                 w[layer] = (dM_dh[mask].to(B.dtype) @ B).square().sum(-1, keepdim=True)
         yield {layer: x[mask].to(layer.lora_A.dtype) for layer, x in inputs.items()}, w
-    if not number:
+    if not inputs:
         raise ValueError("calibration needs at least one batch: batches is empty")
 
 

@@ -48,15 +48,22 @@ def lr_at(step, steps, args):
     return args.lr * {"linear": 1 - t, "cosine": (1 + math.cos(math.pi * t)) / 2, "constant": 1.0}[args.schedule]
 
 
+def set_ratio(layers, ratio):
+    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): every lora_B learns `ratio` times as fast as all else."""
+    if ratio != 1 and not any(hasattr(layer, "lora_B") for layer in layers):
+        raise ValueError(f"--lr-ratio {ratio:g} is B's learning rate over A's: this method has no factors A and B")
+    for layer in layers:
+        layer.lr_scale = {**layer.lr_scale, "lora_B": ratio * layer.lr_scale.get("lora_B", 1.0)}
+
+
 def make_optimizer(model, args):
     """AdamW or SGD over all that requires a gradient, with weight decay on matrices only, fused into one kernel. A
-    parameter's learning rate is the run's times its layer's `lr_scale`, and for every B times --lr-ratio (LoRA+)."""
+    parameter's learning rate is the run's times its layer's `lr_scale`."""
     groups = {}
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad:
-                lr_scale = getattr(module, "lr_scale", {}).get(name, 1.0) * (args.lr_ratio if name == "lora_B" else 1.0)
-                groups.setdefault((lr_scale, p.dim() >= 2), []).append(p)
+                groups.setdefault((getattr(module, "lr_scale", {}).get(name, 1.0), p.dim() >= 2), []).append(p)
     groups = [dict(params=params, lr_scale=lr_scale, weight_decay=args.weight_decay if matrix else 0.0)
               for (lr_scale, matrix), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)]
     optimizer = torch.optim.SGD if args.optimizer == "sgd" else torch.optim.AdamW
@@ -161,9 +168,7 @@ class Run:
                     for name, value in self.own.items()}
         # made on the CPU, so that a seed gives the same adapter on every device
         self.adapter, self.layers = adapters.adapt_as(self.model, {**vars(args), **self.own})
-        if args.lr_ratio != 1 and not any(hasattr(layer, "lora_B") for layer in self.layers):
-            raise ValueError(f"--lr-ratio {args.lr_ratio:g} is B's learning rate over A's: method {args.method} has no "
-                             "factors A and B")
+        set_ratio(self.layers, args.lr_ratio)
         self.model.to(args.device)
         self.model.recompute = self.adapter.recompute if args.checkpoint_activations else None
         self.params = [p for p in self.model.parameters() if p.requires_grad]
@@ -183,7 +188,7 @@ class Run:
         return report(model, self.data, self.args.device, self.args.amp, stage)
 
     def calibration(self, model):
-        """Of a copy of the model: see reslora.calibrate."""
+        """What reslora.calibrate takes, for a copy of the model."""
         return calibration(model, self.data.examples["train"], self.data.task, self.args.batch_size, self.args.seed,
                            self.args.device, self.args.amp)
 

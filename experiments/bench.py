@@ -133,7 +133,7 @@ def parse(argv):
     args.out = args.out or ROOT / f"experiments/results/bench-{slug}.json"
     args.argv = sys.argv[1:] if argv is None else argv
     # what train.py's step and optimizer read
-    vars(args).update(lr=1e-3, lr_ratio=1.0, optimizer="adamw", weight_decay=0.01, clip=1.0, label_smoothing=0.0)
+    vars(args).update(lr=1e-3, optimizer="adamw", weight_decay=0.01, clip=1.0, label_smoothing=0.0)
     return args
 
 

@@ -23,6 +23,7 @@ def trained(tiny, method="lora", own=None, alpha=ALPHA, flags=ADAM, eps=1e-30):
     some = batch(model)
     layers = adapt(model, method, own or {}, r=R, alpha=alpha, random=False)
     args = train.parse(["--lr", RATE, *flags.split(), "--device", "cpu", "--dtype", "float32"])
+    train.set_ratio(layers, args.lr_ratio)
     optimizer = train.make_optimizer(model, args)
     losses = []
     for step in range(1, STEPS + 1):
@@ -102,6 +103,7 @@ def test_the_ratio_is_that_of_B_over_A_and_a_head_learns_at_the_rate():
     model = tiny_roberta()
     layers = adapt(model, "lora", {})
     args = train.parse("--lr 1e-3 --lr-ratio 16 --weight-decay 0.1 --device cpu".split())
+    train.set_ratio(layers, args.lr_ratio)
     groups = train.make_optimizer(model, args).param_groups
     rates = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups
              for p in group["params"]}
@@ -138,7 +140,7 @@ def test_a_ratio_is_resumed_and_named(tmp_path, base):
 @pytest.mark.parametrize("method", ["loha", "lokr", "full"])
 def test_methods_without_A_and_B_refuse_a_ratio(tmp_path, base, method, capsys):
     """One line and exit code 2, and nothing is written."""
-    assert f"method {method} has no factors A and B" in refused(
+    assert "this method has no factors A and B" in refused(
         capsys, command(base, tmp_path / "run", "--method", method, "--lr-ratio", "4"))
     assert not (tmp_path / "run").exists()
 
