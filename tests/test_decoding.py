@@ -151,3 +151,10 @@ def test_beam_search_is_that_of_transformers(tmp_path, beams, penalty, llama):
             assert y == until(stop, out)
             lengths.add(len(y))
     assert len(lengths) > 2
+
+
+def test_a_tiny_temperature_is_greedy():
+    """No overflow: the likeliest token."""
+    model = tiny_gpt()
+    one, two = (generate(model, [[5, 4]], 5, -1, temperature=t) for t in (0.0, 1e-40))
+    assert one == two

@@ -457,6 +457,13 @@ def test_the_recipes_are_valid_and_can_be_changed_behind(monkeypatch):
     assert len(recipes) >= 4
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_asked_for_and_absent(tmp_path, base, capsys):
+    """No silent fallback to the CPU."""
+    message = "--device cuda: this machine"
+    assert message in refused(capsys, command(base, tmp_path / "o", "--device", "cuda"))
+
+
 # Resuming
 
 # AdaLoRA is stopped while ranks fall, at the start of the last phase, and inside it: what was

@@ -513,6 +513,24 @@ def test_a_saved_again_base_in_shards_is_fingerprinted(tmp_path):
 WINDOWS = "\ufeffHello there.\r\nSecond line.\r\n"
 
 
+def test_parquet_as_the_hub_names_it(tmp_path):
+    """SPLIT-00000-of-00002.parquet in the folder or in data/, SPLIT/0000.parquet; a missing part is
+    named."""
+    def put(name, label):
+        import pyarrow.parquet
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"label": label}]), tmp_path / name)
+    for part in range(2):
+        put(f"train-0000{part}-of-00002.parquet", part)
+        put(f"data/validation-0000{part}-of-00002.parquet", part)
+        put(f"test/000{part}.parquet", part)
+    for split in ("train", "validation", "test"):
+        assert [row["label"] for _, row in read_rows(tmp_path, split)] == [0, 1]
+    (tmp_path / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(ValueError, match="has 1 of the 2 parts of train"):
+        read_rows(tmp_path, "train")
+
+
 def test_one_policy_for_marks_and_line_ends(tmp_path):
     """jsonl, csv, parquet and plain text give the same text: without a byte order mark, lines ending in a line feed."""
     import pyarrow
