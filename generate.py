@@ -15,15 +15,16 @@ from tqdm import tqdm
 
 import data
 import lora
-from checkpoints import adapters, state, tokenizers
+from checkpoints import adapters, tokenizers
 from checkpoints.files import read_json, write
 from checkpoints.pretrained import from_pretrained, locate
 from checkpoints.weights import fingerprint_weights
-from data import metrics
 from data.tasks import Label
-from evaluation import decoding
+from evaluation import decoding, metrics
 from methods import METHODS
-from settings import Parser, base_dtype, command, pick_device
+from run.flags import Parser, command
+from run.folder import RESULTS, STATE, adapters_of, load_best
+from run.machine import base_dtype, pick_device
 
 NONE = type(None)  # of full fine-tuning, or not given
 SETTINGS = dict(model=[str], method=[str], dataset=[str], base_weights=[str], rs=[bool], rank=[int, NONE],
@@ -75,7 +76,7 @@ def parse(argv):
     if args.out is not None:
         if args.out.is_dir() or not args.out.parent.is_dir():
             raise ValueError(f"--out {args.out} cannot be written there")
-        if args.out.resolve() in [(args.run / name).resolve() for name in state.STATE + state.RESULTS
+        if args.out.resolve() in [(args.run / name).resolve() for name in STATE + RESULTS
                                   if not name.startswith("predictions")]:
             raise ValueError(f"--out {args.out} is a file of the run itself")
     args.out = args.out or args.run / f"predictions-{args.split}.jsonl"
@@ -131,15 +132,15 @@ def load_run(folder, unmerged=False, cut=None, base=None, dtype=torch.float32):
         if init and adapters.fingerprint_adapter(init) != settings.get("init_weights"):
             raise ValueError(f"{init}, from which {folder} went on, has changed since")
         try:
-            adapter, layers = adapters.adapt_as(model, {**settings, **({} if cut is None else {"cut": cut})})
+            adapter, layers = adapters_of(model, {**settings, **({} if cut is None else {"cut": cut})})
         except TypeError as e:
             raise ValueError(f"{folder / 'result.json'} holds a setting of the wrong kind: {e}") from None
-        state.load_best(folder / "resume.safetensors", model)
+        load_best(folder / "resume.safetensors", model)
         if cut is not None:
             adapter.prepare_merge(model, cut, None)
         if method.adapter and not unmerged:
             lora.merge(model)
-    return model.eval(), settings, source
+    return model.eval(), {**settings, "labels": labels}, source
 
 
 def encode(tokenizer, text, dataset):
@@ -183,16 +184,17 @@ def write_many(model, tokenizer, records, args, dataset):
     return [texts[i] for i in range(len(records))]
 
 
-def classify(model, tokenizer, texts, context, args):
+def classify(model, tokenizer, texts, settings, args):
     """Print the label of each text, or of two texts with || between them, and the probabilities; of a regression the
     number."""
-    task = Label(tokenizer, context, len(model.labels))
+    labels = settings["labels"]
+    task = Label(tokenizer, settings["context"], len(labels))
     for text in texts:
         examples, _ = task.encode([(text.split(" || ", 1), 0)])
         with args.amp:
             logits = model(task.collate(examples)[0].to(args.device))[0][0].float()  # (L,)
-        said = f"{logits.item():.4f}" if len(logits) == 1 else model.labels[logits.argmax()] + "  (" + ", ".join(
-            f"{name} {p:.4f}" for name, p in zip(model.labels, logits.softmax(0).tolist(), strict=True)) + ")"
+        said = f"{logits.item():.4f}" if len(logits) == 1 else labels[logits.argmax()] + "  (" + ", ".join(
+            f"{name} {p:.4f}" for name, p in zip(labels, logits.softmax(0).tolist(), strict=True)) + ")"
         print(f"{text}\n  -> {said}" if len(texts) > 1 else said)
 
 
@@ -219,7 +221,7 @@ def generate(args):
         if not args.texts:
             raise ValueError(f"{args.run} is a classifier: give it texts")
         tokenizer = tokenizers.for_model(source, model.config)
-        classify(model.to(args.device), tokenizer, args.texts, settings["context"], args)
+        classify(model.to(args.device), tokenizer, args.texts, settings, args)
         return None
     if not model.causal:
         raise ValueError(f"{args.run} predicts masked tokens: it cannot write texts")

@@ -1,26 +1,29 @@
-"""GPT-2, Llama and RoBERTa: the architectures and nothing else. They know nothing of adapters or of files.
+"""GPT-2, Llama and RoBERTa: the architectures and nothing else. They know nothing of adapters or of
+files.
 
-GPT      Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": reads from left to right, LayerNorm
-         before each part of a block, output projection tied to the token embedding.
-Llama    Touvron et al. 2023, arXiv:2302.13971: as GPT, with RMSNorm, rotary positions and a gated MLP. In Llama 3 and
-         Mistral heads share keys and values. Qwen 2 has a bias on q, k and v, and Qwen 3 has norms on q and k.
-RoBERTa  Liu et al. 2019, arXiv:1907.11692: reads in both directions, LayerNorm after each part, and a head that
-         predicts masked tokens or classifies the whole text.
+GPT      Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": reads from left
+         to right, LayerNorm before each part of a block, output tied to the token embedding.
+Llama    Touvron et al. 2023, arXiv:2302.13971: as GPT, with RMSNorm, rotary positions and a gated
+         MLP. In Llama 3 and Mistral heads share keys and values. Qwen 2 has a bias on q, k and v,
+         and Qwen 3 has norms on q and k.
+RoBERTa  Liu et al. 2019, arXiv:1907.11692: reads in both directions, LayerNorm after each part, and
+         a head that predicts masked tokens or classifies the whole text.
 
-All have one interface, so that nothing outside asks which of them it has: `config` with vocab_size, context, width,
-n_layer, n_head, n_kv_head, head_dim and inner; `hidden(idx)`, (B, T) token ids -> (B, T, C); `head(x)`, (..., C) ->
-(..., V); `forward(idx, targets=None) -> (logits, loss)`; `classifier`, a module or None; `causal`: can it write.
+All have one interface, so that nothing outside asks which of them it has: `config` with vocab_size,
+context, width, n_layer, n_head, n_kv_head, head_dim and inner; `hidden(idx)`, (B, T) token ids ->
+(B, T, C); `head(x)`, (..., C) -> (..., V); `forward(idx, targets=None) -> (logits, loss)`;
+`classifier`, a module or None; `causal`: whether it can write.
 
-Three things differ from the usual code. GPT-2's q, k and v are separate linears, so that an adapter on "q" and "v" is
-an adapter on q and v. The vocabulary is projected onto only at positions that have a target, a part of them at a time.
-The base has no dropout, which the published configs set to 0.1.
+Three things differ from the usual code. GPT-2's q, k and v are separate linears, so that an adapter
+on "q" and "v" is an adapter on q and v. The vocabulary is projected onto only at positions that
+have a target, a part of them at a time. The base has no dropout, which the published configs set to
+0.1.
 
-Shapes: B batch, T time, C = width channels, nh heads of queries, nkv heads of keys and values, hs = head_dim,
-V vocabulary, L labels, S length of the cache.
+Shapes: B batch, T time, C = width channels, nh heads of queries, nkv heads of keys and values,
+hs = head_dim, V vocabulary, L labels, S length of the cache.
 """
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -29,9 +32,12 @@ from torch.utils.checkpoint import checkpoint
 
 from loss import vocabulary_loss, with_targets
 
+# -------------------------------------------------------------------------------------------------
+# What all three are made of
 
 class Config:
-    """What every config answers, whatever its family's config.json calls it. GPT-2 has names of its own."""
+    """What every config answers, whatever its family's config.json calls it. GPT-2 has names of its
+    own."""
     width = property(lambda self: self.hidden_size)
     n_layer = property(lambda self: self.num_hidden_layers)
     n_head = property(lambda self: self.num_attention_heads)
@@ -41,25 +47,32 @@ class Config:
 
 
 class Attention(nn.Module):
-    """(B, T, C) -> (B, T, C). mask (B, 1, 1 or T, S): True where a position may be attended to; None: causal.
+    """(B, T, C) -> (B, T, C). mask (B, 1, 1 or T, S): True where a position may be attended to.
+    None: causal.
 
-    rope: cos and sin of `rotary`, or None. cache (2, B, S, nkv, hs): keys and values of earlier tokens. at: where
-    x's own keys and values go in the cache, (rows, positions). norm: makes the norm of each head of q, and of k."""
+    rope: cos and sin of `rotary`, or None. cache (2, B, S, nkv, hs): keys and values of earlier
+    tokens. at: where x's own keys and values go in the cache, (rows, positions).
+    qk_norm_eps: Qwen 3 has an RMSNorm over each head of q and of k."""
 
-    def __init__(self, config, qkv_bias=True, o_bias=True, norm=None):
+    def __init__(self, config, qkv_bias=True, o_bias=True, qk_norm_eps=None):
         super().__init__()
-        C, nh, nkv, self.head_dim = config.width, config.n_head, config.n_kv_head, config.head_dim
-        if self.head_dim == C // nh and C % nh:
+        C, nh, nkv, hs = config.width, config.n_head, config.n_kv_head, config.head_dim
+        if hs == C // nh and C % nh:
             raise ValueError(f"{C} channels are not a multiple of {nh} heads")
         if nh % nkv:
             raise ValueError(f"{nh} heads are not a multiple of {nkv} heads of keys and values")
-        self.shared = nh // nkv  # so many heads share their keys and values
-        self.q, self.k, self.v = (nn.Linear(C, n * self.head_dim, bias=qkv_bias) for n in (nh, nkv, nkv))
-        self.o = nn.Linear(nh * self.head_dim, C, bias=o_bias)
-        self.q_norm, self.k_norm = (norm(), norm()) if norm else (None, None)
+        self.head_dim, self.shared = hs, nh // nkv  # so many heads share their keys and values
+        self.q = nn.Linear(C, nh * hs, bias=qkv_bias)
+        self.k = nn.Linear(C, nkv * hs, bias=qkv_bias)
+        self.v = nn.Linear(C, nkv * hs, bias=qkv_bias)
+        self.o = nn.Linear(nh * hs, C, bias=o_bias)
+        self.q_norm = nn.RMSNorm(hs, eps=qk_norm_eps) if qk_norm_eps else None
+        self.k_norm = nn.RMSNorm(hs, eps=qk_norm_eps) if qk_norm_eps else None
 
     def forward(self, x, rope=None, mask=None, cache=None, at=None):
-        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q, self.k, self.v))  # (B, T, nh or nkv, hs)
+        q = self.q(x).unflatten(-1, (-1, self.head_dim))  # (B, T, nh, hs)
+        k = self.k(x).unflatten(-1, (-1, self.head_dim))  # (B, T, nkv, hs)
+        v = self.v(x).unflatten(-1, (-1, self.head_dim))  # (B, T, nkv, hs)
         if self.q_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -68,19 +81,23 @@ class Attention(nn.Module):
             cache[0][at], cache[1][at] = k.to(cache.dtype), v.to(cache.dtype)
             k, v = cache  # (B, S, nkv, hs)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, nh or nkv, T or S, hs)
-        # Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): nh / nkv neighbouring heads share keys and
-        # values. On a GPU, torch has a fast kernel for that in half precision and without a mask only.
+        # Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): nh / nkv neighbouring
+        # heads share keys and values. On a GPU, torch has a fast kernel for that in half precision
+        # and without a mask only.
         grouped = self.shared > 1
         if grouped and q.is_cuda and (mask is not None or q.dtype.itemsize > 2):
             k, v = (t.repeat_interleave(self.shared, 1) for t in (k, v))
             grouped = False
-        causal = mask is None and (cache is None or x.size(1) > 1)  # a single new token sees all that is there
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        # a single new token sees all that is there
+        causal = mask is None and (cache is None or x.size(1) > 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+                                           enable_gqa=grouped)
         return self.o(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    """(B, T, C) -> (B, T, C). approximate: "tanh" is GPT-2's GELU, "none" is the exact one, RoBERTa's."""
+    """(B, T, C) -> (B, T, C). approximate: "tanh" is GPT-2's GELU, "none" the exact one of
+    RoBERTa."""
 
     def __init__(self, C, inner, approximate):
         super().__init__()
@@ -93,70 +110,62 @@ class MLP(nn.Module):
 
 
 def initialise(module, residual_std=0.02):
-    """BERT's and GPT-2's start: N(0, .02^2), of those that write into the residual stream N(0, residual_std^2)."""
+    """BERT's and GPT-2's start: N(0, .02^2). What writes into the residual stream has
+    N(0, residual_std^2)."""
     for name, p in module.named_parameters():
         if p.dim() == 2:
-            nn.init.normal_(p, std=residual_std if name.endswith(("o.weight", "down.weight")) else 0.02)
+            residual = name.endswith(("o.weight", "down.weight"))
+            nn.init.normal_(p, std=residual_std if residual else 0.02)
         elif name.endswith("bias"):
             nn.init.zeros_(p)
 
 
-class Block(nn.Module):
-    """(B, T, C) -> (B, T, C), of GPT-2 and Llama: a norm before each part, whose result is added to what it read."""
-
-    def __init__(self, norm, attn, mlp):
-        super().__init__()
-        self.ln_1, self.attn, self.ln_2, self.mlp = norm(), attn, norm(), mlp
-
-    def forward(self, x, rope=None, mask=None, cache=None, at=None):
-        x = x + self.attn(self.ln_1(x), rope, mask, cache, at)
-        return x + self.mlp(self.ln_2(x))
-
-
 class Transformer(nn.Module):
     causal = False  # whether it can write
-    fresh_head, labels = False, None  # set by `from_pretrained`: whether the head is new, names of the classes
-    recompute = None  # set for activation checkpointing: block -> the two contexts that torch.utils.checkpoint asks for
+    # set for activation checkpointing: block -> the two contexts of torch.utils.checkpoint
+    recompute = None
 
     def run(self, block, *inputs):
-        """block(*inputs), or with activation checkpointing the same without keeping what it computes on the way."""
+        """block(*inputs), or with activation checkpointing the same without keeping what it
+        computes on the way."""
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: self.recompute(block))
+            return checkpoint(block, *inputs, use_reentrant=False,
+                              context_fn=lambda: self.recompute(block))
         return block(*inputs)
 
 
 class Causal(Transformer):
-    """What GPT and Llama share: (B, T) token ids -> logits of the next tokens; ValueError beyond `context` tokens.
-    norm, block: functions that make one. wpe: the embedding of positions; without it they are rotary."""
+    """What GPT and Llama share: (B, T) token ids -> logits of the next tokens. ValueError beyond
+    `context` tokens. Both have the modules wte, wpe (None: positions are rotary), h, ln_f and
+    lm_head (None: the output is tied to wte)."""
 
     causal, classifier = True, None
-
-    def __init__(self, config, norm, block, wpe=None):
-        super().__init__()
-        self.config, self.context = config, config.context
-        self.wte, self.wpe = nn.Embedding(config.vocab_size, config.width), wpe
-        self.h = nn.ModuleList(block() for _ in range(config.n_layer))
-        self.ln_f = norm()
-        self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
-        initialise(self, 0.02 / math.sqrt(2 * config.n_layer))  # as GPT-2: writers start smaller
 
     def hidden(self, idx, cache=None, pos=0):
         """(B, T) token ids -> (B, T, C), before the last norm.
 
-        With a cache (n_layer, 2, B, S, nkv, hs), `pos` (B, T) is the position of each token, which sees all up to
-        there. Or `pos` is a number: 0 for whole prompts that fill the cache, S - 1 for one more token a row."""
+        With a cache (n_layer, 2, B, S, nkv, hs), `pos` (B, T) is the position of each token, which
+        sees all up to there. Or `pos` is a number: 0 for whole prompts that fill the cache, S - 1
+        for one more token a row."""
         T, mask = idx.size(1), None
         if T > self.context:
             raise ValueError(f"{T} tokens do not fit the model's context of {self.context}")
         if isinstance(pos, int):  # slices and no mask: fewer small operations
-            at, pos = (slice(None), slice(pos, None)), torch.arange(pos, pos + T, device=idx.device)  # pos (T,)
+            at = slice(None), slice(pos, None)
+            pos = torch.arange(pos, pos + T, device=idx.device)  # (T,)
         else:
             at = torch.arange(len(idx), device=idx.device)[:, None], pos
-            mask = (torch.arange(cache.size(3), device=idx.device) <= pos[..., None])[:, None]  # (B, 1, T, S)
-        x = self.wte(idx).to(self.ln_f.weight.dtype)  # with norms in fp32 the sums are, too, on bf16 weights
-        x, rope = (x + self.wpe(pos), None) if self.wpe else (x, rotary(pos, self.config))
-        for block, kept in zip(self.h, [None] * len(self.h) if cache is None else cache, strict=True):
-            x = self.run(block, x, rope, mask, kept, at)
+            past = torch.arange(cache.size(3), device=idx.device) <= pos[..., None]
+            mask = past[:, None]  # (B, 1, T, S)
+        # with norms in fp32 the sums are, too, on bf16 weights
+        x = self.wte(idx).to(self.ln_f.weight.dtype)
+        rope = None
+        if self.wpe:
+            x = x + self.wpe(pos)
+        else:
+            rope = rotary(pos, self.config)
+        for n, block in enumerate(self.h):
+            x = self.run(block, x, rope, mask, None if cache is None else cache[n], at)
         return x
 
     @property
@@ -168,14 +177,17 @@ class Causal(Transformer):
         return F.linear(self.ln_f(x), self.output)
 
     def forward(self, idx, targets=None, label_smoothing=0.0):
-        """(logits (B, T, V), None), or with targets (B, T) (None, their mean cross entropy in nats). -100 marks a
-        position without a target."""
+        """(logits (B, T, V), None), or with targets (B, T) (None, their mean cross entropy in
+        nats). -100 marks a position without a target."""
         x = self.hidden(idx)
         if targets is None:
             return self.head(x), None
         x, targets = with_targets(x, targets)
         return None, vocabulary_loss(self.ln_f(x), self.output, None, targets, label_smoothing)
 
+
+# -------------------------------------------------------------------------------------------------
+# GPT-2
 
 @dataclass
 class GPTConfig(Config):
@@ -193,17 +205,41 @@ class GPTConfig(Config):
     inner = property(lambda self: self.n_inner or 4 * self.n_embd)
 
 
+class GPTBlock(nn.Module):
+    """(B, T, C) -> (B, T, C)"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.width, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.width, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config.width, config.inner, "tanh")  # "gelu_new" in GPT-2's config.json
+
+    def forward(self, x, rope=None, mask=None, cache=None, at=None):
+        x = x + self.attn(self.ln_1(x), rope, mask, cache, at)
+        return x + self.mlp(self.ln_2(x))
+
+
 class GPT(Causal):
     def __init__(self, config):
-        norm = partial(nn.LayerNorm, config.width, eps=config.layer_norm_epsilon)
-        super().__init__(config, norm, lambda: Block(  # "tanh" is "gelu_new" in GPT-2's config.json
-            norm, Attention(config), MLP(config.width, config.inner, "tanh")
-        ), wpe=nn.Embedding(config.context, config.width))
+        super().__init__()
+        self.config, self.context = config, config.context
+        self.wte = nn.Embedding(config.vocab_size, config.width)
+        self.wpe = nn.Embedding(config.context, config.width)
+        self.h = nn.ModuleList(GPTBlock(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.width, eps=config.layer_norm_epsilon)
+        self.lm_head = None
+        # as GPT-2: what writes into the residual stream starts smaller
+        initialise(self, 0.02 / math.sqrt(2 * config.n_layer))
 
+
+# -------------------------------------------------------------------------------------------------
+# Llama
 
 @dataclass
 class LlamaConfig(Config):
-    """Field names as in the config.json of llama, mistral, qwen2 and qwen3; the numbers are SmolLM2-135M's."""
+    """Field names as in the config.json of llama, mistral, qwen2 and qwen3; the numbers are
+    SmolLM2-135M's."""
     vocab_size: int = 49152
     hidden_size: int = 576
     intermediate_size: int = 1536
@@ -218,19 +254,24 @@ class LlamaConfig(Config):
     rope_scaling: dict | None = None
     tie_word_embeddings: bool = True
     model_type: str = "llama"
-    context = property(lambda self: min(self.max_position_embeddings, self.sliding_window or math.inf))
     n_kv_head = property(lambda self: self.num_key_value_heads)
     tied = property(lambda self: self.tie_word_embeddings)
 
+    @property
+    def context(self):
+        return min(self.max_position_embeddings, self.sliding_window or math.inf)
+
 
 def rotary(pos, config):
-    """cos and sin (..., 1, hs / 2), fp32, of the angles pos * w_i by which rotary position embedding (Su et al. 2021,
-    arXiv:2104.09864) turns the channels i and i + hs / 2 of every head. pos (...): positions of tokens."""
+    """cos and sin (..., 1, hs / 2), fp32, of the angles pos * w_i by which rotary position
+    embedding (Su et al. 2021, arXiv:2104.09864) turns the channels i and i + hs / 2 of every head.
+    pos (...): positions of tokens."""
     # w_i = theta^(-2 i / hs), i = 0 .. hs / 2 - 1
     i = torch.arange(config.head_dim // 2, device=pos.device, dtype=torch.float32)
     w = config.rope_theta ** (-2 * i / config.head_dim)
     if scaling := config.rope_scaling:
-        # Llama 3.1: slow rotations, with few turns in the original context, are slowed down further by the factor
+        # Llama 3.1: slow rotations, with few turns in the original context, are slowed down further
+        # by the factor
         turns = w * scaling["original_max_position_embeddings"] / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         s = ((turns - low) / (high - low)).clamp(0, 1)
@@ -251,7 +292,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, C, inner):
         super().__init__()
-        self.gate, self.up = (nn.Linear(C, inner, bias=False) for _ in range(2))
+        self.gate = nn.Linear(C, inner, bias=False)
+        self.up = nn.Linear(C, inner, bias=False)
         self.down = nn.Linear(inner, C, bias=False)
 
     def forward(self, x):
@@ -259,16 +301,39 @@ class GatedMLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+class LlamaBlock(nn.Module):
+    """(B, T, C) -> (B, T, C). RMSNorm is x / sqrt(mean(x^2) + eps) * weight: LayerNorm without its
+    mean and its bias."""
+
+    def __init__(self, config):
+        super().__init__()
+        kind, eps = config.model_type, config.rms_norm_eps
+        self.ln_1 = nn.RMSNorm(config.width, eps=eps)
+        self.attn = Attention(config, qkv_bias=kind == "qwen2", o_bias=False,
+                              qk_norm_eps=eps if kind == "qwen3" else None)
+        self.ln_2 = nn.RMSNorm(config.width, eps=eps)
+        self.mlp = GatedMLP(config.width, config.inner)
+
+    def forward(self, x, rope=None, mask=None, cache=None, at=None):
+        x = x + self.attn(self.ln_1(x), rope, mask, cache, at)
+        return x + self.mlp(self.ln_2(x))
+
+
 class Llama(Causal):
     def __init__(self, config):
-        # x / sqrt(mean(x^2) + eps) * weight: LayerNorm without its mean and its bias
-        norm = partial(nn.RMSNorm, config.width, eps=config.rms_norm_eps)
-        of_heads = partial(nn.RMSNorm, config.head_dim, eps=config.rms_norm_eps)
-        super().__init__(config, norm, lambda: Block(
-            norm, Attention(config, qkv_bias=config.model_type == "qwen2", o_bias=False,
-                            norm=of_heads if config.model_type == "qwen3" else None),
-            GatedMLP(config.width, config.inner)))
+        super().__init__()
+        self.config, self.context = config, config.context
+        self.wte, self.wpe = nn.Embedding(config.vocab_size, config.width), None
+        self.h = nn.ModuleList(LlamaBlock(config) for _ in range(config.n_layer))
+        self.ln_f = nn.RMSNorm(config.width, eps=config.rms_norm_eps)
+        self.lm_head = None
+        if not config.tied:
+            self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        initialise(self, 0.02 / math.sqrt(2 * config.n_layer))  # as GPT-2
 
+
+# -------------------------------------------------------------------------------------------------
+# RoBERTa
 
 @dataclass
 class RobertaConfig(Config):
@@ -282,10 +347,15 @@ class RobertaConfig(Config):
     layer_norm_eps: float = 1e-5
     pad_token_id: int = 1
     model_type, tied = "roberta", True
-    context = property(lambda self: self.max_position_embeddings - self.pad_token_id - 1)
+
+    @property
+    def context(self):
+        return self.max_position_embeddings - self.pad_token_id - 1
 
 
 class RobertaBlock(nn.Module):
+    """(B, T, C) -> (B, T, C). mask (B, 1, 1, T): True at tokens that are no padding."""
+
     def __init__(self, config):
         super().__init__()
         C = config.width
@@ -300,7 +370,8 @@ class RobertaBlock(nn.Module):
 
 
 class LMHead(nn.Module):
-    """(..., C) -> (..., C), what the token embedding is multiplied with, and the bias (V,) of the product."""
+    """(..., C) -> (..., C), what the token embedding is multiplied with, and the bias (V,) of the
+    product."""
 
     def __init__(self, config):
         super().__init__()
@@ -318,7 +389,8 @@ class Classifier(nn.Module):
 
     def __init__(self, config, num_labels):
         super().__init__()
-        self.dense, self.out_proj = nn.Linear(config.width, config.width), nn.Linear(config.width, num_labels)
+        self.dense = nn.Linear(config.width, config.width)
+        self.out_proj = nn.Linear(config.width, num_labels)
         initialise(self)
 
     def forward(self, x):
@@ -326,13 +398,15 @@ class Classifier(nn.Module):
 
 
 class RoBERTa(Transformer):
-    """num_labels 0: a masked language model; 1: regression; more: a classifier. The other head is None."""
+    """num_labels 0: a masked language model; 1: regression; more: a classifier. The other head is
+    None."""
 
     def __init__(self, config, num_labels=0):
         super().__init__()
         C = config.width
         self.config, self.context, self.num_labels = config, config.context, num_labels
-        self.wte, self.wpe = nn.Embedding(config.vocab_size, C), nn.Embedding(config.max_position_embeddings, C)
+        self.wte = nn.Embedding(config.vocab_size, C)
+        self.wpe = nn.Embedding(config.max_position_embeddings, C)
         self.wtt = nn.Embedding(1, C)  # token types: a leftover of BERT, with a single row
         self.ln = nn.LayerNorm(C, eps=config.layer_norm_eps)
         self.h = nn.ModuleList(RobertaBlock(config) for _ in range(config.n_layer))
@@ -343,11 +417,13 @@ class RoBERTa(Transformer):
     def hidden(self, idx):
         """(B, T) token ids, padded anywhere with the padding id -> (B, T, C)."""
         if idx.size(1) > self.context:
-            raise ValueError(f"{idx.size(1)} tokens do not fit the model's context of {self.context}")
+            raise ValueError(f"{idx.size(1)} tokens do not fit the model's context of "
+                             f"{self.context}")
         real = idx != self.config.pad_token_id  # (B, T)
         # positions count the real tokens, from pad_token_id + 1; padding stands at pad_token_id
         pos = real.cumsum(1) * real + self.config.pad_token_id
-        x = self.ln((self.wte(idx) + self.wpe(pos) + self.wtt.weight[0]).to(self.ln.weight.dtype))
+        x = self.wte(idx) + self.wpe(pos) + self.wtt.weight[0]
+        x = self.ln(x.to(self.ln.weight.dtype))
         for block in self.h:
             x = self.run(block, x, real[:, None, None])  # nobody looks at padding
         return x
@@ -357,14 +433,16 @@ class RoBERTa(Transformer):
         return F.linear(self.lm_head(x), self.wte.weight, self.lm_head.bias)
 
     def forward(self, idx, targets=None, label_smoothing=0.0):
-        """(logits, loss). Masked LM: as GPT. Classifier: logits (B, L), targets (B,) whole numbers, the mean cross
-        entropy in nats. Regression: logits (B, 1), targets (B,) real numbers, the mean squared error."""
+        """(logits, loss). Masked LM: as GPT. Classifier: logits (B, L), targets (B,) whole numbers,
+        the mean cross entropy in nats. Regression: logits (B, 1), targets (B,) real numbers, the
+        mean squared error."""
         x = self.hidden(idx)
         if self.lm_head and targets is None:
             return self.head(x), None
         if self.lm_head:
             x, targets = with_targets(x, targets)
-            return None, vocabulary_loss(self.lm_head(x), self.wte.weight, self.lm_head.bias, targets, label_smoothing)
+            return None, vocabulary_loss(self.lm_head(x), self.wte.weight, self.lm_head.bias,
+                                         targets, label_smoothing)
         logits = self.classifier(x)
         if targets is None:
             return logits, None

@@ -1,11 +1,13 @@
-"""Adapt a GPT, Llama or RoBERTa with one method of the LoRA family, merge it, compare base, unmerged and merged.
+"""Train a GPT, Llama or RoBERTa with one method of the LoRA family, merge it, compare base, unmerged
+and merged.
 
-    python train.py --method reslora --rank 64                                   needs nothing: under a minute on a CPU
-    python train.py --method reslora --rank 16 --dataset reviews                 the same for classification
-    python train.py --method deltalora --dataset e2e --model gpt2 --epochs 5     from the hub, better on a GPU
-    python train.py @experiments/recipes/glue_sst2_roberta_base.args             a paper's recipe
+    python train.py --method reslora --rank 64                      under a minute on a CPU, offline
+    python train.py --method reslora --rank 16 --dataset reviews    the same for classification
+    python train.py --method deltalora --dataset e2e --model gpt2 --epochs 5    from the hub
+    python train.py @experiments/recipes/glue_sst2_roberta_base.args            a paper's recipe
 
-The page reads top to bottom: the pieces of a step, the loop, what a run consists of, and from flags to result.json.
+The page reads top to bottom: the pieces of a step, the loop, what a run consists of, and from flags
+to result.json.
 """
 import copy
 import functools
@@ -18,166 +20,176 @@ import torch
 from tqdm import tqdm
 
 import lora
-import settings
-from checkpoints import adapters, files, state
-from checkpoints.pretrained import MODELS, from_pretrained, locate
+from checkpoints import adapters, files
+from checkpoints.pretrained import MODELS, load, locate, save_merged
 from data import Dataset, step_batches
-from evaluation import plots
-from evaluation.evaluate import base_report, calibration, in_fp32, report, to_device, validate
-from evaluation.printing import announce, print_examples, print_table
+from evaluation import evaluate, plots
+from evaluation.evaluate import in_fp32, to_device
 from methods import METHODS
+from run import flags, folder, machine
+from run.report import announce, print_examples, print_table
 
 LOG_EVERY = 10  # steps between two readings of the loss: reading it makes a GPU wait
-parse = functools.partial(settings.parse, description=__doc__)
+parse = functools.partial(flags.parse, description=__doc__)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The pieces of a step
 
-def warmup_steps(steps, args):
-    """The steps of --warmup, which is a share of the run below 1."""
-    return args.warmup if args.warmup >= 1 else args.warmup * steps
-
-
-def lr_at(step, steps, args):
+def lr_at(step, settings):
     """Learning rate of step 1..steps: linear warm-up, then linear, cosine or no decay towards 0."""
-    warmup = warmup_steps(steps, args)
+    warmup = settings.warmup_steps
     if step <= warmup:
-        return args.lr * step / (warmup + 1)
-    t = (step - warmup) / (steps - warmup + 1)  # in (0, 1): the last step still learns
-    return args.lr * {"linear": 1 - t, "cosine": (1 + math.cos(math.pi * t)) / 2, "constant": 1.0}[args.schedule]
+        return settings.lr * step / (warmup + 1)
+    # in (0, 1), so that the last step still learns
+    t = (step - warmup) / (settings.steps - warmup + 1)
+    decay = {"linear": 1 - t, "cosine": (1 + math.cos(math.pi * t)) / 2, "constant": 1.0}
+    return settings.lr * decay[settings.schedule]
 
 
 def set_ratio(layers, ratio):
-    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): every lora_B learns `ratio` times as fast as all else."""
+    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): every lora_B learns `ratio` times as fast as all
+    else."""
     if ratio != 1 and not any(hasattr(layer, "lora_B") for layer in layers):
-        raise ValueError(f"--lr-ratio {ratio:g} is B's learning rate over A's: this method has no factors A and B")
+        raise ValueError(f"--lr-ratio {ratio:g} is B's learning rate over A's: this method has no "
+                         "factors A and B")
     for layer in layers:
-        layer.lr_scale = {**layer.lr_scale, "lora_B": ratio * layer.lr_scale.get("lora_B", 1.0)}
+        before = layer.lr_scale.get("lora_B", 1.0)
+        layer.lr_scale = {**layer.lr_scale, "lora_B": ratio * before}
 
 
-def make_optimizer(model, args):
-    """AdamW or SGD over all that requires a gradient, with weight decay on matrices only, fused into one kernel. A
-    parameter's learning rate is the run's times its layer's `lr_scale`."""
+def make_optimizer(model, settings):
+    """AdamW or SGD over all that requires a gradient, with weight decay on matrices only, fused
+    into one kernel. A parameter's learning rate is the run's times its layer's `lr_scale`."""
     groups = {}
     for module in model.modules():
+        scales = getattr(module, "lr_scale", {})
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad:
-                groups.setdefault((getattr(module, "lr_scale", {}).get(name, 1.0), p.dim() >= 2), []).append(p)
-    groups = [dict(params=params, lr_scale=lr_scale, weight_decay=args.weight_decay if matrix else 0.0)
-              for (lr_scale, matrix), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)]
-    optimizer = torch.optim.SGD if args.optimizer == "sgd" else torch.optim.AdamW
-    return optimizer(groups, args.lr, fused=args.device.type in ("cpu", "cuda"))
+                groups.setdefault((scales.get(name, 1.0), p.dim() >= 2), []).append(p)
+    groups = [dict(params=params, lr_scale=lr_scale,
+                   weight_decay=settings.weight_decay if matrix else 0.0)
+              for (lr_scale, matrix), params
+              in sorted(groups.items(), key=lambda item: item[0], reverse=True)]
+    optimizer = torch.optim.SGD if settings.optimizer == "sgd" else torch.optim.AdamW
+    return optimizer(groups, settings.lr, fused=settings.device.type in ("cpu", "cuda"))
 
 
-def one_step(forward, params, optimizer, adapter, layers, batches, step, args):
-    """One optimizer step on `batches`, [(idx (B, T), targets, share)], one for each accumulation (data.step_batches).
-    Returns (2,): the loss and the norm of the gradient, still on the device."""
+def one_step(forward, params, optimizer, adapter, layers, batches, step, settings):
+    """One optimizer step on `batches`, [(idx (B, T), targets, share)], one for each accumulation
+    (data.step_batches). Returns (2,): the loss and the norm of the gradient, on the device."""
     loss = 0
     for number, (idx, targets, share) in enumerate(batches, 1):
-        with settings.accumulating(forward, more=number < len(batches)), args.amp:
-            _, mean = forward(to_device(idx, args.device), targets, args.label_smoothing)
+        with machine.accumulating(forward, more=number < len(batches)), settings.amp:
+            _, mean = forward(to_device(idx, settings.device), targets, settings.label_smoothing)
         part = mean * share  # so that the sum is the mean over all targets of the step
         part.backward()
         loss = loss + part.detach()
     adapter.before_step(layers, step)  # AdaLoRA adds its orthogonality term to the gradient here
-    norm = torch.nn.utils.clip_grad_norm_(params, args.clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(params, settings.clip or math.inf)
     optimizer.step()
     optimizer.zero_grad()
     adapter.after_step(layers, step)  # Delta-LoRA moves W here
     return torch.stack([loss, norm])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The loop
 
 def fit(run):
-    """Train. Leaves the model as it was at its best validation and returns the rows of log.csv."""
-    args, model, data, log = run.args, run.model, run.data, run.log
-    optimizer = make_optimizer(model, args)
-    if args.resume:
+    """Train. Leaves the model as it was at its best validation, returns the rows of log.csv."""
+    settings, model, data, log = run.settings, run.model, run.data, run.log
+    optimizer = make_optimizer(model, settings)
+    if settings.resume:
         log.resume(model, optimizer)
-    forward = settings.parallel(settings.compiled(model) if args.compile else model, seed=(args.seed, log.step))
-    stream = step_batches(data.examples["train"], data.task, args.batch_size, args.grad_accum, args.seed, log.step,
-                          settings.RANK, settings.WORLD)
+    forward = machine.parallel(machine.compiled(model) if settings.compile else model,
+                               seed=(settings.seed, log.step))
+    stream = step_batches(data.examples["train"], data.task, settings.batch_size,
+                          settings.grad_accum, settings.seed, log.step, machine.RANK, machine.WORLD)
     pending, tokens, clock = [], 0, time.time()
-    bar = tqdm(range(log.step + 1, args.steps + 1), initial=log.step, total=args.steps, unit="step",
-               disable=settings.RANK > 0 or None)
+    bar = tqdm(range(log.step + 1, settings.steps + 1), initial=log.step, total=settings.steps,
+               unit="step", disable=machine.RANK > 0 or None)
     model.train()
     for step in bar:
         # the learning rate of this step
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, args.steps, args) * group["lr_scale"]
+            group["lr"] = lr_at(step, settings) * group["lr_scale"]
 
         # forward and backward over the accumulation, the method's hooks, clipping, the optimizer
         batches = next(stream)
-        pending.append(one_step(forward, run.params, optimizer, run.adapter, run.layers, batches, step, args))
-        tokens += settings.WORLD * sum(idx.numel() for idx, _, _ in batches)
+        pending.append(one_step(forward, run.params, optimizer, run.adapter, run.layers, batches,
+                                step, settings))
+        tokens += machine.WORLD * sum(idx.numel() for idx, _, _ in batches)
 
-        # every LOG_EVERY steps, and where a validation is due: read the losses since the last reading
-        due = step % args.eval_every == 0 or step == args.steps
-        if step % LOG_EVERY and not due:
+        # every LOG_EVERY steps, and before a validation: read the losses since the last reading
+        validate_now = step % settings.eval_every == 0 or step == settings.steps
+        if step % LOG_EVERY and not validate_now:
             continue
-        readings = settings.mean_over_processes(torch.stack(pending)).tolist()  # (steps, 2); here the CPU waits
-        seconds, pending, tokens_read = time.time() - clock, [], tokens
-        log.check_finite(readings, step)
-        if settings.RANK:
+        # (steps, 2): losses and norms; here the CPU waits
+        pairs = machine.mean_over_processes(torch.stack(pending)).tolist()
+        seconds, pending, speed = time.time() - clock, [], tokens / (time.time() - clock)
+        log.check_finite(pairs, step)
+        if machine.RANK:
             continue  # the first of several processes validates and writes
 
         # validate
-        values = validate(model, data, args.device, args.amp) if due else {}
-        log.check_finite([[values.get("loss", 0.0)]], step)
-        train_loss, grad_norm = (sum(column) / len(readings) for column in zip(*readings, strict=True))
-        log.add(dict(step=step, lr=lr_at(step, args.steps, args), train_loss=train_loss, grad_norm=grad_norm,
-                     val_loss=values.get("loss"), seconds=round(log.seconds + seconds, 3)), values, run.ranks())
-        bar.set_postfix_str(f"loss {train_loss:.3f}, {tokens_read / seconds:,.0f} tokens/s")
+        values = {}
+        if validate_now:
+            values = evaluate.validate(model, data, settings.device, settings.amp)
+            log.check_finite([[values["loss"]]], step)
+        train_loss, grad_norm = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+        log.add(dict(step=step, lr=lr_at(step, settings), train_loss=train_loss,
+                     grad_norm=grad_norm, val_loss=values.get("loss"),
+                     seconds=round(log.seconds + seconds, 3)), values, run.ranks())
+        bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s")
 
         # keep the weights if they are the best so far, and save the state to resume from
-        if due:
-            bar.write(f"{log.last_line()}  {tokens_read / seconds:7,.0f} tokens/s", file=sys.stdout)
+        if validate_now:
+            bar.write(f"{log.last_line()}  {speed:7,.0f} tokens/s", file=sys.stdout)
             log.save(model, optimizer)
         tokens, clock = 0, time.time()
-    if not settings.RANK:
+    if not machine.RANK:
         log.finish(model)
     return log.rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # A run
 
 class Run:
-    """The data, the model with its adapters, and the settings that make a run this one and no other."""
+    """The data, the model with its adapters, and the identity that makes a run this one and no
+    other. settings: of flags.parse."""
 
-    def __init__(self, args):
-        torch.manual_seed(args.seed)
-        self.args, self.source = args, locate(args.model)
-        settings.check_folders(args, self.source)
-        # The data, the model with a head for their labels, and the data encoded for this model
-        self.data = Dataset(args.dataset, args.data_dir, args.test_texts, args.columns, args.metric, args.regression)
-        self.model = from_pretrained(self.source, labels=self.data.labels, dtype=args.base_dtype)
-        args.context = args.context or min(self.model.context, 256)
-        settings.check_model(args, self.model, self.source, self.data.labels)
-        self.data.encode(self.source, self.model, args.context)
-        if args.epochs:
-            per_epoch = len(self.data.examples["train"]) / (args.batch_size * args.grad_accum * settings.WORLD)
-            args.steps = math.ceil(min(args.epochs * math.ceil(per_epoch), 10**8))
-        args.eval_every = min(args.eval_every or math.ceil(args.steps / 10), args.steps)
-        # The adapters. A method's own flag that was not given has a default, which may depend on the number of steps.
-        self.own = {name: getattr(args, name, flag.get("default")) for name, flag in METHODS[args.method].flags.items()}
-        self.own = {name: value(args.steps, warmup_steps(args.steps, args)) if callable(value) else value
-                    for name, value in self.own.items()}
-        # made on the CPU, so that a seed gives the same adapter on every device
-        self.adapter, self.layers = adapters.adapt_as(self.model, {**vars(args), **self.own})
-        set_ratio(self.layers, args.lr_ratio)
-        self.model.to(args.device)
-        self.model.recompute = self.adapter.recompute if args.checkpoint_activations else None
+    def __init__(self, settings):
+        torch.manual_seed(settings.seed)
+        self.source = locate(settings.model)
+        # the data, the model with a head for their labels, and the data encoded for this model
+        self.data = Dataset(settings.dataset, settings.data_dir, settings.test_texts,
+                            settings.columns, settings.metric, settings.regression)
+        self.model, found = load(self.source, labels=self.data.labels, dtype=settings.base_dtype)
+        self.fresh_head = found.fresh_head
+        trains_base = METHODS[settings.method].trains_base
+        if self.fresh_head and not self.data.labels and not trains_base:
+            raise ValueError(f"--method {settings.method} freezes the head, and {self.source} has "
+                             "none for masked tokens: choose a checkpoint with one, or --method "
+                             "full")
+        settings = settings.for_model(self.model, self.source)
+        self.data.encode(self.source, self.model, settings.context)
+        settings = settings.for_data(len(self.data.examples["train"]), machine.WORLD)
+        self.settings = settings
+        # the adapters, made on the CPU, so that a seed gives the same ones on every device
+        self.adapter, self.layers = folder.adapters_of(self.model, vars(settings))
+        set_ratio(self.layers, settings.lr_ratio)
+        self.model.to(settings.device)
+        if settings.checkpoint_activations:
+            self.model.recompute = self.adapter.recompute
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         name_of = {module: name for name, module in self.model.named_modules()}
         self.names = [name_of[layer] for layer in self.layers]
         self.parameters = {"trainable": sum(p.numel() for p in self.params),
                            "total": sum(p.numel() for p in self.model.parameters())}
-        self.settings = state.identity({**vars(args), **self.own}, self.source, self.data.pairs, settings.WORLD)
-        self.log = state.Log(args.out, self.settings, self.data.metric)
+        self.identity = folder.identify(settings, self.source, self.data.pairs, machine.WORLD)
+        self.log = folder.Log(settings.out, self.identity, self.data.metric)
 
     def ranks(self):
         """[rank of each layer] of a method that moves ranks, else None."""
@@ -185,20 +197,25 @@ class Run:
 
     def report(self, model, stage=None):
         """{metric: value} on the test split; prints what is evaluated if `stage` says it."""
-        return report(model, self.data, self.args.device, self.args.amp, stage)
+        return evaluate.report(model, self.data, self.settings.device, self.settings.amp, stage)
 
     def calibration(self, model):
         """What reslora.calibrate takes, for a copy of the model."""
-        return calibration(model, self.data.examples["train"], self.data.task, self.args.batch_size, self.args.seed,
-                           self.args.device, self.args.amp)
+        settings = self.settings
+        return evaluate.calibration(model, self.data.examples["train"], self.data.task,
+                                    settings.batch_size, settings.seed, settings.device,
+                                    settings.amp)
 
 
 def merge(run, metrics):
-    """Measure every way to merge that was asked for, each on a copy; merge by the first one; write the adapter."""
-    args, model, adapter = run.args, run.model, run.adapter
-    state.clear(args.out, state.RESULTS)  # those of another merge must not stand beside the new adapter
+    """Measure every way to merge that was asked for, each on a copy. Merge by the first one, and
+    write the adapter."""
+    settings, model, adapter = run.settings, run.model, run.adapter
+    # those of another merge must not stand beside the new adapter
+    folder.clear(settings.out, folder.RESULTS)
     for layer in run.layers:
-        layer.weight.data = in_fp32(layer.weight.data)  # a bf16 base is widened, so only saving rounds a merged W
+        # a bf16 base is widened, so only saving rounds a merged W
+        layer.weight.data = in_fp32(layer.weight.data)
     kept, *others = run.layers[0].merges
     for way in others:
         trial = copy.deepcopy(model)
@@ -206,40 +223,51 @@ def merge(run, metrics):
         name = f"merged by {way}" if isinstance(way, str) else f"merged at rank {way}"
         metrics[name] = run.report(lora.merge(trial), f"the model {name}")
     adapter.prepare_merge(model, kept, run.calibration(model))
-    adapters.save_adapter(args.out, model, MODELS.get(args.model, args.model), args.dropout)
+    base = MODELS.get(settings.model, settings.model)
+    adapters.save_adapter(settings.out, model, base, settings.dropout)
     metrics["merged"] = run.report(lora.merge(model), "the merged model")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # From flags to result.json
 
-def train(args):
-    """One run. Returns the content of result.json; a run that leaves nothing leaves no folder either."""
+def train(settings):
+    """One run. Returns the content of result.json; an empty run folder is removed."""
     try:
-        return one_run(args)
+        return one_run(settings)
     finally:
-        if not settings.RANK and args.out.is_dir() and not any(args.out.iterdir()):
-            args.out.rmdir()
+        out = settings.out
+        if not machine.RANK and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
 
 
-def one_run(args):
+def one_run(settings):
     """Set up, measure the base, train, measure, merge, measure again, report."""
     started = time.time()
-    settings.join(args.device)
-    run = Run(args)
-    announce(run, settings.WORLD)
-    # what cannot be resumed or replaced, or does not suit the method, is refused before anything is computed
-    done = state.check_resume(args.out, run.settings, METHODS[args.method]) if args.resume else 0
-    if not args.resume and not settings.RANK:
-        state.check_replaceable(args.out, run.settings)
-    run.log.first = run.adapter.begin(run.layers, args.steps, done)
-    if settings.RANK:
+    machine.join(settings.device)
+    run = Run(settings)
+    settings, out = run.settings, run.settings.out
+    announce(settings, run.data.examples, run.data.cut, run.parameters, machine.WORLD)
+    # what cannot be resumed or replaced, or does not suit the method, is refused before anything
+    # is computed
+    done = 0
+    if settings.resume:
+        done = folder.check_resume(out, run.identity, METHODS[settings.method])
+    elif not machine.RANK:
+        folder.check_replaceable(out, run.identity)
+    run.log.first = run.adapter.begin(run.layers, settings.steps, done)
+    if machine.RANK:
         return fit(run)
-    files.check_writable(args.out)
-    metrics = {"base": base_report(run)}
+    files.check_writable(out)
+    # at the start the model is the base; a run beside this one may know its report already, but not
+    # that of a fresh head, which is another one in every run
+    known = None
+    if not run.fresh_head:
+        known = folder.known_base_report(out.parent, run.identity, settings.device)
+    metrics = {"base": known or run.report(run.model, "the base")}
     if not math.isfinite(metrics["base"]["loss"]):
-        raise ValueError(f"the loss of {run.source} is {metrics['base']['loss']} before any step: its weights are "
-                         "damaged, or --alpha is far too large")
+        raise ValueError(f"the loss of {run.source} is {metrics['base']['loss']} before any step: "
+                         "its weights are damaged, or --alpha is far too large")
     try:
         rows = fit(run)
     except KeyboardInterrupt:
@@ -249,29 +277,36 @@ def one_run(args):
     ranks = run.ranks()
     if run.layers:
         merge(run, metrics)
-    if args.save_merged and state.save_merged(args.out / "merged", run.model, run.source, run.data.tokenizer):
-        metrics["merged, saved in bfloat16"] = run.report(run.model, "the merged model as it is saved, in bfloat16")
+    if settings.save_merged and save_merged(out / "merged", run.model, run.source,
+                                            run.data.tokenizer, run.data.labels):
+        metrics["merged, saved in bfloat16"] = run.report(
+            run.model, "the merged model as it is saved, in bfloat16")
 
-    result = {"settings": {**run.settings, "device": str(args.device)}, "metrics": metrics,
-              "parameters": run.parameters, "splits": run.data.splits, "labels": list(run.data.labels),
-              "selected": {"step": state.best_step(rows, run.log.first), "by": f"validation {run.data.metric}"},
+    result = {"settings": {**run.identity, "device": str(settings.device)}, "metrics": metrics,
+              "parameters": run.parameters, "splits": run.data.splits,
+              "labels": list(run.data.labels),
+              "selected": {"step": folder.best_step(rows, run.log.first),
+                           "by": f"validation {run.data.metric}"},
               "versions": {"python": platform.python_version(), "torch": torch.__version__},
-              "seconds": {"training": rows[-1]["seconds"], "all": round(time.time() - started, 1)}}
-    title = f"{args.method}{f' r {args.rank}' * bool(args.rank)} on {args.dataset}, learning rate {args.lr:g}"
+              "seconds": {"training": rows[-1]["seconds"],
+                          "all": round(time.time() - started, 1)}}
+    rank = f" r {settings.rank}" * bool(settings.rank)
+    title = f"{settings.method}{rank} on {settings.dataset}, learning rate {settings.lr:g}"
     if ranks:
         result["ranks"] = dict(zip(run.names, ranks, strict=True))
-        plots.draw_ranks(args.out / "ranks.png", rows, run.names, title)
-    files.write_json(args.out / "result.json", result)
-    plots.draw_curve(args.out / "curve.png", rows, title, metrics["base"], run.data.metric)
-    print_examples(run.model, run.data, args.device, args.amp)
-    print_table(f"{args.dataset} (test)", metrics)
-    print(f"{rows[-1]['seconds']:.0f} s of training, {time.time() - started:.0f} s in all; everything is in {args.out}")
+        plots.draw_ranks(out / "ranks.png", rows, run.names, title)
+    files.write_json(out / "result.json", result)
+    plots.draw_curve(out / "curve.png", rows, title, metrics["base"], run.data.metric)
+    print_examples(run.model, run.data, settings.device, settings.amp)
+    print_table(f"{settings.dataset} (test)", metrics)
+    print(f"{rows[-1]['seconds']:.0f} s of training, {time.time() - started:.0f} s in all; "
+          f"everything is in {out}")
     return result
 
 
 def main(argv=None):
     """The command line: bad input is one line and exit code 2."""
-    return settings.command("train.py", parse, train, argv)
+    return flags.command("train.py", parse, train, argv)
 
 
 if __name__ == "__main__":

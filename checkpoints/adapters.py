@@ -28,7 +28,6 @@ from checkpoints.families import family
 from checkpoints.files import check_keys, fingerprint, write, write_json
 from checkpoints.peft_format import PREFIX, peft_scaling, read_adapter, take_head
 from lora import LoRALinear
-from methods import adapt
 from model import Transformer
 
 
@@ -154,13 +153,6 @@ def save_adapter(folder, model, base, dropout=0.0):
     write_json(folder / "adapter_config.json", config)
 
 
-def adapt_as(model, settings):
-    """`methods.adapt`, or with init_from in the settings the adapter of that folder."""
-    if settings.get("init_from"):
-        return LoRALinear, load_adapter(model, settings["init_from"], settings["dropout"])
-    return adapt(model, settings)
-
-
 def load_adapter(model, folder, dropout=0.0):
     """Put an adapter folder, ours or PEFT's, into a model that has none: plain LoRA layers, and a head if there is one.
 
@@ -215,9 +207,8 @@ def load_adapter(model, folder, dropout=0.0):
             model.get_parameter(name).copy_(t)
         model.get_parameter(name).requires_grad_(True)
     if ours and not head and (model.classifier or others):
-        stays = "a fresh one is trained from scratch" if model.fresh_head else "the model's own stays"
         left_out = f" (left out: {', '.join(others)})" * bool(others)
-        print(f"head     {folder} has no head for this task: {stays}{left_out}")
+        print(f"head     {folder} has no head for this task: the model's own stays{left_out}")
     if ours and model.classifier:
         model.classifier.requires_grad_(True)
     return list(layers.values())

@@ -17,7 +17,7 @@ class Family(NamedTuple):
     to_hub: callable  # state dict -> the hub's
     from_hub: callable  # the reverse
     module: callable  # name of a linear -> (its module in `transformers`, which third of its output, or None)
-    describe: callable  # model -> {key of config.json: value} beside the sizes
+    describe: callable  # (model, names of its classes) -> {key of config.json: value} beside the sizes
     prefix: str  # of the hub's names, but those of a head
     tied: dict  # {hub's name: the name under which the same tensor is expected}
     ignored: str  # regular expression of the hub's names, without the prefix, that carry nothing the model computes
@@ -71,7 +71,7 @@ def gpt2_module(name):
     return f"transformer.{block}.{GPT2_NAMES[leaf]}", None
 
 
-def describe_gpt2(model):
+def describe_gpt2(model, labels=None):
     """What config.json says of a GPT beside its sizes."""
     return {"architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "tie_word_embeddings": True}
 
@@ -126,20 +126,20 @@ class Names:
         return self.name(f"{name}.weight").removesuffix(".weight"), None
 
 
-def describe_roberta(model):
+def describe_roberta(model, labels=None):
     """What config.json says of a RoBERTa beside its sizes; `transformers` counts the labels by their names."""
     kind = "ForSequenceClassification" if model.num_labels else "ForMaskedLM"
     about = {"architectures": [f"Roberta{kind}"], "hidden_act": "gelu", "type_vocab_size": 1, "bos_token_id": 0,
              "eos_token_id": 2, "tie_word_embeddings": True}
     if model.num_labels:
-        names = model.labels or [f"LABEL_{i}" for i in range(model.num_labels)]
+        names = labels or [f"LABEL_{i}" for i in range(model.num_labels)]
         about["id2label"] = {str(i): name for i, name in enumerate(names)}
         about["label2id"] = {name: i for i, name in enumerate(names)}
         about["problem_type"] = "regression" if model.num_labels == 1 else "single_label_classification"
     return about
 
 
-def describe_llama(model):
+def describe_llama(model, labels=None):
     """What config.json says of a Llama beside its sizes."""
     kind = model.config.model_type
     about = {"architectures": [f"{kind.capitalize()}ForCausalLM"], "hidden_act": "silu"}

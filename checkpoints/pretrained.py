@@ -4,8 +4,10 @@
     save_pretrained(model, folder)          config.json and model.safetensors, as `transformers` reads and writes them
 """
 import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -42,53 +44,71 @@ def locate(source):
                          "give --model a folder with config.json and model.safetensors") from None
 
 
+class Found(NamedTuple):
+    """What loading found out beside the model, which knows nothing of files."""
+    fresh_head: bool = False  # whether the checkpoint lacks the head, so that a new one was made
+    labels: tuple | None = None  # names of the classes, where they were asked for
+
+
 def from_pretrained(source, num_labels=None, labels=None, dtype=torch.float32):
-    """Folder or hub id -> GPT, Llama or RoBERTa, by the model_type in config.json, on the CPU.
+    """The model of `load`, without what was found beside it."""
+    return load(source, num_labels, labels, dtype)[0]
 
-    dtype: of linears and embeddings; norms and a classifier's head, which trains, are fp32 in any case.
 
-    num_labels, RoBERTa only: 0 for the masked-LM head, 1 for regression, more for a classifier; None takes the head
-    that the checkpoint has. labels, in its place: names of the classes 0, 1, …; a head that config.json gives the same
-    names in another order is reordered. Where the checkpoint lacks the head, a fresh one is made and a line says so.
-    ValueError for a checkpoint that is incomplete or of another kind.
+def load(source, num_labels=None, labels=None, dtype=torch.float32):
+    """(model, Found): a folder or hub id -> GPT, Llama or RoBERTa, by the model_type in
+    config.json, on the CPU.
+
+    dtype: of linears and embeddings. Norms and a classifier's head, which trains, are fp32 always.
+
+    num_labels, RoBERTa only: 0 for the masked-LM head, 1 for regression, more for a classifier.
+    None takes the head that the checkpoint has. labels, in its place: names of the classes 0, 1, …
+    A head that config.json gives the same names in another order is reordered. Where the checkpoint
+    lacks the head, a fresh one is made and a line says so. ValueError for a checkpoint that is
+    incomplete or of another kind.
     """
     folder, num_labels = locate(source), num_labels if labels is None else len(labels)
-    config, state, files = read_config(folder), weights.read_weights(folder), weights.weight_files(folder)
+    config, state = read_config(folder), weights.read_weights(folder)
+    files = weights.weight_files(folder)
     kind, where = FAMILIES[config.model_type], files[0] if len(files) == 1 else folder
     if kind.model.causal and num_labels:
-        raise ValueError(f"{source}, a {config.model_type}, has no classification head here: choose a RoBERTa")
+        raise ValueError(f"{source}, a {config.model_type}, has no classification head here: "
+                         "choose a RoBERTa")
     if num_labels is None and not kind.model.causal:
-        sizes = [len(t) for key, t in state.items() if weights.short(key) == "classifier.out_proj.weight" and t.dim()]
+        sizes = [len(t) for key, t in state.items()
+                 if weights.short(key) == "classifier.out_proj.weight" and t.dim()]
         num_labels = sizes[0] if sizes else 0
-    with torch.device("meta"), WithoutDrawing():  # no memory, no initial values: the file brings both
+    with torch.device("meta"), WithoutDrawing():  # no memory, no initial values: the file has both
         model = kind.model(config) if kind.model.causal else kind.model(config, num_labels)
         expected = kind.to_hub(model.state_dict())
     head = "classifier." if num_labels else "lm_head."
     tied = kind.tied if config.tied else {}
-    state, origin, others = weights.standard(state, expected, head, kind.prefix, tied, kind.ignored, where)
+    state, origin, others = weights.standard(state, expected, head, kind.prefix, tied, kind.ignored,
+                                             where)
     bare = not any(name.startswith(kind.prefix) for name in map(weights.short, origin.values()))
 
     def named(name):
         return origin.get(name, name.removeprefix(kind.prefix) if bare else name)
-    if model.causal:
-        if others:
-            print(f"head     {source}: left out is {', '.join(sorted(others))}, the head of another task")
-    else:
-        model.labels = tuple(labels or ()) or None
-        state = fit_head(state, model, head, expected, others, source, where, named)
+    fresh = False
+    if not model.causal:
+        state, fresh = fit_head(state, model, head, expected, others, source, where, named)
+    elif others:
+        print(f"head     {source}: left out is {', '.join(sorted(others))}, the head of another "
+              "task")
     check_keys(state, expected, where, named)
-    if labels and not model.fresh_head:
+    if labels and not fresh:
         reorder_labels(state, labels, folder, source)
     for key, t in state.items():
         if t.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-            raise ValueError(f"{where}: {named(key)} is of {t.dtype}: quantised weights are not supported")
+            raise ValueError(f"{where}: {named(key)} is of {t.dtype}: quantised weights are not "
+                             "supported")
     state = kind.from_hub(state)
     for key, t in state.items():
         module = model.get_submodule(key.rpartition(".")[0])
         fp32 = key.startswith("classifier.") or isinstance(module, (nn.LayerNorm, nn.RMSNorm))
         state[key] = t.to(torch.float32 if fp32 else dtype).contiguous()
     model.load_state_dict(state, assign=True)
-    return model
+    return model, Found(fresh, tuple(labels or ()) or None)
 
 
 class WithoutDrawing(TorchFunctionMode):
@@ -99,7 +119,8 @@ class WithoutDrawing(TorchFunctionMode):
 
 
 def fit_head(state, model, head, expected, others, source, where, named):
-    """The state with the head that the model asks for: the checkpoint's, or a fresh one."""
+    """(state, whether it is fresh): with the head that the model asks for, the checkpoint's or a
+    fresh one."""
     output = state.get("classifier.out_proj.weight")
     if output is not None and output.shape[:1] != (model.num_labels,):  # pretrained with other labels
         state = {key: t for key, t in state.items() if not key.startswith("classifier.")}
@@ -108,14 +129,13 @@ def fit_head(state, model, head, expected, others, source, where, named):
     if any(key.startswith(head) for key in state):
         if others - {"lm_head", "classifier"}:
             print(f"head     {source}{found}")
-        return state
-    model.fresh_head = True
+        return state, False
     body = {key: t for key, t in expected.items() if not key.startswith(head)}
     check_keys(state, body, where, named)  # before a head is made, of a size that only a damaged config has
     fresh = Classifier(model.config, model.num_labels) if model.classifier else LMHead(model.config)
     what = f"{model.num_labels} label{'s' * (model.num_labels > 1)}" if model.classifier else "masked tokens"
     print(f"head     {source} has no head for {what}: a fresh one is trained from scratch{found}")
-    return {**state, **{f"{head}{key}": t for key, t in fresh.state_dict().items()}}
+    return {**state, **{f"{head}{key}": t for key, t in fresh.state_dict().items()}}, True
 
 
 def reorder_labels(state, labels, folder, source):
@@ -144,12 +164,38 @@ def plain(name):
     return re.sub(r"[\s_-]+", " ", str(name).strip().lower())
 
 
-def save_pretrained(model, folder, dtype=None, more=()):
-    """Write config.json and model.safetensors as `transformers` reads and writes them, in `dtype` if one is given.
-    more: {key: value} that config.json is to have beside what describes the model."""
+def save_pretrained(model, folder, dtype=None, more=(), labels=None):
+    """Write config.json and model.safetensors as `transformers` reads and writes them, in `dtype`
+    if one is given. more: {key: value} that config.json is to have beside what describes the model.
+    labels: names of a classifier's classes."""
     kind, folder = family(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: t.detach().to("cpu", dtype).contiguous() for key, t in kind.to_hub(model.state_dict()).items()}
     write(folder / "model.safetensors", lambda part: save_file(state, part, {"format": "pt"}))
     write_json(folder / "config.json", {**dict(more), **asdict(model.config), "model_type": model.config.model_type,
-                                        **kind.describe(model)})
+                                        **kind.describe(model, labels)})
+
+
+def save_merged(folder, model, source, tokenizer, labels=None):
+    """The merged model as a checkpoint folder of its own, with the tokenizer of the folder it came from, and what its
+    config.json said beside what we write anew. Texts end with the token that they were trained to end with. labels: names
+    of a classifier's classes.
+
+    A base in bfloat16 stays so: the model's own weights are then rounded too, as they are written; returns True."""
+    half = torch.bfloat16 in (weights.stored_dtype(source), model.wte.weight.dtype)
+    anew = ("id2label", "label2id", "num_labels", "problem_type", "dtype", "torch_dtype", "rope_parameters",
+            "transformers_version")
+    kept = {key: value for key, value in read_json(source / "config.json").items() if key not in anew}
+    if model.causal:
+        kept.update(bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos)
+    save_pretrained(model, folder, torch.bfloat16 if half else None, kept, labels)
+    files = [name for name in tokenizers.FILES if (source / name).exists()]
+    for name in files:
+        write(folder / name, lambda part, name=name: shutil.copyfile(source / name, part))
+    if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
+        tokenizer.save(folder, roberta=not model.causal)
+    if half:
+        print(f"merged   {folder} is in bfloat16, as the base is")
+        for p in model.parameters():
+            p.data = p.data.bfloat16().to(p.dtype)
+    return half

@@ -20,7 +20,8 @@ from data.labels import Labels
 from data.pairs import Pairs
 from data.tasks import Label, Mask, Write
 
-GENERATED = "restaurants", "reviews", "world", "opinions", "stdlib"  # load() needs no files
+PRETRAINING = "world", "opinions"  # the texts of the shipped models, in a folder of their own
+GENERATED = "restaurants", "reviews", *PRETRAINING, "stdlib"  # load() needs no files
 FROM_FILES = "pairs", "labels", "text", *sets.SETS, *(f"glue/{name}" for name in glue.TASKS)
 DATASETS = *GENERATED, *FROM_FILES
 BLOCK = 10000  # texts encoded at a time: what is in between of 400,000 texts would take half a gigabyte
@@ -36,7 +37,9 @@ def module(name, columns=None, metric=None, regression=False):
         return Labels(columns, regression)
     if name in sets.SETS:
         return sets.SETS[name]
-    return glue.TASKS[task] if task else importlib.import_module(f"data.{family}")
+    if task:
+        return glue.TASKS[task]
+    return importlib.import_module(f"{'pretraining' if name in PRETRAINING else 'data'}.{family}")
 
 
 def about(dataset, what, default=()):

@@ -5,7 +5,8 @@ there is one, and `output`, or `messages`, a list of one turn of the user and th
 Others are named by --columns: the last is the completion, the ones before it are the prompt. The loss is on the
 completion. --metric judges decoded texts, and then selects the checkpoint.
 """
-from data import files, metrics
+from data import files
+from evaluation import metrics
 
 METRICS = {"exact": ("exact_match", metrics.same_text), "bleu": ("bleu", metrics.bleu),
            "rouge": ("rouge_l", metrics.rouge_l)}

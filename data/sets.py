@@ -21,7 +21,8 @@ import random
 import re
 from dataclasses import dataclass, field
 
-from data import files, metrics
+from data import files
+from evaluation import metrics
 
 PARQUET = "refs/convert/parquet"  # where the hub keeps the conversion of a set that is a script
 

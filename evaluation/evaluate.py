@@ -2,16 +2,13 @@
 
 dataset: a data.Dataset. device, amp: where the model is, and the autocast context of its arithmetic.
 """
-import math
-
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from checkpoints import files
-from data import epoch_batches, metrics
+from data import epoch_batches
 from data.tasks import Label
-from evaluation import decoding
+from evaluation import decoding, metrics
 from loss import with_targets
 
 EVAL_EXAMPLES = 128  # validation texts for a point of the curve; the report uses the whole test split
@@ -159,23 +156,6 @@ def report(model, dataset, device, amp, stage=None):
         more = measure(model, dataset, split, device, amp, exact=exact)
         values.update({f"{name} ({split})": value for name, value in more.items()})
     return values
-
-
-def base_report(run):
-    """{metric: value} of the base on the test split. A finished run in the same folder of runs has it already, if it
-    had the same base and the same texts, and no fresh head, which is another one in every run."""
-    same = ("base_weights", "base_files", "init_weights", "dataset", "data", "metric", "context", "dtype")
-    for path in [] if run.model.fresh_head else sorted(run.args.out.parent.glob("*/result.json")):
-        try:
-            result = files.read_json(path)
-            before, values = result["settings"], result["metrics"]["base"]
-            if (all(before.get(name) == run.settings.get(name) for name in same) and values["loss"] + 0 < math.inf
-                    and before["device"] == str(run.args.device) and result["versions"]["torch"] == torch.__version__):
-                print(f"evaluate the base: its report is that of {path}", flush=True)
-                return values
-        except (ValueError, KeyError, TypeError, AttributeError, OSError):
-            continue  # no result of ours, or a damaged one, which is not this run's business
-    return run.report(run.model, "the base")  # at B = 0 the model is the base
 
 
 def calibration(model, examples, task, batch_size, seed, device, amp):

@@ -1,6 +1,5 @@
 """What was measured, and the scripts that measure it again. RESULTS.md is the report.
 
-    compare.py            a grid of runs: rows x ranks x learning rates x seeds -> one csv and one picture
     bench.py              time and memory of a training step, beside transformers + peft and beside the floor
     tables.py             the tables of RESULTS.md, made from the csv files
     rank_theorem.py       rsLoRA's theorem: sizes after one step, by rank up to 2,048
@@ -15,7 +14,6 @@
     dylora_cuts.py        one DyLoRA cut at all ranks, beside truncated and trained LoRA
     e2e_split.py          the E2E split of RESULTS.md, and the official one, from the public files
     smollm2.py            SmolLM2-135M, a real pretrained Llama, as a folder, from a package of PyPI
-    base.sh, base_roberta.sh                    the two shipped models, from scratch
     real_base.sh          the comparison on SmolLM2 and E2E's official test set, for hours: a csv that grows run by run
     real_merges.py        what each merge keeps of ResLoRA on SmolLM2
     lesson.sh             the small grid of lesson.ipynb's last chapter

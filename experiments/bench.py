@@ -37,7 +37,6 @@ from tqdm import tqdm
 
 import data
 import lora
-import settings
 import train
 from checkpoints import tokenizers
 from checkpoints.files import check_writable, read_json, write
@@ -46,7 +45,9 @@ from data.tasks import Write
 from evaluation.plots import picture
 from methods import METHODS, adapt
 from model import GPT, GPTConfig, Llama, LlamaConfig, RoBERTa, RobertaConfig
-from settings import Parser, command, pick_device
+from run import flags
+from run.flags import Parser, command
+from run.machine import base_dtype, compiled, pick_device
 
 # name: (config, batch, tokens per text)
 PRESETS = {
@@ -184,7 +185,7 @@ def our_step(model, adapter, layers, args):
     """(one optimizer step of train.py on given batches, its optimizer)"""
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = train.make_optimizer(model, args)
-    forward = settings.compiled(model) if args.compile else model
+    forward = compiled(model) if args.compile else model
     step = 0
     adapter.begin(layers, 10**6)
 
@@ -436,7 +437,7 @@ def end_to_end(base, args, folder):
     tokenizer = tokenizers.for_model(MODELS["tiny-gpt"] if args.preset == "tiny" else folder, args.config)
     task = Write(tokenizer, min(args.config.context, 256))
     examples, _ = task.encode(data.load("e2e", args.e2e)["train"])
-    size = settings.DEFAULTS["e2e"]["batch_size"]
+    size = flags.DEFAULTS["e2e"]["batch_size"]
     number = min(E2E_STEPS, len(examples) // size)
     if not number:
         raise ValueError(f"--e2e {args.e2e} has {len(examples)} texts to train on, a batch is of {size}")
@@ -533,7 +534,7 @@ def bench(args):
              "batch": [args.batch_size, args.context], "rank": args.rank, "dtype": args.dtype, "rounds": args.rounds,
              "GFLOP": gflop(args)}
     with tempfile.TemporaryDirectory() as folder:
-        dtype = settings.base_dtype(args.dtype)  # ours and the peer's: a frozen base is in the type of the arithmetic
+        dtype = base_dtype(args.dtype)  # ours and the peer's: a frozen base is in the type of the arithmetic
         save_pretrained(base, folder, dtype)
         del base
         base = from_pretrained(folder, dtype=dtype).requires_grad_(False).to(args.device)

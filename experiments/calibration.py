@@ -9,9 +9,9 @@ test split. train.py itself takes 512 texts, of `reviews` 8,192.
 import argparse
 import copy
 
+from compare import RESULTS, ROOT, STYLES, cell, groups, mean, pool, trained, write_csv
 from evaluation.plots import picture
 from experiments import tables
-from experiments.compare import RESULTS, ROOT, STYLES, cell, groups, mean, pool, trained, write_csv
 from experiments.merges import EVERY, ROWS
 from experiments.tables import RATES
 

@@ -5,7 +5,7 @@
 set -e
 cd "$(dirname "$0")/.."
 # shellcheck disable=SC2086
-python -m experiments.compare experiments/results/deltalora $1 --lr 1.2e-2 2.4e-2 4.8e-2 --seeds 3 --best-lr \
+python compare.py experiments/results/deltalora $1 --lr 1.2e-2 2.4e-2 4.8e-2 --seeds 3 --best-lr \
     --title "restaurants: test loss, each row at its best rate" \
     --row "LoRA, alpha: --method lora" \
     --row "LoRA, 3 alpha: --method lora --alpha 48" \
@@ -15,7 +15,7 @@ python -m experiments.compare experiments/results/deltalora $1 --lr 1.2e-2 2.4e-
     --also "Delta-LoRA, lambda 4, K 18: --method deltalora --delta-lambda 4 --delta-start 18" \
     -- --dataset restaurants --rank 16 --eval-every 30
 [ -z "$1" ] || exit 0
-python -m experiments.compare experiments/results/deltalora-clip --lr 4.8e-2 --seeds 3 --plot none \
+python compare.py experiments/results/deltalora-clip --lr 4.8e-2 --seeds 3 --plot none \
     --row "LoRA, 3 alpha: --method lora --alpha 48" \
     --row "LoRA, ratio 3: --method lora --lr-ratio 3" \
     --row "Delta-LoRA, K 0: --method deltalora --delta-start 0" \

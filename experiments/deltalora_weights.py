@@ -9,8 +9,8 @@ singular values of W' - W_0 above 1e-4 of the largest.
 """
 import argparse
 
+from compare import RESULTS, ROOT, STYLES, groups, mean, pool, trained, write_csv
 from evaluation.plots import picture
-from experiments.compare import RESULTS, ROOT, STYLES, groups, mean, pool, trained, write_csv
 
 R = 16
 ROWS = {"LoRA, alpha": "--method lora", "LoRA, 3 alpha": "--method lora --alpha 48",
@@ -41,7 +41,7 @@ def measured(label, lr):
     METHODS["deltalora-bf16"] = Method(InBF16)
     run = trained(["--dataset", "restaurants", "--rank", R, "--eval-every", 30, *ROWS[label].split(), "--lr", f"{lr:g}",
                    "--seed", 0])
-    loss, base = run.report(run.model)["loss"], from_pretrained(run.source).to(run.args.device)
+    loss, base = run.report(run.model)["loss"], from_pretrained(run.source).to(run.settings.device)
     rows = []
     for name, layer in zip(run.names, run.layers, strict=True):
         W_0, W = base.get_submodule(name).weight, layer.weight.detach().double()

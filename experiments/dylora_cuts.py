@@ -7,7 +7,7 @@ truncated LoRA before truncation). Losses are nats per target token on the test 
 """
 import argparse
 
-from experiments.compare import RESULTS, ROOT, cell, folder, pool, read_csv, validation, write_csv
+from compare import RESULTS, ROOT, cell, folder, pool, read_csv, validation, write_csv
 
 RATES = (1.2e-2, 2.4e-2, 4.8e-2)
 CUTS = (1, 2, 4, 8, 16, 32)

@@ -5,7 +5,7 @@
 set -e
 cd "$(dirname "$0")/.."
 # shellcheck disable=SC2086
-python -m experiments.compare experiments/results/gpt2-medium-e2e $1 --lr 1e-4 2e-4 4e-4 --seeds 3 --best-lr \
+python compare.py experiments/results/gpt2-medium-e2e $1 --lr 1e-4 2e-4 4e-4 --seeds 3 --best-lr \
     --title "E2E, gpt2-medium, r 4: test loss after merging" \
     --row "LoRA: --method lora" --row "LoRA, 3 alpha: --method lora --alpha 96" \
     --row "rsLoRA: --method rslora" --row "ResLoRA input: --method reslora" \

@@ -35,12 +35,13 @@ import torch
 
 from checkpoints.files import check_writable, read_csv, read_json, write_csv, write_json
 from checkpoints.pretrained import from_pretrained
+from compare import RESULTS, ROOT, pool
 from evaluation import decoding
 from experiments import bench
-from experiments.compare import RESULTS, ROOT, pool
 from loss import vocabulary_loss
 from reslora import SHORTCUTS
-from settings import Parser, base_dtype, command, pick_device
+from run.flags import Parser, command
+from run.machine import base_dtype, pick_device
 
 MINUTES = 8  # of a part
 RUNS = {"lora": [], "reslora input": ["--shortcut", "input"], "reslora middle": ["--shortcut", "middle"],
@@ -256,7 +257,7 @@ def grid(args):
     flags += ["--lr", *args.sized(["1e-3"], ["5e-4", "1e-3", "2e-3"]), "--seeds", args.sized(1, 3), "--best-lr",
               "--jobs", args.sized(2, 4), "--title", "E2E: test loss after merging", "--", *args.task, "--steps",
               args.sized(2, 150), "--test-texts", args.sized(16, 1000), "--device", args.device.type]
-    subprocess.run([sys.executable, "-m", "experiments.compare", args.to / "methods-e2e", *map(str, flags)], cwd=ROOT,
+    subprocess.run([sys.executable, "compare.py", args.to / "methods-e2e", *map(str, flags)], cwd=ROOT,
                    check=True)
     return [{name: row[name] for name in ("row", "lr", "seed", "validation loss", "unmerged loss", "merged loss")}
             for row in read_csv(args.to / "methods-e2e.csv") if row["best"] == "1" and not row.get("diverged")]

@@ -11,8 +11,8 @@ import contextlib
 import io
 
 from checkpoints.files import check_writable
+from compare import RESULTS, ROOT, STYLES, groups, mean, pool, write_csv
 from evaluation.plots import picture
-from experiments.compare import RESULTS, ROOT, STYLES, groups, mean, pool, write_csv
 
 ROWS = {"LoRA": ("lora", "--method lora"), "input, m 1": ("input", "--method reslora"),
         "block, m 1": ("block", "--method reslora --shortcut block"),
@@ -35,8 +35,8 @@ def norms(label, seed):
     with contextlib.redirect_stdout(io.StringIO()):
         run = train.Run(train.parse([*ROWS[label][1].split(), "--rank", "16", "--lr", "1.2e-2", "--seed", str(seed),
                                      "--eval-every", "180", "--out", str(out)]))
-        check_writable(run.args.out)
-        run.adapter.begin(run.layers, run.args.steps)
+        check_writable(run.settings.out)
+        run.adapter.begin(run.layers, run.settings.steps)
         train.fit(run)
     rows = []
     for name, values in zip(run.names, zip(*seen, strict=True), strict=True):  # name: h.0.attn.q

@@ -9,9 +9,9 @@ up to five of six, of `reviews` up to three of four. `block` is not here, becaus
 """
 import argparse
 
+from compare import RESULTS, ROOT, compare, parse, read_csv
 from evaluation.plots import picture
 from experiments import tables
-from experiments.compare import RESULTS, ROOT, compare, parse, read_csv
 from experiments.tables import MERGES, RATES, loss
 
 EVERY = {"reviews": "100"}  # steps between validations; else 30

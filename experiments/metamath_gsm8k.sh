@@ -7,7 +7,7 @@ set -e
 cd "$(dirname "$0")/.."
 model=${1:-qwen3_06b}
 # shellcheck disable=SC2086
-python -m experiments.compare "experiments/results/metamath-$model" $2 --long --lr 1e-4 2e-4 4e-4 --seeds 3 --best-lr \
+python compare.py "experiments/results/metamath-$model" $2 --long --lr 1e-4 2e-4 4e-4 --seeds 3 --best-lr \
     --title "MetaMathQA to GSM8K, $model, r 32: exact match after merging" --metric "merged exact_match" \
     --row "LoRA: --method lora" --row "LoRA, 3 alpha: --method lora --alpha 192" \
     --row "LoRA, twice the rank: --method lora --rank 64 --alpha 128" --row "rsLoRA: --method rslora" \

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 MERGES="--merge regression,bi,bw,none"
 grid() {  # dataset, more flags of compare.py, rates, rates of small starts, of full fine-tuning, flags of train.py, K
     # shellcheck disable=SC2086
-    python -m experiments.compare "experiments/results/methods-$1" $QUICK --lr $3 --seeds 3 --best-lr $2 \
+    python compare.py "experiments/results/methods-$1" $QUICK --lr $3 --seeds 3 --best-lr $2 \
         --title "$1: test loss after merging, each at its best rate" \
         --row "LoRA r 16: --method lora --rank 16" \
         --row "LoRA r 16, 3 alpha: --method lora --rank 16 --alpha 48" \

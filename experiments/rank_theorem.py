@@ -15,8 +15,8 @@ import sys
 import torch
 import torch.nn as nn
 
+from compare import RESULTS, ROOT, STYLES, groups, mean, write_csv
 from evaluation.plots import picture
-from experiments.compare import RESULTS, ROOT, STYLES, groups, mean, write_csv
 from lora import LoRALinear
 from rslora import RsLoRALinear
 

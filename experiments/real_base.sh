@@ -12,7 +12,7 @@ ALL="--targets q,k,v,o,gate,up,down"
 grid() {  # name, steps, title, flags of compare.py
     to=experiments/results/$1 steps=$2 title=$3
     shift 3
-    python -m experiments.compare "$to" --long --best-lr --seeds 3 --lr 2e-3 4e-3 8e-3 --title "$title" "$@" \
+    python compare.py "$to" --long --best-lr --seeds 3 --lr 2e-3 4e-3 8e-3 --title "$title" "$@" \
         -- --model "$MODEL" --dataset e2e --data-dir "$FOLDER" --steps "$steps" --batch-size 8 --eval-every "$steps" \
         --test-texts 256
 }
@@ -29,7 +29,7 @@ grid real-base 50 "SmolLM2-135M on E2E: test loss after merging" \
     --row "LoRA r 32, 2 alpha: --method lora --rank 32 --alpha 32 --lr $MORE" \
     --row "LoRA r 3 on all linears: --method lora --rank 3 $ALL"
 # the shipped GPT on the same texts: how far it ends from full fine-tuning
-python -m experiments.compare experiments/results/real-toy --best-lr --seeds 3 --plot none --lr 2.4e-2 4.8e-2 9.6e-2 \
+python compare.py experiments/results/real-toy --best-lr --seeds 3 --plot none --lr 2.4e-2 4.8e-2 9.6e-2 \
     --row "LoRA r 16: --method lora --rank 16" --row "full fine-tuning: --method full --lr 3e-3 6e-3 1.2e-2 2.4e-2" \
     -- --dataset e2e --data-dir "$FOLDER" --eval-every 30 --test-texts 256
 # the rank, on all linears up to the width of k and v, in bf16, which takes two thirds of the time

@@ -18,9 +18,9 @@ import lora
 import reslora
 import train
 from checkpoints.files import check_writable
+from compare import RESULTS, groups, read_csv, write_csv
 from evaluation import evaluate
 from evaluation.plots import picture
-from experiments.compare import RESULTS, groups, read_csv, write_csv
 from experiments.merges import ROWS
 
 FLAGS = "--dataset e2e --rank 16 --lr 2e-3 --steps 25 --batch-size 8 --eval-every 25 --test-texts 48"
@@ -34,7 +34,7 @@ def merged(label, base, folder):
     with tempfile.TemporaryDirectory() as out:
         run = train.Run(train.parse([*flags, "--model", base, "--data-dir", folder, "--out", f"{out}/run"]))
         losses = {"base loss": run.report(run.model)["loss"]}  # at B = 0 the model is the base
-        check_writable(run.args.out)
+        check_writable(run.settings.out)
         train.fit(run)
     losses["unmerged loss"] = run.report(run.model)["loss"]
     examples = run.data.examples["train"]

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 MERGES="--merge regression,bi,bw,none"
 FEWER="--merge regression,bi,none"  # the paper's merge_bw of input is defined for one earlier layer
 # shellcheck disable=SC2086
-python -m experiments.compare experiments/results/reslora-pre-num $1 --lr 1.2e-2 2.4e-2 4.8e-2 --best-lr --metric "unmerged loss" \
+python compare.py experiments/results/reslora-pre-num $1 --lr 1.2e-2 2.4e-2 4.8e-2 --best-lr --metric "unmerged loss" \
     --title "restaurants, r 16, each at its best rate, before merging" \
     --row "LoRA (m 0): --method lora" \
     --row "input, m 1: --method reslora $MERGES" \
@@ -25,7 +25,7 @@ python -m experiments.compare experiments/results/reslora-pre-num $1 --lr 1.2e-2
     -- --dataset restaurants --rank 16 --eval-every 30
 curves() {  # name, more flags of compare.py, title
     # shellcheck disable=SC2086
-    python -m experiments.compare "experiments/results/reslora-curves-$1" $QUICK $2 --plot step --title "restaurants, r 16, $3" \
+    python compare.py "experiments/results/reslora-curves-$1" $QUICK $2 --plot step --title "restaurants, r 16, $3" \
         --metric "unmerged loss" --row "LoRA: --method lora" --row "input: --method reslora $MERGES" \
         --row "block: --method reslora --shortcut block" --row "middle: --method reslora --shortcut middle $MERGES" \
         -- --dataset restaurants --rank 16 --eval-every 30

@@ -13,7 +13,7 @@ for task in sst2 mrpc cola rte; do
         rte) recipe="--epochs 80 --batch-size 32" ;;
     esac
     # shellcheck disable=SC2086
-    python -m experiments.compare "experiments/results/roberta-base-$task" $1 --lr 2e-4 4e-4 8e-4 --seeds 3 --best-lr \
+    python compare.py "experiments/results/roberta-base-$task" $1 --lr 2e-4 4e-4 8e-4 --seeds 3 --best-lr \
         --title "$task, roberta-base, r 8: validation after merging" --metric "$metric" \
         --row "LoRA: --method lora" --row "LoRA, 3 alpha: --method lora --alpha 24" \
         --row "rsLoRA: --method rslora" --row "ResLoRA input: --method reslora" \

@@ -6,7 +6,7 @@ set -e
 cd "$(dirname "$0")/.."
 grid() {  # name, optimizer, LoRA's rates, rsLoRA's, more flags of compare.py, title
     # shellcheck disable=SC2086
-    python -m experiments.compare "experiments/results/rslora-$1" $QUICK --lr $3 --rank 4 16 64 128 --plot rank $5 --title "restaurants, $2, $6" \
+    python compare.py "experiments/results/rslora-$1" $QUICK --lr $3 --rank 4 16 64 128 --plot rank $5 --title "restaurants, $2, $6" \
         --row "LoRA: --method lora --lr $3" --row "rsLoRA: --method rslora --lr $4" \
         -- --dataset restaurants --optimizer $2 --eval-every 30
 }

@@ -8,7 +8,7 @@ rate at the end of those that were tried: a better one may lie beyond.
 import argparse
 import re
 
-from experiments.compare import RESULTS, ROOT, groups, mean, read_csv, spread, write
+from compare import RESULTS, ROOT, groups, mean, read_csv, spread, write
 
 RATES = {"restaurants": "2.4e-2", "stdlib": "2.4e-2", "e2e": "2.4e-2", "reviews": "3e-3"}  # of experiments/merges.py
 MERGES = "regression", "bi", "bw", "none"

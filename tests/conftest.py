@@ -22,9 +22,9 @@ import lora  # noqa: E402
 from checkpoints import hub, tokenizers  # noqa: E402
 from checkpoints.pretrained import save_pretrained  # noqa: E402
 from data import restaurants, reviews  # noqa: E402
-from experiments import vocabulary  # noqa: E402
 from methods import METHODS  # noqa: E402
 from model import GPT, GPTConfig, Llama, LlamaConfig, RoBERTa, RobertaConfig  # noqa: E402
+from pretraining import vocabulary  # noqa: E402
 
 
 def pytest_addoption(parser):

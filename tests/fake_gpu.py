@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import generate  # noqa: E402
-import settings  # noqa: E402
 import train  # noqa: E402
 from data import restaurants  # noqa: E402
 from evaluation import evaluate, plots  # noqa: E402
+from run import machine  # noqa: E402
 
 
 class Backend(_DummyBackendModule):
@@ -111,7 +111,7 @@ def run(line):
 
 if __name__ == "__main__":
     torch.Tensor.tolist, train.one_step = tolist, one_step
-    settings.pick_device = generate.pick_device = pick_device
+    machine.pick_device = generate.pick_device = pick_device
     torch.Generator = lambda device="cpu", real=torch.Generator: real()
     data.load = functools.cache(lambda *args, load=data.load: {split: rows[:12] for split, rows in load(*args).items()})
     evaluate.SCORED, restaurants.MAX_NEW = 3, 5

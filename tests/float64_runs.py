@@ -11,18 +11,18 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 import data  # noqa: E402
-import settings  # noqa: E402
 import train  # noqa: E402
 from evaluation import evaluate, plots  # noqa: E402
+from run import machine  # noqa: E402
 
-from_pretrained, load, destroy = train.from_pretrained, data.load, settings.dist.destroy_process_group
-train.from_pretrained = lambda *args, **more: from_pretrained(*args, **more).double()
+load_model, load, destroy = train.load, data.load, machine.dist.destroy_process_group
+train.load = lambda *args, **more: (lambda model, found: (model.double(), found))(*load_model(*args, **more))
 data.load = functools.cache(lambda *args: {split: pairs[:60 if split == "train" else 12]
                                            for split, pairs in load(*args).items()})
 evaluate.SCORED = 0  # no time for decoding and pictures
 plots.draw_curve = plots.draw_ranks = train.print_examples = lambda *_: None
-settings.dist.destroy_process_group = lambda: None  # the processes stay together from run to run
+machine.dist.destroy_process_group = lambda: None  # the processes stay together from run to run
 for line in Path(sys.argv[1]).read_text().splitlines():
     train.main(line.split())
-if settings.WORLD > 1:
+if machine.WORLD > 1:
     destroy()

@@ -23,9 +23,10 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 
 import lora
-from checkpoints import adapters, state, tokenizers
-from checkpoints.pretrained import from_pretrained, save_pretrained
+from checkpoints import adapters, tokenizers
+from checkpoints.pretrained import from_pretrained, save_merged, save_pretrained
 from methods import METHODS
+from run import folder
 
 QV, LINEARS = ("q", "v"), ("q", "k", "v", "o", "up", "down")
 # what the hub calls the blocks and the linears of our models
@@ -351,7 +352,7 @@ def test_the_merged_checkpoint_loads_in_transformers(tmp_path, base):
     model, idx = from_pretrained(base), tokens(V=320)[0]
     adapt(model, "lora", {})
     lora.merge(model)
-    state.save_merged(tmp_path, model, base, tokenizers.load(base, 320))
+    save_merged(tmp_path, model, base, tokenizers.load(base, 320))
     theirs = oracle("transformers").GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     assert relative(theirs(idx).logits, model(idx)[0]) < 1e-5
     assert (tmp_path / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
@@ -366,9 +367,9 @@ def optimizer_of(model):
 def test_the_best_step_is_that_of_the_metric_then_of_the_loss():
     """Without a metric the lowest validation loss; with one the highest value, among equals the lowest loss."""
     losses = [(2, 0.9), (4, 0.5), (5, None), (6, 0.7)]
-    assert state.best_step([dict(step=step, val_loss=loss) for step, loss in losses]) == 4
+    assert folder.best_step([dict(step=step, val_loss=loss) for step, loss in losses]) == 4
     for accuracies, best in (((0.5, 0.6, None, 0.8), 6), ((0.8, 0.6, None, 0.8), 6), ((0.9, 0.6, None, 0.8), 2)):
-        assert state.best_step([dict(step=step, val_loss=loss, val_accuracy=accuracy) for (step, loss), accuracy
+        assert folder.best_step([dict(step=step, val_loss=loss, val_accuracy=accuracy) for (step, loss), accuracy
                                      in zip(losses, accuracies, strict=True)]) == best
 
 
@@ -394,14 +395,14 @@ def test_resuming_restores_everything_that_training_changes(tmp_path, method, hp
     layers[0].begin(layers, 6)
     steps(model, layers, optimizer, range(1, 4))
     rows = [dict(step=3, train_loss=1.5, val_loss=1.0, seconds=1.0)]
-    state.save_state(file, model, optimizer, 3, {"lr": 1e-2}, rows)
+    folder.save_state(file, model, optimizer, 3, {"lr": 1e-2}, rows)
     steps(model, layers, optimizer, range(4, 7))
     expected = model.state_dict()
 
     model, layers = start()
     optimizer = optimizer_of(model)
     layers[0].begin(layers, 6, done=3)
-    assert state.load_state(file, model, optimizer)[:2] == (3, rows)
+    assert folder.load_state(file, model, optimizer)[:2] == (3, rows)
     steps(model, layers, optimizer, range(4, 7))
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
@@ -411,7 +412,7 @@ def test_the_state_is_adapter_sized(method, hparams):
     """What is saved are the adapters, their buffers and weights that the method moves; not the frozen base."""
     model = tiny_gpt()
     layers = adapt(model, method, hparams)
-    names = set(state.changing(model))
+    names = set(folder.changing(model))
     expected = {f"h.{i}.attn.{t}.{name}" for i in range(4) for t in "qv" for name in layers[0].state_dict()
                 if name != "bias" and (name != "weight" or layers[0].moves_weight)}
     assert names == expected
@@ -442,13 +443,13 @@ def test_a_bad_state_is_refused(tmp_path):
     def refused(message):
         before = copy.deepcopy(model.state_dict())
         with pytest.raises(ValueError, match=message):
-            state.load_state(file, model, optimizer)
+            folder.load_state(file, model, optimizer)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     refused("nothing to resume")
     row = dict(step=1, val_loss=1.0, seconds=1.0)
-    state.save_state(file, model, optimizer, 1, {"rank": 3}, [row])
+    folder.save_state(file, model, optimizer, 1, {"rank": 3}, [row])
     with pytest.raises(ValueError, match="rank is 4 now, and it began with 3"):
-        state.check_resume(tmp_path, {"rank": 4, "steps": 2}, METHODS["lora"])
+        folder.check_resume(tmp_path, {"rank": 4, "steps": 2}, METHODS["lora"])
     whole, tensors, key = file.read_bytes(), load_file(file), "model.h.0.attn.q.lora_A"
     for size in (4, len(whole) - 50):
         file.write_bytes(whole[:size])

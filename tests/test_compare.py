@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import ROOT
 
+import compare
 import train
 from checkpoints.files import write_csv
 from evaluation import evaluate
 from evaluation.plots import picture
-from experiments import compare, tables
+from experiments import tables
 
 TEXT = "".join(f"the {a} {b} ran to the {c} .\n" for a in ("old", "red", "big", "wet") for b in ("dog", "cat", "hen")
                for c in ("hill", "lake", "tree", "barn")) * 4
@@ -281,7 +282,7 @@ def test_a_run_that_fails_ends_a_grid_whose_other_rows_wait():
 import time
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
-from experiments import compare
+import compare
 def cell(flags, *more):
     time.sleep(0.1)
     if "bad" in flags:

@@ -23,9 +23,9 @@ from conftest import DATA, ROOT, hub_cache
 import data
 from checkpoints import hub, tokenizers
 from checkpoints.pretrained import from_pretrained
-from data import glue, opinions, restaurants, reviews, sets, text, world
+from data import glue, restaurants, reviews, sets, text
 from data.tasks import Label, Mask, Write
-from experiments import vocabulary
+from pretraining import opinions, vocabulary, world
 
 UNICODE = "Café £ 20 - 25 — naïve 日本語 🙂\n\n  two  spaces\ttab\r\n'quoted' it's 007 "
 

@@ -25,7 +25,6 @@ from conftest import (
 from safetensors.torch import load_file
 
 import lora
-import settings
 import train
 from evaluation import decoding, plots
 from experiments import bench
@@ -33,6 +32,7 @@ from lora import LoRALinear
 from loss import vocabulary_loss
 from methods import METHODS
 from model import GPT, GPTConfig
+from run import machine
 
 DEVICE = torch.device(os.environ.get("DEVICE", "cuda"))
 CUDA = DEVICE.type == "cuda"
@@ -118,7 +118,7 @@ def test_checkpointed_activations_change_no_gradient(method, hparams):
 def test_compiled_blocks_are_the_model(method, hparams, dtype):
     """With code that torch generates, for batches of two shapes."""
     _, (model, layers) = twins(tiny_gpt, method, hparams)
-    compiled = settings.compiled(model)
+    compiled = machine.compiled(model)
     for shape in ((4, 9), (3, 12)):
         idx, targets = tokens(*shape)
         with autocast(dtype):
@@ -222,6 +222,6 @@ def test_no_step_waits_for_the_gpu(row, dtype):
 
 @only_cuda
 def test_bf16_is_taken_where_the_card_computes_it():
-    device, dtype, _ = settings.pick_device("auto", "auto")
+    device, dtype, _ = machine.pick_device("auto", "auto")
     assert device.type == "cuda"
     assert (dtype == "bfloat16") == (torch.cuda.get_device_capability()[0] >= 8)

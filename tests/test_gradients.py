@@ -19,12 +19,12 @@ from conftest import (
 from test_equations import ALPHA, Chain, R, chain, delta_layer, equal
 
 import lora
-import settings
 from deltalora import DeltaLoRALinear
 from lora import LoRALinear
 from methods import METHODS
 from reslora import ResLoRALinear
 from rslora import RsLoRALinear
+from run import machine
 
 
 @every_model
@@ -105,7 +105,7 @@ def test_compiled_blocks_have_the_same_gradients(method, hparams, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
     model = tiny_gpt()
     layers = adapt(model, method, hparams)
-    compiled = settings.compiled(model)
+    compiled = machine.compiled(model)
     assert {id(p) for p in compiled.parameters()} == {id(p) for p in model.parameters()}
     optimizer = torch.optim.SGD(factors(layers), 0.1)
     layers[0].begin(layers, 5)

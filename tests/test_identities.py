@@ -8,8 +8,8 @@ from test_train import command, few_records, refused  # noqa: F401
 
 import generate
 import train
-from checkpoints import state
 from methods import METHODS
+from run import folder
 
 STEPS, R, ALPHA, RATE = 30, 3, 4.0, "1e-2"
 ADAM = "--weight-decay 0 --clip 0"  # and eps -> 0
@@ -22,13 +22,13 @@ def trained(tiny, method="lora", own=None, alpha=ALPHA, flags=ADAM, eps=1e-30):
     model = tiny()
     some = batch(model)
     layers = adapt(model, method, own or {}, r=R, alpha=alpha, random=False)
-    args = train.parse(["--lr", RATE, *flags.split(), "--device", "cpu", "--dtype", "float32"])
+    args = train.parse(["--lr", RATE, *flags.split(), "--device", "cpu", "--dtype", "float32", "--steps", str(STEPS)])
     train.set_ratio(layers, args.lr_ratio)
     optimizer = train.make_optimizer(model, args)
     losses = []
     for step in range(1, STEPS + 1):
         for group in optimizer.param_groups:
-            group["lr"] = train.lr_at(step, STEPS, args) * group["lr_scale"]
+            group["lr"] = train.lr_at(step, args) * group["lr_scale"]
             group["eps"] = eps
         params = [p for p in model.parameters() if p.requires_grad]
         losses.append(train.one_step(model, params, optimizer, METHODS[method].adapter, layers, [(*some, 1.0)], step,
@@ -122,13 +122,13 @@ def test_a_ratio_is_resumed_and_named(tmp_path, base):
     assert train.parse(["--lr-ratio", "16"]).out.name == "restaurants-lora-r8-ratio16-s0"
     assert train.parse([]).out.name == "restaurants-lora-r8-s0"
 
-    def stop(path, model, optimizer, step, *rest, real=state.save_state):
+    def stop(path, model, optimizer, step, *rest, real=folder.save_state):
         real(path, model, optimizer, step, *rest)
         if step == 4:
             raise KeyboardInterrupt
     part = tmp_path / "part"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(state, "save_state", stop)
+        patch.setattr(folder, "save_state", stop)
         train.main(command(base, part, *flags))
     resumed = train.main(["--resume", "--out", str(part)])
     assert resumed["metrics"] == whole["metrics"]
@@ -151,4 +151,4 @@ def test_K_is_the_end_of_the_warm_up(tmp_path, base, flags, K):
     """Delta-LoRA's W moves from the step after the warm-up on: 6 % of 50 steps are 3. It is at least 1, or the run
     would be LoRA with another alpha."""
     run = train.Run(train.parse([*command(base, tmp_path, "--method", "deltalora"), *flags.split()]))
-    assert run.own["delta_start"] == run.settings["delta_start"] == K == run.layers[0].delta_start
+    assert run.settings.method_flags["delta_start"] == run.identity["delta_start"] == K == run.layers[0].delta_start

@@ -13,18 +13,18 @@ from conftest import adapt, tiny_gpt, tiny_roberta
 from matplotlib import pyplot
 from test_train import command, few_records  # noqa: F401
 
+import compare
 import data
 import lora
-import settings
 import train
 from checkpoints import tokenizers
 from checkpoints.files import write_csv
 from checkpoints.pretrained import from_pretrained
 from data.tasks import Label, Mask, Write
-from evaluation import evaluate, plots, printing
-from experiments import compare
+from evaluation import evaluate, plots
 from methods import METHODS, NoAdapter
 from reslora import calibrate
+from run import flags, machine, report
 
 CPU, PLAIN = torch.device("cpu"), contextlib.nullcontext()
 
@@ -46,12 +46,12 @@ def test_every_schedule_is_its_formula_at_every_step(schedule):
     or 1."""
     rows = (0, 7, 0), (1, 7, 1), (3, 7, 3), (7, 7, 7), (0.06, 50, 3), (0.25, 10, 2.5)
     for warmup, steps, w in rows:
-        args = Namespace(lr=0.5, warmup=warmup, schedule=schedule)
+        settings = flags.Settings(lr=0.5, warmup=warmup, schedule=schedule, steps=steps)
         for step in range(1, steps + 1):
             t = (step - w) / (steps - w + 1)
             formula = {"linear": 1 - t, "cosine": 0.5 + 0.5 * math.cos(math.pi * t), "constant": 1}
             expected = 0.5 * (step / (w + 1) if step <= w else formula[schedule])
-            assert train.lr_at(step, steps, args) == pytest.approx(expected, rel=1e-12)
+            assert train.lr_at(step, settings) == pytest.approx(expected, rel=1e-12)
             assert expected > 0
 
 
@@ -63,20 +63,20 @@ def test_epochs_are_at_least_that_many_passes(
     rows = data.load("restaurants")["train"]
     split = {"train": rows[:n], "validation": rows[:4], "test": rows[:4]}
     monkeypatch.setattr(data, "load", lambda *_: split)
-    monkeypatch.setattr(settings, "WORLD", world)
+    monkeypatch.setattr(machine, "WORLD", world)
     flags = ["--batch-size", str(batch), "--epochs", str(epochs), "--out", str(tmp_path)]
     args = train.parse(["--model", str(base), *flags, "--device", "cpu"])
-    assert train.Run(args).args.steps == steps
+    assert train.Run(args).settings.steps == steps
 
 
 def test_every_dataset_and_method_has_its_defaults():
-    """Those of the table in settings.py: steps or epochs, never both; a flag goes before it. Full
+    """Those of the table in run/flags.py: steps or epochs, never both; a flag goes before it. Full
     fine-tuning has a smaller rate than an adapter, methods with small factors a larger one."""
     for dataset in (*data.GENERATED, "e2e", "gsm8k", "text", "glue/sst2", "openorca"):
-        row = settings.DEFAULTS.get(dataset.split("/")[0], settings.OTHER)
+        row = flags.DEFAULTS.get(dataset.split("/")[0], flags.OTHER)
         lr, reads = {}, data.about(dataset, "LABELS")
         for method in [name for name in METHODS if name != "head" or reads]:
-            args = settings.parse(["--method", method, "--dataset", dataset])
+            args = flags.parse(["--method", method, "--dataset", dataset])
             assert [args.steps, args.epochs] == [row.get("steps"), row.get("epochs")]
             assert (args.steps is None) != (args.epochs is None)
             assert args.batch_size == row["batch_size"]
@@ -86,8 +86,7 @@ def test_every_dataset_and_method_has_its_defaults():
         above = dataset in ("restaurants", "e2e", "reviews")
         for method in ("adalora", "loha", "lokr", *["head"] * (dataset == "reviews")):
             assert lr[method] > lr["lora"] if above else lr[method] >= lr["lora"]
-        flags = ["--epochs", "2", "--batch-size", "3", "--lr", "0.5"]
-        args = settings.parse(["--dataset", dataset, *flags])
+        args = flags.parse(["--dataset", dataset, "--epochs", "2", "--batch-size", "3", "--lr", "0.5"])
         assert (args.steps, args.epochs, args.batch_size, args.lr) == (None, 2, 3, 0.5)
 
 
@@ -242,12 +241,12 @@ def test_cut_texts_are_counted_over_all_splits(base, monkeypatch):
 
 def test_three_examples_are_shown_from_all_over_the_test_split(monkeypatch, capsys):
     """One of each third, in their order, with what the model makes of them; of two texts both."""
-    monkeypatch.setattr(printing, "decode", lambda model, some, *_, between: (
+    monkeypatch.setattr(report, "decode", lambda model, some, *_, between: (
         [record for record, _ in some], ["written"] * len(some)))
     for n, shown in ((90, [0, 30, 60]), (100, [0, 33, 66]), (2, [0, 1]), (4, [0, 1, 2])):
         pairs = [(f"record {i}", f"text {i}") for i in range(n)]
         dataset = Namespace(pairs={"test": pairs}, labels=(), task=Write(None, 20), tokenizer=None)
-        printing.print_examples(None, dataset, None, None)
+        report.print_examples(None, dataset, None, None)
         lines = capsys.readouterr().out.split("\n")
         for start, name in (("record", "record"), ("  ref", "  ref text")):
             said = [line for line in lines if line.startswith(start)]
@@ -283,7 +282,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_targets_and_the_norm_that_of_it
 def test_half_precision_is_of_the_arithmetic_and_asked_for():
     """float32 computes in float32, bfloat16 in bfloat16 whatever the weights are."""
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        device, found, amp = settings.pick_device("cpu", name)
+        device, found, amp = machine.pick_device("cpu", name)
         with amp:
             assert found == name and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
@@ -321,11 +320,11 @@ def test_a_failure_to_compile_is_a_line_and_any_other_a_traceback(capsys):
     def run(_):
         raise Broken("no compiler here")
     with pytest.raises(Broken):
-        settings.command("x", lambda argv: None, run, [])
+        flags.command("x", lambda argv: None, run, [])
     for module in ("torch._dynamo.exc", "torch._inductor.exc"):
         Broken.__module__ = module
         with pytest.raises(SystemExit) as e:
-            settings.command("x", lambda argv: None, run, [])
+            flags.command("x", lambda argv: None, run, [])
         assert e.value.code == 2
         assert capsys.readouterr().err == "x: --compile does not work on this machine: no compiler here\n"
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from pytest import approx
 
-from data import metrics
 from data.pairs import Pairs
+from evaluation import metrics
 
 # Labels and numbers
 

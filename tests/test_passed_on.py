@@ -12,21 +12,20 @@ from conftest import tiny_roberta
 from test_own_data import PAIRS, jsonl
 from test_train import command, few_records, weights  # noqa: F401
 
+import compare
 import data
 import generate
-import settings
 import train
-from checkpoints import adapters, state
 from checkpoints.files import read_csv
 from checkpoints.pretrained import from_pretrained, save_pretrained
 from evaluation import evaluate
-from experiments import compare
+from run import flags, folder
 
 
 def test_the_default_in_a_help_is_the_default():
     """(.06) at the end of a flag's help."""
     found = {}
-    for action in settings.parser("")._actions:
+    for action in flags.parser("")._actions:
         said = re.search(r"\((\.?\d[\d.]*)\)$", action.help or "")
         if said and isinstance(action.default, (int, float)):
             found[action.dest] = (float(said[1]), action.default)
@@ -64,7 +63,7 @@ def test_what_a_run_writes_and_what_it_is_made_longer_to(tmp_path, base):
     assert modes == {0o644}
     assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.25
     again = {"init_from": tmp_path, "dropout": 0.5}
-    assert {layer.drop.p for layer in adapters.adapt_as(from_pretrained(base), again)[1]} == {0.5}
+    assert {layer.drop.p for layer in folder.adapters_of(from_pretrained(base), again)[1]} == {0.5}
     train.main(["--resume", "--out", str(tmp_path), "--epochs", "2"])
     assert json.loads((tmp_path / "result.json").read_text())["settings"]["steps"] == 16
 
@@ -98,17 +97,17 @@ def test_the_result_of_an_earlier_run_goes_when_another_has_begun(tmp_path, base
     to."""
     flags = command(base, tmp_path)
     train.main(flags)
-    validate, calls = train.validate, []
+    validate, calls = train.evaluate.validate, []
 
     def stopping(*args):
         if len(calls) == 1:
             raise KeyboardInterrupt
         calls.append(args)
         return validate(*args)
-    monkeypatch.setattr(train, "validate", stopping)
+    monkeypatch.setattr(train.evaluate, "validate", stopping)
     with pytest.raises(SystemExit):
         train.main(flags)
-    assert {file.name for file in tmp_path.iterdir()} == set(state.STATE)
+    assert {file.name for file in tmp_path.iterdir()} == set(folder.STATE)
 
 
 def test_what_changes_no_number_may_change_when_a_run_goes_on():
@@ -117,10 +116,10 @@ def test_what_changes_no_number_may_change_when_a_run_goes_on():
                               ("save_merged", False, True), ("model", "a", "b"),
                               ("data_dir", "a", "b"), ("init_from", "a", "b")):
         began = {name: before, "rank": 4}
-        assert state.difference(began, {name: now, "rank": 4}) is None
-        assert "rank is 8 now" in state.difference(began, {name: now, "rank": 8})
+        assert folder.difference(began, {name: now, "rank": 4}) is None
+        assert "rank is 8 now" in folder.difference(began, {name: now, "rank": 8})
     follows = {"eval_every": 3, "steps": 6}, {"eval_every": 5, "steps": 10}
-    assert "steps is 10 now" in state.difference(*follows)
+    assert "steps is 10 now" in folder.difference(*follows)
 
 
 def test_a_classifier_s_loss_smooths_its_labels():
@@ -192,19 +191,19 @@ def test_generate_passes_its_flags_on(tmp_path, base, monkeypatch):
 
 
 def test_a_change_of_any_file_that_decides_a_number_is_another_code(tmp_path, monkeypatch):
-    """Of models, methods, data, training and recipes; not of tests, nor of generate.py."""
+    """Of models, methods, data, training and recipes; not of tests, nor of generate.py and compare.py."""
     files = ["x.py", "baselines/x.py", "checkpoints/x.py", "data/x.py", "data/tiny/config.json", "evaluation/x.py",
-             "experiments/recipes/x.args", "generate.py", "tests/x.py"]
+             "experiments/recipes/x.args", "run/x.py", "generate.py", "compare.py", "tests/x.py"]
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
-    monkeypatch.setattr(compare, "__file__", str(tmp_path / "experiments/compare.py"))
+    monkeypatch.setattr(compare, "__file__", str(tmp_path / "compare.py"))
     seen = [compare.code()]
     for name in files:
         (tmp_path / name).write_text("2")
         seen.append(compare.code())
     changed = [name for name, before, now in zip(files, seen, seen[1:], strict=False) if before != now]
-    assert changed == files[:-2]
+    assert changed == files[:-3]
 
 
 def test_the_report_of_a_base_in_bf16_is_computed_in_fp32(tmp_path, small_llama):

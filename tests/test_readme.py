@@ -1,5 +1,4 @@
 """What README says of the code is true: the table, the snippets, the sizes, who imports whom, and how to add things."""
-import ast
 import re
 import sys
 import textwrap
@@ -58,29 +57,6 @@ def test_links_into_the_results_meet_a_heading():
 
 
 # The house
-
-ORDER = [{"loss"}, {"lora", "model"}, {"reslora", "rslora", "deltalora", "baselines"}, {"methods"}, {"checkpoints"},
-         {"data"}, {"evaluation", "settings"}, {"train"}, {"generate"}, {"experiments"}]
-
-
-def sources():
-    """All Python files but the tests."""
-    return [*ROOT.glob("*.py"), *(file for folder in ("baselines", "checkpoints", "data", "evaluation", "experiments")
-                                  for file in ROOT.glob(f"{folder}/*.py"))]
-
-
-def test_imports_run_one_way():
-    """A file imports only what stands below it in ORDER, or its own package; of a method only lora.py."""
-    level = {name: i for i, names in enumerate(ORDER) for name in names}
-    for file in sources():
-        me = file.relative_to(ROOT).parts[0].removesuffix(".py")
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = ([node.module] if isinstance(node, ast.ImportFrom) else
-                     [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
-            for name in {name.split(".")[0] for name in names} & level.keys() - {me}:
-                assert level[name] < level[me], f"{file} imports {name}"
-                assert level[me] != 2 or name == "lora", f"{file} imports {name}"
-
 
 def test_experiments_import_each_other_without_a_circle():
     """experiments/X imports experiments/Y, at the top or inside a function, only if Y does not come back to X."""

@@ -22,11 +22,11 @@ from test_train import command, cut_down, few_records  # noqa: F401
 import data
 import generate
 import train
-from checkpoints import adapters, files, state, tokenizers
-from checkpoints.state import STATE
+from checkpoints import adapters, files, tokenizers
 from evaluation import evaluate
 from methods import METHODS
-from settings import Parser
+from run.flags import Parser
+from run.folder import STATE, load_state, save_state
 
 
 def cases(test):
@@ -318,9 +318,9 @@ def test_any_state(where, how, cut, tmp_path):
     optimizer, file = optimizer_of(model), tmp_path / "resume.safetensors"
     model(torch.arange(5)[None])[0].sum().backward()
     optimizer.step()
-    state.save_state(file, model, optimizer, 1, {"rank": 3}, [dict(step=1, val_loss=1.0, seconds=1.0)])
+    save_state(file, model, optimizer, 1, {"rank": 3}, [dict(step=1, val_loss=1.0, seconds=1.0)])
     file.write_bytes(damaged(file.read_bytes(), where, how)[:cut])
-    unchanged(model, lambda: state.load_state(file, model, optimizer))
+    unchanged(model, lambda: load_state(file, model, optimizer))
 
 
 @cases

@@ -7,8 +7,8 @@ import statistics
 import pytest
 from conftest import ROOT
 
+from compare import spread
 from experiments import bench, tables
-from experiments.compare import spread
 
 RESULTS = (ROOT / "RESULTS.md").read_text()
 

@@ -17,8 +17,8 @@ import data
 import train
 from checkpoints import hub
 from checkpoints.pretrained import from_pretrained
-from data import metrics, sets
-from evaluation import decoding, evaluate
+from data import sets
+from evaluation import decoding, evaluate, metrics
 
 ROWS = {  # one row of each split, as the hub's
     "svamp": [{"ID": "chal-1", "Body": "Dan has 8 pens and lost 2 pens.", "Question": "How many has he?",

@@ -15,13 +15,14 @@ from test_checkpoint import peft_logits, relative
 import data
 import generate
 import train
-from checkpoints import adapters, state
+from checkpoints import adapters
 from checkpoints.pretrained import MODELS, from_pretrained, save_pretrained
 from data import reviews
 from evaluation import evaluate, plots
-from experiments import vocabulary
 from methods import METHODS
 from model import RoBERTa, RobertaConfig
+from pretraining import vocabulary
+from run import folder
 
 FAST = ["--rank", "4", "--steps", "6", "--batch-size", "8", "--eval-every", "2", "--lr", "1e-2"]
 
@@ -147,14 +148,14 @@ def test_logits_come_in_the_order_of_the_examples(small_roberta):
 
 def test_the_best_checkpoint_is_the_one_that_is_kept(tmp_path, small_roberta, monkeypatch):
     """Accuracies .5, .7, .6 at steps 2, 4, 6: step 4 is reported, exported and merged, also after resuming."""
-    real, found = train.validate, iter([0.5, 0.7, 0.6])
+    real, found = train.evaluate.validate, iter([0.5, 0.7, 0.6])
     states = {}
 
     def validate(model, *rest):
         values = {**real(model, *rest), "accuracy": next(found)}
         states[values["accuracy"]] = {k: v.clone() for k, v in model.state_dict().items()}
         return values
-    monkeypatch.setattr(train, "validate", validate)
+    monkeypatch.setattr(train.evaluate, "validate", validate)
     flags = command(small_roberta, tmp_path, "--dataset", "reviews", "--save-merged")
     result = train.main(flags)
     assert result["selected"] == {"step": 4, "by": "validation accuracy"}
@@ -486,12 +487,12 @@ def test_a_resumed_run_ends_with_the_numbers_of_an_uninterrupted_one(
             flags += ["--" + name.replace("_", "-")] + [value] * (value is not True)
     whole = train.main(command(base, tmp_path / "a", *flags))
 
-    def stop(path, model, optimizer, step, *rest, real=state.save_state):
+    def stop(path, model, optimizer, step, *rest, real=folder.save_state):
         real(path, model, optimizer, step, *rest)
         if step == stopped:
             raise KeyboardInterrupt
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
-        patched.setattr(state, "save_state", stop)
+        patched.setattr(folder, "save_state", stop)
         train.main(command(base, tmp_path / "b", *flags))
     resumed = train.main(command(base, tmp_path / "b", *flags, "--resume"))
     assert all(resumed.get(name) == whole.get(name) for name in ("metrics", "ranks", "selected"))
@@ -649,8 +650,8 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(
     monkeypatch.setattr(train, "one_step", lambda *args: steps.append(args) or (
         torch.tensor([math.nan, 1.0]) if len(steps) == 5 else real(*args)))
     assert "is not finite at step 5" in refused(capsys, command(base, tmp_path / "other"))
-    assert {p.name for p in (tmp_path / "other").iterdir()} == set(state.STATE)
-    assert state.read_state(tmp_path / "other" / state.STATE[0])[1] == 4
+    assert {p.name for p in (tmp_path / "other").iterdir()} == set(folder.STATE)
+    assert folder.read_state(tmp_path / "other" / folder.STATE[0])[1] == 4
 
 
 def test_damaged_checkpoints(tmp_path, base, capsys):

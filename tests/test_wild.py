@@ -21,15 +21,15 @@ from test_train import FAST, command, few_records, refused  # noqa: F401
 import data
 import generate
 import train
-from checkpoints import adapters, state, tokenizers
+from checkpoints import adapters, tokenizers
 from checkpoints.files import read_csv
-from checkpoints.pretrained import from_pretrained, locate
+from checkpoints.pretrained import from_pretrained, load, locate, save_merged
 from checkpoints.weights import fingerprint_weights, weight_files
 from data import sets, text
 from data.files import read_rows
 from data.tasks import Write
 from evaluation import decoding
-from evaluation.printing import print_table
+from run.report import print_table
 
 transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
 peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
@@ -164,7 +164,7 @@ def test_gpt2s_own_vocabulary_reaches_merged(tmp_path, capsys):
         merged, model = tmp_path / f"out-{folder.name}", from_pretrained(folder)
         tokenizer = tokenizers.load(folder, 50304)
         assert line in capsys.readouterr().out
-        state.save_merged(merged, model, folder, tokenizer)
+        save_merged(merged, model, folder, tokenizer)
         theirs = transformers.AutoTokenizer.from_pretrained(merged)
         assert theirs("Hello there")["input_ids"] == tokenizer.encode_ordinary("Hello there")
         assert theirs.eos_token_id == 50256
@@ -295,13 +295,13 @@ def test_the_head_of_another_task_is_left_out(tmp_path, cls, left, capsys):
     so."""
     gpt = cls.startswith("GPT2")
     theirs = (their_gpt2 if gpt else their_roberta)(tmp_path, cls)
-    model, idx = from_pretrained(tmp_path, None if gpt else 2), torch.randint(3, 300, (2, 9))
+    (model, found), idx = load(tmp_path, None if gpt else 2), torch.randint(3, 300, (2, 9))
     fresh = "has no head for 2 labels: a fresh one is trained from scratch"
     fresh += f" (left out: {left})" * bool(left)
     said = f"left out is {left}, the head of another task" * bool(left) if gpt else fresh
     out = capsys.readouterr().out
     assert (said + "\n" in out and out.startswith("head ")) if said else not out
-    assert model.fresh_head != gpt
+    assert found.fresh_head != gpt
     body = theirs.base_model(idx).last_hidden_state.detach()
     assert relative(model.ln_f(model.hidden(idx)) if gpt else model.hidden(idx), body) < 1e-5
 
@@ -379,10 +379,10 @@ def test_labels_are_matched_by_name(tmp_path, task, names, order, line, capsys):
     theirs.save_pretrained(tmp_path)
     labels = data.about(f"glue/{task}", "LABELS")
     capsys.readouterr()
-    model, idx = from_pretrained(tmp_path, labels=labels), torch.randint(3, 300, (4, 9))
+    (model, found), idx = load(tmp_path, labels=labels), torch.randint(3, 300, (4, 9))
     out = capsys.readouterr().out
     assert (line in out) if line else not out
-    assert relative(model(idx)[0], theirs(idx).logits.detach()[:, order]) < 1e-5 and model.labels == labels
+    assert relative(model(idx)[0], theirs(idx).logits.detach()[:, order]) < 1e-5 and found.labels == labels
 
 
 def test_a_head_that_does_not_fit_its_labels_is_refused(tmp_path):
@@ -450,8 +450,8 @@ def test_a_longer_run_follows_the_schedule_of_all_its_steps(tmp_path, base):
     train.main(command(base, tmp_path, "--steps", 4))
     train.main(["--resume", "--out", str(tmp_path), "--steps", "8"])
     rates = [float(row["lr"]) for row in read_csv(tmp_path / "log.csv")]  # the log has both halves
-    args = train.parse(command(base, tmp_path / "x", "--steps", 8))
-    assert rates == [train.lr_at(*at, args) for at in ((2, 4), (4, 4), (6, 8), (8, 8))]
+    settings = train.parse(command(base, tmp_path / "x"))
+    assert rates == [train.lr_at(step, settings.but(steps=steps)) for step, steps in ((2, 4), (4, 4), (6, 8), (8, 8))]
 
 
 def test_a_refusal_to_resume_names_what_the_user_gave(tmp_path, base, capsys):
@@ -656,7 +656,7 @@ def test_adapters_of_bare_models_load(tmp_path, make, cls, target, capsys):
     adapters.load_adapter(model, tmp_path / "a")
     bare = theirs(idx).last_hidden_state.detach()
     assert relative(model.ln_f(model.hidden(idx)) if model.causal else model.hidden(idx), bare) < 1e-5
-    assert ("has no head for this task: a fresh one is trained from scratch" in capsys.readouterr().out) == (
+    assert ("has no head for this task: the model's own stays" in capsys.readouterr().out) == (
         not model.causal)
 
 

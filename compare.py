@@ -1,6 +1,6 @@
 """A grid of train.py's runs, fair and resumable: rows x ranks x learning rates x seeds -> one csv and one picture.
 
-    python -m experiments.compare out/demo --row "LoRA: --method lora" --row "mine: --method reslora --pre-num 2" \\
+    python compare.py out/demo --row "LoRA: --method lora" --row "mine: --method reslora --pre-num 2" \\
         --lr 1.2e-2 2.4e-2 --seeds 3 --best-lr -- --dataset restaurants --rank 16
 
 All flags after -- go to every run. With --best-lr each row, at each rank, tries all learning rates on the first seed,
@@ -32,12 +32,12 @@ from tqdm import tqdm
 import data
 from checkpoints.files import check_writable, read_csv, write, write_csv
 from checkpoints.pretrained import ROOT, from_pretrained
-from checkpoints.state import Diverged, best_step
 from data import Dataset
 from evaluation import evaluate
 from evaluation.plots import picture
 from methods import METHODS
-from settings import Parser, command
+from run.flags import Parser, command
+from run.folder import Diverged, best_step
 
 RESULTS = ROOT / "experiments/results"
 
@@ -139,11 +139,13 @@ def folder(flags):
 
 def code():
     """Fingerprint of all files that decide a run's numbers beside its flags: models, methods, data, training."""
-    digest, root = hashlib.sha256(), Path(__file__).resolve().parent.parent
-    for folder in (".", "baselines", "checkpoints", "data", "evaluation", "experiments/recipes"):
-        patterns = "*.py", "*.args", "*/config.json"
-        for file in sorted(file for pattern in patterns for file in (root / folder).glob(pattern)):
-            digest.update(file.read_bytes() if file.name != "generate.py" else b"")
+    digest, root = hashlib.sha256(), Path(__file__).resolve().parent
+    folders = ".", "baselines", "checkpoints", "data", "evaluation", "run", "experiments/recipes"
+    files = sorted(file for folder in folders for pattern in ("*.py", "*.args", "*/config.json")
+                   for file in (root / folder).glob(pattern))
+    for file in files:
+        if file.name not in ("generate.py", "compare.py"):
+            digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -181,9 +183,9 @@ def only_train(out, known):
     """known["trained"]: what result.json says of a run that was not measured on the test split."""
     import train
     run = train.Run(train.parse([*known["flags"], "--out", str(out)]))
-    run.log.first = run.adapter.begin(run.layers, run.args.steps)
+    run.log.first = run.adapter.begin(run.layers, run.settings.steps)
     rows = train.fit(run)
-    known["trained"] = {"settings": {**run.settings, "device": str(run.args.device)}, "metrics": {},
+    known["trained"] = {"settings": {**run.identity, "device": str(run.settings.device)}, "metrics": {},
                         "parameters": run.parameters, "seconds": {"training": rows[-1]["seconds"]},
                         "selected": {"step": best_step(rows, run.log.first), "by": f"validation {run.data.metric}"}}
 

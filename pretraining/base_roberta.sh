@@ -1,14 +1,13 @@
 #!/bin/sh
 # The shipped RoBERTa, data/tiny-roberta, from scratch: its vocabulary, its weights by masked words, then fp16.
-# sh experiments/base_roberta.sh [STEPS]        about half an hour on one core
+# sh pretraining/base_roberta.sh [STEPS]        about half an hour on one core
 set -e
 cd "$(dirname "$0")/.."
 python - <<'EOS'
 import torch
 from checkpoints.pretrained import save_pretrained
-from data import opinions
-from experiments import vocabulary
 from model import RoBERTa, RobertaConfig
+from pretraining import opinions, vocabulary
 torch.manual_seed(0)
 folder = "out/roberta-init"
 model = RoBERTa(RobertaConfig(vocab_size=1024, max_position_embeddings=130, hidden_size=128, num_hidden_layers=4,

@@ -1,15 +1,16 @@
-"""The state of a run: one file to resume from, so that it is never half of one step and half of another.
+"""A run folder, and the one file in it to resume from, so that a state is never half of one step and
+half of another. The folder holds
 
-A run folder holds
-    adapter_config.json, adapter_model.safetensors    the adapter as an ordinary LoRA, as PEFT loads it
-    resume.safetensors                                everything that training changes, to go on from there
+    adapter_config.json, adapter_model.safetensors    the adapter as an ordinary LoRA, for PEFT
+    resume.safetensors                                everything that training changes
     result.json, log.csv, curve.png, merged/          for people, and for `transformers`
     ranks.png                                         of a method that moves ranks between layers
-Only JSON and safetensors are ever read back.
+
+Only JSON and safetensors are ever read back. The identity of a run is what makes it this one and no
+other: its settings, with fingerprints of the base and the data. result.json has it as "settings".
 """
 import json
 import math
-import shutil
 from pathlib import Path
 
 import torch
@@ -17,10 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from checkpoints import tokenizers
-from checkpoints.adapters import fingerprint_adapter
+from checkpoints.adapters import fingerprint_adapter, load_adapter
 from checkpoints.files import check_keys, fingerprint, read_json, read_safetensors, write, write_csv
-from checkpoints.pretrained import MODELS, save_pretrained
-from checkpoints.weights import fingerprint_weights, stored_dtype
+from checkpoints.pretrained import MODELS
+from checkpoints.weights import fingerprint_weights
+from lora import LoRALinear
+from methods import adapt
 
 STATE = "resume.safetensors", "log.csv"
 RESULTS = ("result.json", "curve.png", "ranks.png", "adapter_config.json", "adapter_model.safetensors",
@@ -36,30 +39,6 @@ def clear(folder, names):
         (folder / "merged").rmdir()
 
 
-def save_merged(folder, model, source, tokenizer):
-    """The merged model as a checkpoint folder of its own, with the tokenizer of the folder it came from, and what its
-    config.json said beside what we write anew. Texts end with the token that they were trained to end with.
-
-    A base in bfloat16 stays so: the model's own weights are then rounded too, as they are written; returns True."""
-    half = torch.bfloat16 in (stored_dtype(source), model.wte.weight.dtype)
-    labels = "id2label", "label2id", "num_labels", "problem_type"
-    kept = {key: value for key, value in read_json(source / "config.json").items()
-            if key not in (*labels, "dtype", "torch_dtype", "rope_parameters", "transformers_version")}
-    if model.causal:
-        kept.update(bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos)
-    save_pretrained(model, folder, torch.bfloat16 if half else None, kept)
-    files = [name for name in tokenizers.FILES if (source / name).exists()]
-    for name in files:
-        write(folder / name, lambda part, name=name: shutil.copyfile(source / name, part))
-    if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
-        tokenizer.save(folder, roberta=not model.causal)
-    if half:
-        print(f"merged   {folder} is in bfloat16, as the base is")
-        for p in model.parameters():
-            p.data = p.data.bfloat16().to(p.dtype)
-    return half
-
-
 def changing(model):
     """{name: tensor} of all that training changes: what has gradients, buffers, and weights that a method moves."""
     moved = {f"{name}.weight" for name, m in model.named_modules() if getattr(m, "moves_weight", False)}
@@ -67,18 +46,26 @@ def changing(model):
             if t.requires_grad or name in moved or not isinstance(t, torch.nn.Parameter)}
 
 
-def identity(settings, source, pairs, processes):
-    """The settings of a run, as they are written down, with fingerprints of the base and the data."""
+def adapters_of(model, settings):
+    """(class, layers): `methods.adapt`, or with init_from the adapter of that folder. settings: a
+    dict, of a run or of its result.json."""
+    if settings.get("init_from"):
+        return LoRALinear, load_adapter(model, settings["init_from"], settings["dropout"])
+    return adapt(model, settings)
+
+
+def identify(settings, source, pairs, processes):
+    """The settings of a run as they are written down. source: the base's folder."""
     left_out = "resume", "out", "device", "amp", "base_dtype", "epochs"
-    settings = {name: value for name, value in settings.items() if name not in left_out}
-    settings["processes"] = processes
-    if settings["model"] not in MODELS and Path(settings["model"]).is_dir():
-        settings["model"] = str(source.resolve())  # from wherever the run is read
-    if settings["init_from"]:
-        settings["init_from"] = str(Path(settings["init_from"]).resolve())
-        settings["init_weights"] = fingerprint_adapter(settings["init_from"])
+    about = {name: value for name, value in vars(settings).items() if name not in left_out}
+    about["processes"] = processes
+    if about["model"] not in MODELS and Path(about["model"]).is_dir():
+        about["model"] = str(source.resolve())  # from wherever the run is read
+    if about["init_from"]:
+        about["init_from"] = str(Path(about["init_from"]).resolve())
+        about["init_weights"] = fingerprint_adapter(about["init_from"])
     small = (source / name for name in ("config.json", *tokenizers.FILES))
-    return {**settings, "base_weights": fingerprint_weights(source),
+    return {**about, "base_weights": fingerprint_weights(source),
             "base_files": fingerprint([file.read_bytes() for file in small if file.exists()]),
             "data": fingerprint(pairs)}
 
@@ -101,31 +88,31 @@ def difference(before, now, free=FREE):
     return None
 
 
-def check_replaceable(folder, settings):
-    """A run may replace one with the same settings, and no other. ValueError if `folder` holds another one."""
+def check_replaceable(folder, identity):
+    """A run may replace one with the same identity, and no other. ValueError if `folder` holds another."""
     result, resume = folder / "result.json", folder / STATE[0]
     if result.exists():
         before = read_json(result).get("settings")
     else:
-        before = read_settings(resume) if resume.exists() else {}
+        before = read_identity(resume) if resume.exists() else {}
     before = before if isinstance(before, dict) else {}
-    both = before.keys() & settings.keys()
-    other = difference(*({key: value[key] for key in both} for value in (before, settings)))
+    both = before.keys() & identity.keys()
+    other = difference(*({key: value[key] for key in both} for value in (before, identity)))
     if other:
         raise ValueError(f"{folder} holds another run ({other}): choose another --out, or remove that folder")
 
 
-def check_resume(folder, settings, method):
-    """How many steps a run has done; ValueError if it cannot go on with these settings. method: its methods.Method."""
+def check_resume(folder, identity, method):
+    """How many steps a run has done; ValueError if it cannot go on with this identity. method: its methods.Method."""
     _, step, _, before = read_state(folder / STATE[0])
-    other = difference(before, settings, (*FREE, *method.merge_only_flags, "steps"))
+    other = difference(before, identity, (*FREE, *method.merge_only_flags, "steps"))
     if other:
         how = f", or go on from its adapter with --init-from {folder}" * (folder / "adapter_config.json").exists()
         raise ValueError(f"cannot resume {folder}: {other}. Start a new run with another --out{how}")
-    if settings["steps"] < step:
-        raise ValueError(f"cannot resume {folder} for {settings['steps']} steps: it has done {step} already")
-    if method.fixed_length and settings["steps"] != before.get("steps"):
-        raise ValueError(f"cannot resume {folder} for {settings['steps']} steps: {settings['method']} has planned its "
+    if identity["steps"] < step:
+        raise ValueError(f"cannot resume {folder} for {identity['steps']} steps: it has done {step} already")
+    if method.fixed_length and identity["steps"] != before.get("steps"):
+        raise ValueError(f"cannot resume {folder} for {identity['steps']} steps: {identity['method']} has planned its "
                          f"ranks for {before.get('steps')}")
     return step
 
@@ -140,8 +127,8 @@ class Log:
     first: the first step whose weights may be kept, see `begin` of a method. saved: the last step in the run folder.
     """
 
-    def __init__(self, folder, settings, metric):
-        self.folder, self.settings, self.metric = folder, settings, metric
+    def __init__(self, folder, identity, metric):
+        self.folder, self.identity, self.metric = folder, identity, metric
         self.rows, self.best, self.first, self.saved = [], {}, 1, 0
 
     @property
@@ -162,7 +149,7 @@ class Log:
         for number, values in enumerate(readings, step - len(readings) + 1):
             if not all(map(math.isfinite, values)):
                 raise Diverged(f"loss or gradient is not finite at step {number}: stopped; {self.where()}. "
-                               f"A lower --lr than {self.settings['lr']:g} may help")
+                               f"A lower --lr than {self.identity['lr']:g} may help")
 
     def add(self, row, values, ranks):
         """A row of the log; values: the metrics of its validation or {}, ranks: of the layers or None."""
@@ -184,14 +171,14 @@ class Log:
             self.best = {name: t.detach().to("cpu", copy=True) for name, t in changing(model).items()}
         if not self.saved:  # what an earlier run has left goes, now that this one has something to show
             clear(self.folder, STATE + RESULTS)
-        save_state(self.folder / STATE[0], model, optimizer, self.step, self.settings, self.rows, self.best, self.first)
+        save_state(self.folder / STATE[0], model, optimizer, self.step, self.identity, self.rows, self.best, self.first)
         write_csv(self.folder / STATE[1], self.rows)
         self.saved = self.step
 
     def resume(self, model, optimizer):
         """Go on from the state in the run folder."""
         self.saved, self.rows, self.best, before = load_state(self.folder / STATE[0], model, optimizer, self.first)
-        steps, schedule = self.settings["steps"], self.settings["schedule"]
+        steps, schedule = self.identity["steps"], self.identity["schedule"]
         longer = (f", for {steps} steps instead of {before['steps']}: from here on the learning rate is that of the "
                   f"{schedule} schedule over {steps} steps") if steps != before["steps"] else ""
         print(f"resume   {self.folder} after step {self.saved}{longer}")
@@ -211,9 +198,9 @@ def best_step(rows, first=1):
     return max(validated, key=lambda row: (row[metric] if metric else 0, -row["val_loss"]))["step"]
 
 
-def save_state(path, model, optimizer, step, settings, rows, best=None, first=1):
+def save_state(path, model, optimizer, step, identity, rows, best=None, first=1):
     """Weights, optimizer, random state, the weights `best` of an earlier step if they were better, and as metadata the
-    step, the settings and the rows of log.csv."""
+    step, the identity and the rows of log.csv."""
     tensors = {f"model.{name}": t for name, t in changing(model).items()}
     if best_step(rows, first) != step:
         tensors.update({f"best.{name}": t for name, t in best.items()})
@@ -223,37 +210,37 @@ def save_state(path, model, optimizer, step, settings, rows, best=None, first=1)
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    metadata = {"step": step, "settings": settings, "rows": rows}
+    metadata = {"step": step, "settings": identity, "rows": rows}
     metadata = {key: json.dumps(value) for key, value in metadata.items()}
     write(path, lambda part: save_file(tensors, part, metadata))
 
 
-def read_settings(path):
-    """The settings in resume.safetensors, without its tensors."""
+def read_identity(path):
+    """The identity in resume.safetensors, without its tensors."""
     return read_state(path, weights=False)[3]
 
 
 def read_state(path, weights=True):
-    """(tensors, step, rows, settings) of resume.safetensors; ValueError when absent or damaged. weights: False leaves
+    """(tensors, step, rows, identity) of resume.safetensors; ValueError when absent or damaged. weights: False leaves
     the tensors where they are."""
     if not path.exists():
         raise ValueError(f"there is nothing to resume: {path} does not exist")
     try:
         with safe_open(path, "pt") as f:
-            step, settings, rows = (json.loads(f.metadata()[key]) for key in ("step", "settings", "rows"))
+            step, identity, rows = (json.loads(f.metadata()[key]) for key in ("step", "settings", "rows"))
             tensors = {key: f.get_tensor(key) for key in f.keys()} if weights else {}
         steps = [row["step"] for row in rows]
         if not (type(step) is int and steps[-1] == step and steps == sorted(set(steps)) and steps[0] > 0):
             raise ValueError(f"its step is {step}, those of its log are {steps[-3:]}")
         if not all(row.keys() == rows[0].keys() for row in rows):
             raise ValueError("the rows of its log have different columns")
-        settings.keys(), best_step(rows), rows[-1]["seconds"] + 0  # fail here if these are not the rows of a log
+        identity.keys(), best_step(rows), rows[-1]["seconds"] + 0  # fail here if these are not the rows of a log
         for name, t in tensors.items():
             if t.is_floating_point() and not t.isfinite().all():
                 raise ValueError(f"{name} holds NaN or inf")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as e:
         raise ValueError(f"{path} is damaged: {e!r}") from None
-    return tensors, step, rows, settings
+    return tensors, step, rows, identity
 
 
 def weights_of(tensors, kind, model, path):
@@ -280,9 +267,9 @@ def put(model, weights):
 def load_state(path, model, optimizer, first=1):
     """Put a saved state back into a model and an optimizer made with the same settings.
 
-    Returns its step, its rows, the weights of the best step so far, and the settings that it began with.
+    Returns its step, its rows, the weights of the best step so far, and the identity that it began with.
     """
-    tensors, step, rows, settings = read_state(path)
+    tensors, step, rows, identity = read_state(path)
     weights = weights_of(tensors, "model.", model, path)
     best = weights if best_step(rows, first) == step else weights_of(tensors, "best.", model, path)
     state = {}
@@ -307,4 +294,21 @@ def load_state(path, model, optimizer, first=1):
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return step, rows, best, settings
+    return step, rows, best, identity
+
+
+def known_base_report(beside, identity, device):
+    """{metric: value} of the base on the test split, if a finished run in the folder `beside` has it
+    for the same base and the same texts, else None."""
+    same = ("base_weights", "base_files", "init_weights", "dataset", "data", "metric", "context", "dtype")
+    for path in sorted(beside.glob("*/result.json")):
+        try:
+            result = read_json(path)
+            before, values = result["settings"], result["metrics"]["base"]
+            if (all(before.get(name) == identity.get(name) for name in same) and values["loss"] + 0 < math.inf
+                    and before["device"] == str(device) and result["versions"]["torch"] == torch.__version__):
+                print(f"evaluate the base: its report is that of {path}", flush=True)
+                return values
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
+            continue  # no result of ours, or a damaged one, which is not this run's business
+    return None

@@ -1,14 +1,13 @@
 #!/bin/sh
 # The shipped base, data/tiny-gpt, from scratch: its vocabulary, its weights, then fp16. About an hour on two cores.
-# sh experiments/base.sh [STEPS]
+# sh pretraining/base.sh [STEPS]
 set -e
 cd "$(dirname "$0")/.."
 python - <<'EOF'
 import torch
 from checkpoints.pretrained import save_pretrained
-from data import world
-from experiments import vocabulary
 from model import GPT, GPTConfig
+from pretraining import vocabulary, world
 torch.manual_seed(0)
 folder = "out/base-init"
 save_pretrained(GPT(GPTConfig(vocab_size=2048, n_positions=256, n_embd=128, n_layer=6, n_head=4)), folder)

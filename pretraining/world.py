@@ -521,4 +521,4 @@ if __name__ == "__main__":
           f"lower case, {seconds:.1f} s")
     for writer in WRITERS:
         print(f"\n-- {writer.__name__}\n{writer(random.Random(4))}")
-    # python -m data.world: 20000 documents of 44 words (72 of 2,048 BPE tokens), about 2,550 distinct words
+    # python -m pretraining.world: 20000 documents of 44 words (72 of 2,048 BPE tokens), about 2,550 distinct words

@@ -1,0 +1,1 @@
+"""What surrounds a run: its flags, the machine, its folder, what it prints."""

@@ -1,0 +1,54 @@
+"""What a run prints: what it is going to do, three examples, and the table of results."""
+from data.tasks import Write
+from evaluation.evaluate import decode, evaluate
+
+
+def announce(settings, splits, cut, parameters, processes=1):
+    """Print what is about to be trained, on what, and how.
+
+    settings: a flags.Settings. splits: {split: its examples}, of whose texts `cut` were cut at the
+    context. parameters: {"trainable", "total"}."""
+    sizes = ", ".join(f"{len(examples)} {split}" for split, examples in splits.items())
+    cuts = f"; {cut} texts cut at {settings.context} tokens" * bool(cut)
+    print(f"data     {settings.dataset}: {sizes} examples{cuts}")
+    flags = ""
+    for name, value in settings.method_flags.items():
+        if value is not None:
+            flags += f", {name} {','.join(map(str, value)) if isinstance(value, list) else value}"
+    trainable, total = parameters["trainable"], parameters["total"]
+    print(f"method   {settings.method}{flags}; {trainable:,} of {total:,} parameters train "
+          f"({trainable / total:.2%})")
+    several = f", {processes} processes" * (processes > 1)
+    print(f"machine  {settings.device}, {settings.dtype}{several}; {settings.steps} steps of "
+          f"{settings.batch_size * settings.grad_accum * processes} examples, learning rate "
+          f"{settings.lr:g}")
+
+
+def print_examples(model, dataset, device, amp):
+    """Print what the trained model makes of three examples of the test split."""
+    pairs = dataset.pairs["test"]
+    pairs = pairs[:: max(1, len(pairs) // 3)][:3]
+    if dataset.labels:
+        examples, _ = dataset.task.encode(pairs)
+        _, logits = evaluate(model, examples, dataset.task, device, amp)
+        print()
+        for (texts, truth), row in zip(pairs, logits, strict=True):
+            if len(dataset.labels) == 1:
+                predicted, true = f"{row.item():.2f}", f"{truth:.2f}"
+            else:
+                predicted, true = dataset.labels[row.argmax()], dataset.labels[truth]
+            print(f"{' / '.join(texts)}\n  -> {predicted} ({true})")
+    elif isinstance(dataset.task, Write):
+        written = decode(model, pairs, dataset.tokenizer, amp, between=dataset.task.between)
+        for prompt, text, (record, reference) in zip(*written, pairs, strict=True):
+            print(f"\n{prompt}\n  -> {text}" + f"\n  ref {reference}" * bool(record))
+
+
+def print_table(title, metrics):
+    """{stage: {metric: value}} as a table."""
+    widths = {name: max(12, len(name) + 2) for values in metrics.values() for name in values}
+    print(f"\n{title:28}" + "".join(f"{name:>{width}}" for name, width in widths.items()))
+    for stage, values in metrics.items():
+        cells = (f"{values[name]:{width}.4f}" if name in values else " " * width
+                 for name, width in widths.items())
+        print(f"{stage:28}" + "".join(cells))
