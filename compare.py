@@ -1,13 +1,15 @@
-"""A grid of train.py's runs, fair and resumable: rows x ranks x learning rates x seeds -> one csv and one picture.
+"""A grid of train.py's runs, fair and resumable: rows x ranks x learning rates x seeds -> one csv
+and one picture.
 
-    python compare.py out/demo --row "LoRA: --method lora" --row "mine: --method reslora --pre-num 2" \\
-        --lr 1.2e-2 2.4e-2 --seeds 3 --best-lr -- --dataset restaurants --rank 16
+    python compare.py out/demo --lr 1.2e-2 2.4e-2 --seeds 3 --best-lr --row "LoRA: --method lora" \\
+        --row "mine: --method reslora --pre-num 2" -- --dataset restaurants --rank 16
 
-All flags after -- go to every run. With --best-lr each row, at each rank, tries all learning rates on the first seed,
-and only the rate that validates best runs the other seeds. The csv keeps every run, and its column `best` marks these
-rates. A grid may be stopped and started again: a finished run is never repeated, in any grid. Runs lie in out/compare,
-and the column `run` names their folder. With --long, for runs of many minutes, the csv grows run by run and is read
-back, so that it can be gone on with where out/compare is lost, and only the chosen rates see the test split.
+All flags after -- go to every run. With --best-lr each row, at each rank, tries all learning rates
+on the first seed, and only the rate that validates best runs the other seeds. The csv keeps every
+run, and its column `best` marks these rates. A grid may be stopped and started again: a finished
+run is never repeated, in any grid. Runs lie in out/compare, and the column `run` names their
+folder. With --long, for runs of many minutes, the csv grows run by run and is read back, so that it
+can be gone on with where out/compare is lost, and only the chosen rates see the test split.
 experiments/*.sh are the comparisons of RESULTS.md.
 """
 import contextlib
@@ -44,8 +46,8 @@ RESULTS = ROOT / "experiments/results"
 # The same for a method in every picture, in grey and without colours too: colour, marker, line
 STYLES = {"lora": ("C0", "o", "-"), "rslora": ("C1", "s", "--"), "input": ("C2", "^", "-"),
           "block": ("C4", "D", "--"), "middle": ("C3", "v", "-."), "deltalora": ("C5", "X", "--"),
-          "adalora": ("C6", "p", ":"), "dylora": ("C7", "h", ":"), "loha": ("C8", "<", "-."), "lokr": ("C9", ">", "-."),
-          "full": ("0.35", "P", ":")}
+          "adalora": ("C6", "p", ":"), "dylora": ("C7", "h", ":"), "loha": ("C8", "<", "-."),
+          "lokr": ("C9", ">", "-."), "full": ("0.35", "P", ":")}
 
 
 class Also(str):
@@ -56,22 +58,27 @@ def parse(argv):
     parser = Parser("compare.py", __doc__)
     add = parser.add_argument
     add("to", type=Path, help="PATH of PATH.csv and PATH.png")
-    add("--row", action="append", required=True, help='"LABEL: flags of train.py", one for each line of the table')
+    add("--row", action="append", required=True, help='"LABEL: flags of train.py", one for each '
+        'line of the table')
     add("--also", dest="row", action="append", type=Also, help="a row that --quick leaves out")
-    add("--lr", nargs="+", type=float, required=True, help="rates; a row may have its own, behind --lr in its flags")
+    add("--lr", nargs="+", type=float, required=True, help="rates; a row may have its own, behind "
+        "--lr in its flags")
     add("--rank", nargs="+", type=int, help="ranks")
     add("--seeds", type=int, default=1, help="how many, from 0 (1)")
-    add("--best-lr", action="store_true", help="all seeds only at the rate with the best validation of seed 0")
-    add("--long", action="store_true", help="runs of PATH.csv are taken from it, each finished one is written to it; "
-        "only the chosen rates are measured on the test split")
-    add("--quick", action="store_true", help="one seed, at the rates that PATH.csv calls best, of ranks the first "
-        "and the last; into out/quick")
-    add("--jobs", type=int, help="runs at a time, one thread each (one for each core, on a GPU at most 4)")
+    add("--best-lr", action="store_true", help="all seeds only at the rate with the best "
+        "validation of seed 0")
+    add("--long", action="store_true", help="runs of PATH.csv are taken from it, each finished one "
+        "is written to it; only the chosen rates are measured on the test split")
+    add("--quick", action="store_true", help="one seed, at the rates that PATH.csv calls best, of "
+        "ranks the first and the last; into out/quick")
+    add("--jobs", type=int, help="runs at a time, one thread each (one for each core, on a GPU at "
+        "most 4)")
     add("--plot", choices=("rows", "rank", "lr", "step", "none"), default="rows",
         help="what the picture's axis is (rows)")
     add("--metric", default="merged loss", help="what it shows: a column of the csv (merged loss)")
     add("--title", default="")
-    add("--forgetting", help="a dataset whose loss is measured before and after, the pretraining text")
+    add("--forgetting", help="a dataset whose loss is measured before and after, the pretraining "
+        "text")
     argv = list(sys.argv[1:] if argv is None else argv)
     own = argv[:argv.index("--")] if "--" in argv else argv
     args = parser.parse_args(own)
@@ -87,12 +94,15 @@ def parse(argv):
         label, colon, flags = row.partition(":")
         label, flags = label.strip(), words(flags)
         if not colon or not slug(label) or slug(label) in slugs:
-            raise ValueError(f"--row {row!r} is not 'LABEL: flags', with letters and numbers that no other label has")
+            raise ValueError(f"--row {row!r} is not 'LABEL: flags', with letters and numbers that "
+                             "no other label has")
         for flag in ("--seed", "--out", *["--rank"] * bool(args.rank)):
             if flag in flags + args.flags:
-                raise ValueError(f"{flag} is set by the grid: take it out of row {label!r} and from behind --")
+                raise ValueError(f"{flag} is set by the grid: take it out of row {label!r} and "
+                                 "from behind --")
         slugs.add(slug(label))
-        args.rows[label], args.rates[label] = own_rates(flags) if "--lr" in flags else (flags, args.lr)
+        args.rows[label], args.rates[label] = (own_rates(flags) if "--lr" in flags
+                                               else (flags, args.lr))
     if "--lr" in args.flags:
         raise ValueError("--lr is set by the grid: take it out from behind --")
     if len(args.rank) > 1 and args.plot != "rank":
@@ -116,29 +126,32 @@ def own_rates(flags):
 def words(flags):
     """"--a=1 --b 2" or a list of such -> ["--a", "1", "--b", "2"]"""
     flags = shlex.split(flags) if isinstance(flags, str) else flags
-    return [part for word in flags for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    return [part for word in flags
+            for part in (word.split("=", 1) if word.startswith("--") else [word])]
 
 
 def slug(label):
     return re.sub(r"\W+", "-", label).strip("-").lower()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One run
 
 def folder(flags):
-    """Of a run: the same flags on the same kind of device, in whatever order, are the same run in every grid; the last
-    of a flag counts."""
+    """Of a run: the same flags on the same kind of device, in whatever order, are the same run in
+    every grid; the last of a flag counts."""
     pairs = [pair.split() for pair in " ".join(map(str, flags)).split("--")]
     last = sorted({tuple(pair[:1]): pair for pair in pairs}.values())
     device = next((pair[1] for pair in last if pair[:1] == ["device"]), "auto")
     if device.startswith("cuda") or device == "auto" and torch.cuda.is_available():
-        last.append(["on", "cuda"])  # in bf16 unless --dtype says otherwise: another run than that of a CPU
+        # in bf16 unless --dtype says otherwise: another run than that of a CPU
+        last.append(["on", "cuda"])
     return ROOT / "out/compare" / hashlib.sha256(json.dumps(last).encode()).hexdigest()[:12]
 
 
 def code():
-    """Fingerprint of all files that decide a run's numbers beside its flags: models, methods, data, training."""
+    """Fingerprint of all files that decide a run's numbers beside its flags: models, methods, data,
+    training."""
     digest, root = hashlib.sha256(), Path(__file__).resolve().parent
     folders = ".", "baselines", "checkpoints", "data", "evaluation", "run", "experiments/recipes"
     files = sorted(file for folder in folders for pattern in ("*.py", "*.args", "*/config.json")
@@ -150,12 +163,14 @@ def code():
 
 
 def cell(flags, forgetting=None, test=True):
-    """One run of train.py; its result.json, or {"diverged": why}. A finished run is read back. Without `test` it ends
-    after training, and the test split is measured when it is asked for."""
+    """One run of train.py; its result.json, or {"diverged": why}. A finished run is read back.
+    Without `test` it ends after training, and the test split is measured when it is asked for."""
     evaluate.SCORED = 0  # the tables are of losses and accuracies: no time for decoding
     out, flags = folder(flags), list(map(str, flags))
     done = out / "cell.json"
-    known = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {"flags": flags, "code": code()}
+    known = {"flags": flags, "code": code()}
+    if done.exists():
+        known = json.loads(done.read_text(encoding="utf-8"))
     also = known.setdefault("also", {})
     todo, found = [], out / "result.json"
     if "diverged" not in also and not found.exists() and (test or "trained" not in known):
@@ -164,8 +179,8 @@ def cell(flags, forgetting=None, test=True):
         todo.append(functools.partial(losses_on, forgetting))
     if todo:
         out.mkdir(parents=True, exist_ok=True)
-        with open(out.with_suffix(".txt"), "w", encoding="utf-8") as said, contextlib.redirect_stdout(said), \
-                contextlib.redirect_stderr(said):
+        with (open(out.with_suffix(".txt"), "w", encoding="utf-8") as printed,
+              contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed)):
             try:
                 for part in todo:
                     part(out, known)
@@ -175,7 +190,8 @@ def cell(flags, forgetting=None, test=True):
                 raise ValueError(f"{shlex.join(flags)}: {e}") from None
         out.mkdir(exist_ok=True)  # a run that left nothing has left no folder either
         write(done, lambda part: part.write_text(json.dumps(known), encoding="utf-8"))
-    result = json.loads(found.read_text(encoding="utf-8")) if found.exists() else known.get("trained", {})
+    result = (json.loads(found.read_text(encoding="utf-8")) if found.exists()
+              else known.get("trained", {}))
     return {**result, **known["also"], "also": known["also"], "stale": known.get("code") != code()}
 
 
@@ -185,15 +201,18 @@ def only_train(out, known):
     run = train.Run(train.parse([*known["flags"], "--out", str(out)]))
     run.log.first = run.adapter.begin(run.layers, run.settings.steps)
     rows = train.fit(run)
-    known["trained"] = {"settings": {**run.identity, "device": str(run.settings.device)}, "metrics": {},
-                        "parameters": run.parameters, "seconds": {"training": rows[-1]["seconds"]},
-                        "selected": {"step": best_step(rows, run.log.first), "by": f"validation {run.data.metric}"}}
+    known["trained"] = {"settings": {**run.identity, "device": str(run.settings.device)},
+                        "metrics": {}, "parameters": run.parameters,
+                        "seconds": {"training": rows[-1]["seconds"]},
+                        "selected": {"step": best_step(rows, run.log.first),
+                                     "by": f"validation {run.data.metric}"}}
 
 
 def whole(out, known):
     """A run from setup to result.json, from where `only_train` has left it if it has."""
     import train
-    train.train(train.parse([*known["flags"], "--out", str(out), *["--resume"] * ("trained" in known)]))
+    train.train(train.parse([*known["flags"], "--out", str(out),
+                             *["--resume"] * ("trained" in known)]))
 
 
 def trained(flags):
@@ -207,16 +226,19 @@ def trained(flags):
 
 
 def losses_on(dataset, out, known):
-    """known["also"]: the loss on the validation split of another dataset, of a finished run's base and merged model."""
+    """known["also"]: the loss on the validation split of another dataset, of a finished run's base
+    and merged model."""
     import generate
     merged, settings, source = generate.load_run(out)
     examples, task, base = before(dataset, source, settings["context"], settings["device"])
     known["also"].update({f"base loss on {dataset}": base,
-                          f"merged loss on {dataset}": loss_of(merged, examples, task, settings["device"])})
+                          f"merged loss on {dataset}": loss_of(merged, examples, task,
+                                                               settings["device"])})
 
 
 def loss_of(model, examples, task, device):
-    return evaluate.evaluate(model.to(device), examples, task, torch.device(device), contextlib.nullcontext())[0]
+    return evaluate.evaluate(model.to(device), examples, task, torch.device(device),
+                             contextlib.nullcontext())[0]
 
 
 @functools.cache
@@ -229,7 +251,8 @@ def before(dataset, source, context, device):
 
 
 def validation(out):
-    """(value, loss, better high?) of the checkpoint that a run kept: the value by the metric that chose it."""
+    """(value, loss, better high?) of the checkpoint that a run kept: the value by the metric that
+    chose it."""
     found = out / "result.json" if (out / "result.json").exists() else out / "cell.json"
     found = json.loads(found.read_text(encoding="utf-8"))
     selected = found.get("trained", found)["selected"]
@@ -243,81 +266,94 @@ def worth(args, key, results):
     if results[key].get("diverged"):
         return math.inf, math.inf
     if "row" in results[key]:  # of the csv, which knows no loss beside another metric
-        name = next(name for name, value in results[key].items() if name.startswith("validation ") and value)
+        name = next(name for name, value in results[key].items() if name.startswith("validation ")
+                    and value)
         return float(results[key][name]) * (1 if name == "validation loss" else -1), math.inf
     found, loss, high = validation(folder(flags_of(args, *key)))
     return -found if high else found, loss
 
 
 def pool(jobs, setup=None):
-    """Processes for `jobs` runs at a time, one thread each; `setup()` is called first in each of them."""
+    """Processes for `jobs` runs at a time, one thread each; `setup()` is called first in each of
+    them."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before a worker imports torch
     return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=setup)
 
 
 def flags_of(args, label, rank, lr, seed):
-    return [*args.flags, *args.rows[label], *(["--rank", rank] if rank is not None else []), "--lr", f"{lr:g}",
-            "--seed", seed]
+    return [*args.flags, *args.rows[label], *(["--rank", rank] if rank is not None else []), "--lr",
+            f"{lr:g}", "--seed", seed]
 
 
 def tidy(args, key, result, best):
     """The csv row of a run: what was run, what was chosen, what came out."""
     label, rank, lr, seed = key
     if "row" in result:
-        counts = {name: int(result[name]) if result.get(name) else None for name in ("rank", "trained")}
+        counts = {name: int(result[name]) if result.get(name) else None
+                  for name in ("rank", "trained")}
         return {**result, **counts, "lr": lr, "seed": seed, "best": int(best)}
     flags = list(map(str, flags_of(args, *key)))
     if "--data-dir" in flags:
         flags[flags.index("--data-dir") + 1] = "FOLDER"  # wherever it is
     if "diverged" in result:
         rank = int(flags[flags.index("--rank") + 1]) if "--rank" in flags else None
-        return {"row": label, "rank": rank, "lr": lr, "seed": seed, "best": int(best), "diverged": result["diverged"],
-                "run": folder(flags_of(args, *key)).name, "flags": shlex.join(flags)}
+        return {"row": label, "rank": rank, "lr": lr, "seed": seed, "best": int(best),
+                "diverged": result["diverged"], "run": folder(flags_of(args, *key)).name,
+                "flags": shlex.join(flags)}
     settings, out = result["settings"], folder(flags_of(args, *key))
     log = read_csv(out / "log.csv")
     late = log[-max(1, len(log) // 10):]  # the last tenth
-    row = {"row": label, "dataset": settings["dataset"], "method": settings["method"], "rank": settings["rank"],
-           "lr": settings["lr"], "seed": seed, "best": int(best), "trained": result["parameters"]["trainable"],
-           "kept step": result["selected"]["step"], result["selected"]["by"]: round(validation(out)[0], 5),
+    row = {"row": label, "dataset": settings["dataset"], "method": settings["method"],
+           "rank": settings["rank"], "lr": settings["lr"], "seed": seed, "best": int(best),
+           "trained": result["parameters"]["trainable"], "kept step": result["selected"]["step"],
+           result["selected"]["by"]: round(validation(out)[0], 5),
            "late training loss": round(sum(float(r["train_loss"]) for r in late) / len(late), 5),
            "late gradient norm": round(sum(float(r["grad_norm"]) for r in late) / len(late), 5)}
     for stage, values in result["metrics"].items():
-        names = ("unmerged", "merged") if stage == "trained" else (stage,)  # full fine-tuning: nothing to merge
-        row.update({f"{name} {metric}": round(value, 5) for name in names for metric, value in values.items()})
+        # full fine-tuning: nothing to merge
+        names = ("unmerged", "merged") if stage == "trained" else (stage,)
+        row.update({f"{name} {metric}": round(value, 5) for name in names
+                    for metric, value in values.items()})
     row.update({name: round(value, 5) for name, value in result["also"].items()})
     if settings["device"] != "cpu":
         row.update(device=torch.device(settings["device"]).type, dtype=settings["dtype"])
-    return {**row, "training seconds": result["seconds"]["training"], "run": out.name, "flags": shlex.join(flags)}
+    return {**row, "training seconds": result["seconds"]["training"], "run": out.name,
+            "flags": shlex.join(flags)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The grid
 
 class Grid:
-    """The runs of a grid as they are found: results {(label, rank, lr, seed): of `cell`, or a row of the csv}."""
+    """The runs of a grid as they are found: results {(label, rank, lr, seed): of `cell`, or a row
+    of the csv}."""
 
     def __init__(self, args, to, rates, workers, bar):
         self.args, self.to, self.rates, self.workers, self.bar = args, to, rates, workers, bar
         self.results, self.best, self.lock = {}, {}, threading.Lock()
         if args.long and to.exists():
             known = {row["run"]: row for row in read_csv(to)}
-            keys = {folder(flags_of(args, *key)).name: key for key in (
-                (*key, lr, seed) for key, some in rates.items() for lr in some for seed in range(args.seeds))}
+            keys = {folder(flags_of(args, *key)).name: key
+                    for key in ((*key, lr, seed) for key, some in rates.items() for lr in some
+                                for seed in range(args.seeds))}
             self.results = {keys[run]: row for run, row in known.items() if run in keys}
 
     def run(self, keys, test):
         """`cell` of each key that the csv does not know."""
-        jobs, other = {}, f"merged loss on {self.args.forgetting}" if self.args.forgetting else "merged loss"
+        jobs, other = ({}, f"merged loss on {self.args.forgetting}" if self.args.forgetting
+                       else "merged loss")
         for key in keys:
             known = self.results.get(key, {})
             measured = known.get("diverged") or known.get("merged loss") and known.get(other)
             if "row" in known and (measured or not test):
                 self.bar.update()
             else:
-                jobs[self.workers.submit(cell, flags_of(self.args, *key), self.args.forgetting, test)] = key
+                jobs[self.workers.submit(cell, flags_of(self.args, *key), self.args.forgetting,
+                                         test)] = key
         ended = queue.SimpleQueue()
         for job in jobs:
-            job.add_done_callback(ended.put)  # as_completed would wait for ever for a job that `all` cancels
+            # as_completed would wait for ever for a job that `all` cancels
+            job.add_done_callback(ended.put)
         for _ in jobs:
             job = ended.get()
             with self.lock:
@@ -327,16 +363,18 @@ class Grid:
             self.bar.update()
 
     def row(self, key):
-        """One row of the table, at one rank: its rates on the first seed, then all seeds at the best."""
+        """One row of the table, at one rank: its rates on the first seed, then all seeds at the
+        best."""
         args, some = self.args, self.rates[key]
         self.run([(*key, lr, 0) for lr in some], test=not args.long or not args.best_lr)
         self.best[key] = min(some, key=lambda lr: worth(args, (*key, lr, 0), self.results))
         chosen = [self.best[key]] if args.best_lr else some
-        self.run([(*key, lr, seed) for lr in chosen for seed in range(args.seeds) if seed or args.long], test=True)
+        self.run([(*key, lr, seed) for lr in chosen for seed in range(args.seeds) if seed
+                  or args.long], test=True)
 
     def all(self):
-        """As many rows at a time as runs, so that a long grid has finished rows early. The first run that fails stops
-        the rest."""
+        """As many rows at a time as runs, so that a long grid has finished rows early. The first
+        run that fails stops the rest."""
         with ThreadPoolExecutor(self.args.jobs) as rows:
             try:
                 for job in as_completed([rows.submit(self.row, key) for key in self.rates]):
@@ -349,13 +387,16 @@ class Grid:
 
     def rows(self):
         """The csv: what has diverged with every rate has no best one."""
-        keys = [(*key, lr, seed) for key, some in self.rates.items() for seed in range(self.args.seeds) for lr in some]
-        return [tidy(self.args, key, self.results[key], self.best.get(key[:2]) == key[2]
-                     and not self.results[*key[:3], 0].get("diverged")) for key in keys if key in self.results]
+        keys = [(*key, lr, seed) for key, some in self.rates.items()
+                for seed in range(self.args.seeds) for lr in some]
+        return [tidy(self.args, key, self.results[key],
+                     self.best.get(key[:2]) == key[2]
+                     and not self.results[*key[:3], 0].get("diverged")) for key in keys
+                if key in self.results]
 
 
 def compare(args, setup=None):
-    """Run what has not been run, write PATH.csv and PATH.png; returns the rows. setup: see `pool`."""
+    """Run what has not been run, write PATH.csv and PATH.png; return the rows; setup: `pool`."""
     import train
     # small models leave a GPU waiting for the CPU most of the time, so several runs share one
     args.jobs = args.jobs or min(os.cpu_count(), 4 if torch.cuda.is_available() else math.inf)
@@ -363,8 +404,10 @@ def compare(args, setup=None):
     for label, own in args.rows.items():
         asked = train.parse([*args.flags, *own])  # a mistake in a row is said before anything runs
         plain = [name for name in data.DATASETS if data.about(name, "PLAIN")]
-        if args.forgetting and (data.about(asked.dataset, "LABELS") or args.forgetting not in plain):
-            raise ValueError(f"--forgetting {args.forgetting} is the loss of a GPT on one of {', '.join(plain)}")
+        if args.forgetting and (data.about(asked.dataset, "LABELS")
+                                or args.forgetting not in plain):
+            raise ValueError(f"--forgetting {args.forgetting} is the loss of a GPT on one of "
+                             f"{', '.join(plain)}")
         for rank in args.rank if METHODS[asked.method].adapter and args.rank else [None]:
             rates[label, rank] = args.rates[label]
     check_writable(ROOT / "out/quick" if args.quick else to.parent)
@@ -385,7 +428,8 @@ def compare(args, setup=None):
         grid = Grid(args, to.with_name(to.name + ".csv"), rates, workers, bar)
         rows = grid.all()
     if stale := sum(result.get("stale", False) for result in grid.results.values()):
-        print(f"note     {stale} runs are from before the code changed: delete out/compare to repeat them")
+        print(f"note     {stale} runs are from before the code changed: delete out/compare to "
+              "repeat them")
     write_csv(to.with_name(to.name + ".csv"), rows)
     if not all(args.metric in row for row in rows if row["best"] and not row.get("diverged")):
         raise ValueError(f"--metric {args.metric!r} is no column of {to}.csv: {', '.join(rows[0])}")
@@ -411,17 +455,21 @@ def report(args, rows):
     """Markdown: each row at its best rate, mean and range over the seeds."""
     name = args.metric
     print(f"\n| | rank | rate | seeds | trained | {name} |\n|---|---|---|---|---|---|")
-    for (label, rank, lr), same in groups([r for r in rows if r["best"]], "row", "rank", "lr").items():
+    for (label, rank, lr), same in groups([r for r in rows if r["best"]], "row", "rank",
+                                          "lr").items():
         tried = args.rates[label]
         end = " (the end of its range)" * (len(tried) > 1 and lr in (min(tried), max(tried)))
-        print(f"| {label} | {rank or ''} | {lr:g}{end} | {len(same)} | {same[0]['trained']:,} | {spread(same, name)} |")
+        print(f"| {label} | {rank or ''} | {lr:g}{end} | {len(same)} | {same[0]['trained']:,} | "
+              f"{spread(same, name)} |")
 
 
 def spread(rows, name):
-    """"0.171 (0.165-0.180)", or one number for one seed; a run that diverged is no number, but is said."""
+    """"0.171 (0.165-0.180)", or one number for one seed; a run that diverged is no number, but is
+    said."""
     values = [float(r[name]) for r in rows if not r.get("diverged")]
     more = f" ({min(values):.3f}-{max(values):.3f})" * (len(values) > 1)
-    return f"{mean(values):.3f}{more}" + f", {len(rows) - len(values)} diverged" * (len(values) < len(rows))
+    return f"{mean(values):.3f}{more}" + f", {len(rows) - len(values)} diverged" * (len(values)
+                                                                                    < len(rows))
 
 
 def style(row):
@@ -433,8 +481,10 @@ def style(row):
 
 
 def draw(args, path, rows):
-    """The picture: against rank, rate or step a line with the range of its seeds, or one point for each seed."""
-    shown = [r for r in rows if (r["best"] or args.plot == "lr") and not r.get("diverged") and r.get(args.metric)]
+    """The picture: against rank, rate or step a line with the range of its seeds, or one point for
+    each seed."""
+    shown = [r for r in rows if (r["best"] or args.plot == "lr") and not r.get("diverged")
+             and r.get(args.metric)]
     labels = groups(shown, "row")
     tall = 0.34 * len(labels) + 1.1 if args.plot == "rows" else 3.8
     with picture(path, figsize=(6.4, tall)) as (_, axis):
@@ -446,29 +496,37 @@ def fill(args, axis, shown, labels):
     unit = ""
     if args.metric.endswith("loss"):
         classes = max((len(data.about(r["dataset"], "LABELS")) for r in shown), default=0)
-        unit = {0: " (nats per target token)", 1: " (squared error)"}.get(classes, " (nats per text)")
+        unit = {0: " (nats per target token)",
+                1: " (squared error)"}.get(classes, " (nats per text)")
     used = set()
     for y, ((label,), same) in enumerate(labels.items()):
         colour, marker, line = style(same[0])
-        look = dict(color=colour, marker=marker, fillstyle="none" if colour in used else "full", ms=6)
+        look = dict(color=colour, marker=marker, fillstyle="none" if colour in used else "full",
+                    ms=6)
         used.add(colour)  # a method's second row is hollow
         if args.plot == "rows":
-            beside = [y + 0.12 * (i - (len(same) - 1) / 2) for i in range(len(same))]  # equal values, seen
+            # equal values, seen
+            beside = [y + 0.12 * (i - (len(same) - 1) / 2) for i in range(len(same))]
             axis.plot([float(r[args.metric]) for r in same], beside, ls="", alpha=0.85, **look)
             continue
         if args.plot == "step":
             keys = [(label, r["rank"] if args.rank else None, r["lr"], r["seed"]) for r in same]
             logs = [read_csv(folder(flags_of(args, *key)) / "log.csv") for key in keys]
-            points = {int(at[0]["step"]): [float(r["train_loss"]) for r in at] for at in zip(*logs, strict=True)}
+            points = {int(at[0]["step"]): [float(r["train_loss"]) for r in at]
+                      for at in zip(*logs, strict=True)}
             label = f"{label}, rate {same[0]['lr']:g}"
         else:
             if not same[0][args.plot]:  # full fine-tuning has no rank
-                axis.axhline(mean([float(r[args.metric]) for r in same]), color=colour, ls=line, label=label)
+                axis.axhline(mean([float(r[args.metric]) for r in same]), color=colour, ls=line,
+                             label=label)
                 continue
-            points = {value: [float(r[args.metric]) for r in at] for (value,), at in groups(same, args.plot).items()}
+            points = {value: [float(r[args.metric]) for r in at]
+                      for (value,), at in groups(same, args.plot).items()}
         x = sorted(points)
-        axis.plot(x, [mean(points[v]) for v in x], ls=line, label=label, **{**look, "ms": 0 if len(x) > 12 else 6})
-        axis.fill_between(x, [min(points[v]) for v in x], [max(points[v]) for v in x], color=colour, alpha=0.15, lw=0)
+        axis.plot(x, [mean(points[v]) for v in x], ls=line, label=label,
+                  **{**look, "ms": 0 if len(x) > 12 else 6})
+        axis.fill_between(x, [min(points[v]) for v in x], [max(points[v]) for v in x], color=colour,
+                          alpha=0.15, lw=0)
     if args.plot == "rows":
         axis.set_yticks(range(len(labels)), [label for (label,) in labels])
         axis.set_ylim(len(labels) - 0.5, -0.5)
@@ -477,7 +535,8 @@ def fill(args, axis, shown, labels):
         axis.grid(axis="x", alpha=0.3)
     else:
         names = {"rank": "rank r", "lr": "learning rate", "step": "step"}
-        axis.set(xlabel=names[args.plot], ylabel=("training loss" if args.plot == "step" else args.metric) + unit)
+        axis.set(xlabel=names[args.plot],
+                 ylabel=("training loss" if args.plot == "step" else args.metric) + unit)
         if args.plot != "step":
             axis.set_xscale("log", base=2 if args.plot == "rank" else 10)
         if args.plot == "rank":

@@ -1,9 +1,12 @@
-"""Write, or classify, with what was trained: the base and the adapter of a run folder, merged unless told otherwise.
+"""Write, or classify, with what was trained: the base and the adapter of a run folder, merged
+unless told otherwise.
 
-    python generate.py out/<run> "name : The Mill | food : Italian | area : riverside"       streams to the terminal
-    python generate.py out/<run> "a text"          of a classifier: its label and the probabilities; two texts: "a || b"
+    python generate.py out/<run> "name : The Mill | food : Italian | area : riverside"
+        streams to the terminal
+    python generate.py out/<run> "a text"
+        of a classifier: its label and the probabilities; two texts: "a || b"
     python generate.py out/<run> --dataset e2e --data-dir FOLDER --beams 10 --length-penalty .9
-                                                   a whole split, with BLEU, NIST, ROUGE-L against all references
+        a whole split, with BLEU, NIST, ROUGE-L against all references
 """
 import json
 from contextlib import redirect_stdout
@@ -27,45 +30,54 @@ from run.folder import RESULTS, STATE, adapters_of, load_best
 from run.machine import base_dtype, pick_device
 
 NONE = type(None)  # of full fine-tuning, or not given
-SETTINGS = dict(model=[str], method=[str], dataset=[str], base_weights=[str], rs=[bool], rank=[int, NONE],
-                alpha=[float, int, NONE], dropout=[float, int, NONE], targets=[str, NONE], data_dir=[str, NONE],
-                init_from=[str, NONE], steps=[int], context=[int])
+SETTINGS = dict(model=[str], method=[str], dataset=[str], base_weights=[str], rs=[bool],
+                rank=[int, NONE], alpha=[float, int, NONE], dropout=[float, int, NONE],
+                targets=[str, NONE], data_dir=[str, NONE], init_from=[str, NONE], steps=[int],
+                context=[int])
 
 
 def parse(argv):
     """Flags -> a namespace; ValueError for what does not fit together."""
     parser = Parser("generate.py", __doc__, files=False)
     parser.add_argument("run", type=Path, help="a run folder of train.py")
-    parser.add_argument("texts", nargs="*", help="records, beginnings of plain texts, or texts to classify")
+    parser.add_argument("texts", nargs="*", help="records, beginnings of plain texts, or texts to "
+                        "classify")
     add = parser.add_argument_group("instead of texts").add_argument
     add("--dataset", help="write for every record of a split (that of the run)")
     add("--split", choices=("train", "validation", "test"), help="(test)")
     add("--data-dir", help="read the dataset from this folder")
     add("--first", type=int, help="only so many records")
-    add("--out", type=Path, help="predictions, one JSON object a line (predictions-<split>.jsonl in the run folder)")
+    add("--out", type=Path, help="predictions, one JSON object a line (predictions-<split>.jsonl "
+        "in the run folder)")
     add = parser.add_argument_group("base and adapter").add_argument
     add("--model", help="the base, if it has moved since")
     add("--unmerged", action="store_true", help="keep the adapter's layers: slower, to compare")
     add("--cut", type=int, help="a DyLoRA run: use this rank (that of the run)")
     add = parser.add_argument_group("decoding").add_argument
     add("--max-new", type=int, help="tokens at most (96, gsm8k 256)")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 draws from the model (0)")
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 draws from "
+        "the model (0)")
     add("--top-k", type=int, default=0, help="draw from this many tokens; 0: from all (0)")
     add("--beams", type=int, default=1, help="beam search; 1: none (1)")
-    add("--length-penalty", type=float, default=1.0, help="beams are ranked by log P / length ** this (1)")
+    add("--length-penalty", type=float, default=1.0, help="beams are ranked by log P / length ** "
+        "this (1)")
     add("--seed", type=int, default=0, help="of drawing")
     add("--batch-size", type=int, default=32, help="records at a time (32)")
     add("--device", default="auto", help="cpu, cuda, mps (cuda, else cpu)")
     args = parser.parse_args(argv)
     if args.texts and (args.dataset or args.split or args.out or args.first or args.data_dir):
-        raise ValueError("give texts, or a dataset with --dataset, --split, --data-dir, --first and --out, not both")
+        raise ValueError("give texts, or a dataset with --dataset, --split, --data-dir, --first "
+                         "and --out, not both")
     for name in ("max_new", "beams", "batch_size", "first"):
         if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(args, name)}")
+            raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, not "
+                             f"{getattr(args, name)}")
     if not 0 <= args.temperature < float("inf") or args.top_k < 0:
-        raise ValueError(f"--temperature {args.temperature} and --top-k {args.top_k} must be 0 or more")
+        raise ValueError(f"--temperature {args.temperature} and --top-k {args.top_k} must be 0 or "
+                         "more")
     if args.beams > 1 and args.temperature:
-        raise ValueError(f"--beams {args.beams} search, --temperature {args.temperature} draws: choose one")
+        raise ValueError(f"--beams {args.beams} search, --temperature {args.temperature} draws: "
+                         "choose one")
     if args.top_k and not args.temperature:
         raise ValueError(f"--top-k {args.top_k} says nothing without --temperature")
     if args.beams > 100:
@@ -89,9 +101,9 @@ def parse(argv):
 def load_run(folder, unmerged=False, cut=None, base=None, dtype=torch.float32):
     """(model in eval mode, settings, folder of the base) of a run folder.
 
-    Merged: the base with the exported adapter folded in, or what full fine-tuning made of it. Unmerged, or with a cut:
-    the method's own layers with the weights that the run kept. base: where the base is, if it has moved. ValueError for
-    a folder without a finished run.
+    Merged: the base with the exported adapter folded in, or what full fine-tuning made of it.
+    Unmerged, or with a cut: the method's own layers with the weights that the run kept. base: where
+    the base is, if it has moved. ValueError for a folder without a finished run.
     """
     result = read_json(folder / "result.json")
     settings = result.get("settings")
@@ -99,31 +111,39 @@ def load_run(folder, unmerged=False, cut=None, base=None, dtype=torch.float32):
         raise ValueError(f"{folder / 'result.json'} holds no settings of a run")
     for name, kinds in SETTINGS.items():
         if type(settings.get(name)) not in kinds:
-            raise ValueError(f"{folder / 'result.json'}: {name} {settings.get(name)!r} is no setting of a run")
+            raise ValueError(f"{folder / 'result.json'}: {name} {settings.get(name)!r} is no "
+                             "setting of a run")
     if settings["method"] not in METHODS or settings["dataset"] not in data.DATASETS:
-        raise ValueError(f"{folder} is a run of method {settings['method']!r} on {settings['dataset']!r}, "
-                         "which are not known here")
+        raise ValueError(f"{folder} is a run of method {settings['method']!r} on "
+                         f"{settings['dataset']!r}, which are not known here")
     method = METHODS[settings["method"]]
-    settings = {**{name: None for name, spec in method.flags.items() if spec.get("default") is None}, **settings}
-    lacking = [name for name in ("rank", "alpha", "dropout", "targets") if settings.get(name) is None]
+    settings = {**{name: None for name, spec in method.flags.items()
+                   if spec.get("default") is None}, **settings}
+    lacking = [name for name in ("rank", "alpha", "dropout", "targets")
+               if settings.get(name) is None]
     lacking += [name for name in method.flags if name not in settings]
     if method.adapter and lacking and not settings.get("init_from"):
-        raise ValueError(f"{folder / 'result.json'}: a run of {settings['method']} needs {lacking[0]}")
+        raise ValueError(f"{folder / 'result.json'}: a run of {settings['method']} needs "
+                         f"{lacking[0]}")
     labels = result.get("labels") or []
-    if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels) or bool(labels) != bool(
-            data.about(settings["dataset"], "LABELS")):
+    texts = isinstance(labels, list) and all(isinstance(name, str) for name in labels)
+    if not texts or bool(labels) != bool(data.about(settings["dataset"], "LABELS")):
         raise ValueError(f"{folder / 'result.json'}: labels {labels!r} are no labels of a run")
     if cut is not None and "cut" not in method.flags:
-        raise ValueError(f"--cut {cut} is for a DyLoRA run, {folder} is one of {settings['method']}")
+        raise ValueError(f"--cut {cut} is for a DyLoRA run, {folder} is one of "
+                         f"{settings['method']}")
     try:
         source = locate(base or settings["model"])
     except ValueError as e:
-        raise ValueError(f"{e}" if base else f"{e}; if the base has moved, --model gives its new place") from None
+        raise ValueError(f"{e}" if base else f"{e}; if the base has moved, --model gives its new "
+                         "place") from None
     if fingerprint_weights(source) != settings["base_weights"]:
         raise ValueError(f"{source} has other weights than those that {folder} was trained on")
     with redirect_stdout(StringIO()):  # a head that the base lacks comes with the run
-        model = from_pretrained(source, labels=labels, dtype=torch.float32 if method.trains_base else dtype)
-    plain = method.adapter and method.adapter.peft_type == "LORA"  # LoHa and LoKr are rebuilt from the run's state
+        model = from_pretrained(source, labels=labels,
+                                dtype=torch.float32 if method.trains_base else dtype)
+    # LoHa and LoKr are rebuilt from the run's state
+    plain = method.adapter and method.adapter.peft_type == "LORA"
     if plain and not unmerged and cut is None:
         adapters.load_adapter(model, folder)
         lora.merge(model)
@@ -132,9 +152,11 @@ def load_run(folder, unmerged=False, cut=None, base=None, dtype=torch.float32):
         if init and adapters.fingerprint_adapter(init) != settings.get("init_weights"):
             raise ValueError(f"{init}, from which {folder} went on, has changed since")
         try:
-            adapter, layers = adapters_of(model, {**settings, **({} if cut is None else {"cut": cut})})
+            cuts = {} if cut is None else {"cut": cut}
+            adapter, layers = adapters_of(model, {**settings, **cuts})
         except TypeError as e:
-            raise ValueError(f"{folder / 'result.json'} holds a setting of the wrong kind: {e}") from None
+            raise ValueError(f"{folder / 'result.json'} holds a setting of the "
+                             f"wrong kind: {e}") from None
         load_best(folder / "resume.safetensors", model)
         if cut is not None:
             adapter.prepare_merge(model, cut, None)
@@ -152,16 +174,18 @@ def encode(tokenizer, text, dataset):
 def write_one(model, tokenizer, prompt, args):
     """Print a continuation while it comes."""
     if args.beams > 1:
-        ids, = decoding.beam_search(model, [prompt], args.max_new, tokenizer.eos, args.beams, args.length_penalty)
+        ids, = decoding.beam_search(model, [prompt], args.max_new, tokenizer.eos, args.beams,
+                                    args.length_penalty)
         print(tokenizer.decode(ids).strip())
         return
     ids, shown = [], ""
-    for (token,) in decoding.stream(model, [prompt], args.max_new, tokenizer.eos, args.temperature, args.top_k,
-                                    args.seed):
+    for (token,) in decoding.stream(model, [prompt], args.max_new, tokenizer.eos, args.temperature,
+                                    args.top_k, args.seed):
         if token is not None:
             ids.append(token)
             text = tokenizer.decode(ids).lstrip()
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else the rest of a character comes with the next token
+            # else the rest of a character comes with the next token
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
                 print(text[len(shown):], end="", flush=True)
                 shown = text
     print(tokenizer.decode(ids).lstrip()[len(shown):])
@@ -176,39 +200,47 @@ def write_many(model, tokenizer, records, args, dataset):
         rows = order[start:start + args.batch_size]
         batch, stop = [prompts[i] for i in rows], tokenizer.eos
         if args.beams > 1:
-            written = decoding.beam_search(model, batch, args.max_new, stop, args.beams, args.length_penalty)
+            written = decoding.beam_search(model, batch, args.max_new, stop, args.beams,
+                                           args.length_penalty)
         else:
-            written = decoding.generate(model, batch, args.max_new, stop, temperature=args.temperature,
-                                      top_k=args.top_k, seed=args.seed + start)
-        texts.update({i: tokenizer.decode(ids).strip() for i, ids in zip(rows, written, strict=True)})
+            written = decoding.generate(model, batch, args.max_new, stop,
+                                        temperature=args.temperature, top_k=args.top_k,
+                                        seed=args.seed + start)
+        texts.update({i: tokenizer.decode(ids).strip()
+                      for i, ids in zip(rows, written, strict=True)})
     return [texts[i] for i in range(len(records))]
 
 
 def classify(model, tokenizer, texts, settings, args):
-    """Print the label of each text, or of two texts with || between them, and the probabilities; of a regression the
-    number."""
+    """Print the label of each text, or of two texts with || between them, and the probabilities; of
+    a regression the number."""
     labels = settings["labels"]
     task = Label(tokenizer, settings["context"], len(labels))
     for text in texts:
         examples, _ = task.encode([(text.split(" || ", 1), 0)])
         with args.amp:
             logits = model(task.collate(examples)[0].to(args.device))[0][0].float()  # (L,)
-        said = f"{logits.item():.4f}" if len(logits) == 1 else labels[logits.argmax()] + "  (" + ", ".join(
-            f"{name} {p:.4f}" for name, p in zip(labels, logits.softmax(0).tolist(), strict=True)) + ")"
+        said = (f"{logits.item():.4f}" if len(logits) == 1 else labels[logits.argmax()] + "  ("
+                + ", ".join(f"{name} {p:.4f}"
+                            for name, p in zip(labels, logits.softmax(0).tolist(), strict=True))
+                + ")")
         print(f"{text}\n  -> {said}" if len(texts) > 1 else said)
 
 
 def judge(dataset, records, texts, references):
-    """{metric: value}: the dataset's own, and where a record has references those of machine translation."""
+    """{metric: value}: the dataset's own, and where a record has references those of machine
+    translation."""
     scorer = data.about(dataset, "score", None)
     pairs = [(record, group[0]) for record, group in zip(records, references, strict=True)]
     scores = scorer(pairs, texts) if scorer else {}
     if not data.about(dataset, "METRICS"):
-        found = {"BLEU": metrics.bleu, "NIST": metrics.nist, "ROUGE_L": metrics.rouge_l, "CIDEr": metrics.cider,
-                 "METEOR": metrics.meteor}
-        found = {name: measure(texts, references) for name, measure in found.items() if name.lower() not in scores}
+        found = {"BLEU": metrics.bleu, "NIST": metrics.nist, "ROUGE_L": metrics.rouge_l,
+                 "CIDEr": metrics.cider, "METEOR": metrics.meteor}
+        found = {name: measure(texts, references) for name, measure in found.items()
+                 if name.lower() not in scores}
         scores.update({name: value for name, value in found.items() if value is not None})
-        for name, lack in (("CIDEr", "pip install pycocoevalcap"), ("METEOR", "python -m nltk.downloader wordnet")):
+        for name, lack in (("CIDEr", "pip install pycocoevalcap"),
+                           ("METEOR", "python -m nltk.downloader wordnet")):
             if found.get(name, 0) is None:
                 print(f"note     {name} is left out: {lack}")
     return scores
@@ -216,7 +248,8 @@ def judge(dataset, records, texts, references):
 
 def generate(args):
     """From flags to texts; returns the metrics of a split, else None."""
-    model, settings, source = load_run(args.run, args.unmerged, args.cut, args.model, base_dtype(args.dtype))
+    model, settings, source = load_run(args.run, args.unmerged, args.cut, args.model,
+                                       base_dtype(args.dtype))
     if model.classifier:
         if not args.texts:
             raise ValueError(f"{args.run} is a classifier: give it texts")
@@ -228,7 +261,8 @@ def generate(args):
     dataset = args.dataset or settings["dataset"]
     if dataset not in data.DATASETS or data.about(dataset, "LABELS"):
         raise ValueError(f"--dataset {dataset} is not one of texts to write: choose "
-                         + ", ".join(name for name in data.DATASETS if not data.about(name, "LABELS")))
+                         + ", ".join(name for name in data.DATASETS
+                                     if not data.about(name, "LABELS")))
     if dataset == settings["dataset"]:  # read as the run read it
         of_run = data.module(dataset, settings.get("columns"), settings.get("metric"))
     else:
@@ -250,13 +284,15 @@ def generate(args):
     records = list(of)[:args.first]
     fits = [record for record in records if len(encode(tokenizer, record, dataset)) < model.context]
     if not fits:
-        raise ValueError(f"no record of {args.split} leaves room for a text in a context of {model.context} tokens")
+        raise ValueError(f"no record of {args.split} leaves room for a text in a context of "
+                         f"{model.context} tokens")
     if len(fits) < len(records):
-        print(f"note     {len(records) - len(fits)} of {len(records)} records leave no room in a context of "
-              f"{model.context} tokens: left out")
+        print(f"note     {len(records) - len(fits)} of {len(records)} records leave no room in a "
+              f"context of {model.context} tokens: left out")
     records = fits
     with args.amp:
-        texts, references = write_many(model, tokenizer, records, args, dataset), [of[record] for record in records]
+        texts = write_many(model, tokenizer, records, args, dataset)
+    references = [of[record] for record in records]
     rows = [json.dumps(dict(record=record, text=text, references=group)) + "\n"
             for record, text, group in zip(records, texts, references, strict=True)]
     write(args.out, lambda part: part.write_text("".join(rows), encoding="utf-8"))

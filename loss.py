@@ -1,15 +1,18 @@
 """The mean cross entropy over a vocabulary, and its gradient, without the table of all logits.
 
-    z = x W^T + b        L = -mean_n sum_v y_v log softmax(z_n)_v        dL/dz_n = (softmax(z_n) - y_n) / N
+    z = x W^T + b
+    L = -mean_n sum_v y_v log softmax(z_n)_v        dL/dz_n = (softmax(z_n) - y_n) / N
 
-    x (N, C): the N tokens that have a target; W (V, C): the output embedding; b (V,) or None; z (N, V).
-    y_n (V,): 1 at the target; with label smoothing eps it is 1 - eps there, and everywhere eps / V more.
+    x (N, C): the N tokens that have a target; W (V, C): the output embedding; b (V,) or None;
+    z (N, V). y_n (V,): 1 at the target; with label smoothing eps it is 1 - eps there, and
+    everywhere eps / V more.
 
-2,048 tokens of GPT-2 have 412 MB of logits, and autograd would hold them three times. Here a chunk of tokens passes
-through forward and backward at once: its part of dL/dx = dL/dz W is computed while its logits are there.
+2,048 tokens of GPT-2 have 412 MB of logits, and autograd would hold them three times. Here a chunk
+of tokens passes through forward and backward at once: its part of dL/dx = dL/dz W is computed while
+its logits are there.
 
-In bf16 the products have factors in bf16 and results in fp32. Logits of the real GPT-2 are near -70, where neighbours
-in bf16 are half a nat apart; rounding them there would shift the loss.
+In bf16 the products have factors in bf16 and results in fp32. Logits of the real GPT-2 are near
+-70, where neighbours in bf16 are half a nat apart; rounding them there would shift the loss.
 """
 import math
 
@@ -19,8 +22,8 @@ CHUNK = 2**25  # logits at a time: 134 MB in fp32
 
 
 def with_targets(x, targets):
-    """x (B, T, C), targets (B, T) -> the N rows of x with a target (N, C), and these targets (N,). Targets may stay on
-    the CPU: then it finds these positions without waiting for the GPU."""
+    """x (B, T, C), targets (B, T) -> the N rows of x with a target (N, C), and these targets (N,).
+    Targets may stay on the CPU: then it finds these positions without waiting for the GPU."""
     targets = targets.flatten()
     where = (targets != -100).nonzero().flatten()  # (N,)
     x = x.flatten(0, 1).index_select(0, where.to(x.device, non_blocking=True))
@@ -28,19 +31,22 @@ def with_targets(x, targets):
 
 
 def vocabulary_loss(x, W, b, targets, label_smoothing=0.0):
-    """L in nats, a scalar in fp32 or wider: x (N, C), W (V, C), b (V,) or None, targets (N,). NaN for N = 0."""
+    """L in nats, a scalar in fp32 or wider: x (N, C), W (V, C), b (V,) or None, targets (N,). NaN
+    for N = 0."""
     if not len(x):
         return x.sum() * math.nan
     return VocabularyLoss.apply(x, W, b, targets, label_smoothing, torch.is_grad_enabled())
 
 
 class VocabularyLoss(torch.autograd.Function):
-    """`vocabulary_loss` of at least one token. eps: the label smoothing. learning: whether gradients are wanted."""
+    """`vocabulary_loss` of at least one token. eps: the label smoothing. learning: whether
+    gradients are wanted."""
 
     @staticmethod
     def forward(ctx, x, W, b, targets, eps, learning):
         device, (N, V) = x.device.type, (len(x), len(W))
-        arithmetic = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        arithmetic = (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device)
+                      else x.dtype)
         wide = torch.promote_types(arithmetic, torch.float32)
         ctx.N, ctx.dtypes = N, [None if t is None else t.dtype for t in (x, W, b)]
         x, W = x.to(arithmetic), W.to(arithmetic)
@@ -57,7 +63,8 @@ class VocabularyLoss(torch.autograd.Function):
                 # z = x W^T + b; all that follows works in place
                 z = torch.mm(x_n, W.T, **result, out=buffer[:len(x_n)])  # (n, V)
                 z = z if b is None else z.add_(b)
-                z.sub_(z.amax(1, keepdim=True))  # softmax(z) stays the same, and e^z cannot overflow
+                # softmax(z) stays the same, and e^z cannot overflow
+                z.sub_(z.amax(1, keepdim=True))
                 # L of a token = -sum_v y_v z_v + log sum_v e^(z_v)
                 L -= (1 - eps) * z.gather(1, target).sum() + (eps / V * z.sum() if eps else 0)
                 total = z.exp_().sum(1, keepdim=True)  # (n, 1)

@@ -1,5 +1,5 @@
-"""Train a GPT, Llama or RoBERTa with one method of the LoRA family, merge it, compare base, unmerged
-and merged.
+"""Train a GPT, Llama or RoBERTa with one method of the LoRA family, merge it, compare base,
+unmerged and merged.
 
     python train.py --method reslora --rank 64                      under a minute on a CPU, offline
     python train.py --method reslora --rank 16 --dataset reviews    the same for classification

@@ -1,19 +1,21 @@
 """The adapter as PEFT reads and writes it: adapter_config.json and adapter_model.safetensors.
 
-    save_adapter(folder, model, base)       what was trained, as an ordinary LoRA with the same logits
-    load_adapter(model, folder)             an adapter folder, ours or one that PEFT made, into a model without adapters
+    save_adapter(folder, model, base)    what was trained, as an ordinary LoRA with the same logits
+    load_adapter(model, folder)          an adapter folder, ours or PEFT's, into a model without one
 
 The model is one of ours or one of `transformers`, whose modules keep their names.
 
 How each method becomes a PEFT adapter:
 
-    LoRA, rsLoRA              a LoRA of rank r; GPT-2's q, k and v share one c_attn, so there of rank 2 r for q and v
-    ResLoRA block             a LoRA whose rank grows along the chain: (min(m, n) + 1) r for layer n = 0, 1, …
-    ResLoRA input, middle     a LoRA of rank r, after the approximate merge
-    Delta-LoRA                a LoRA of rank 2 r: [A_T ; A_K] and [(1 + lambda) B_T | -lambda B_K]
-    AdaLoRA                   a LoRA of the rank that each layer kept, E folded into B; layers of rank 0 are left out
-    DyLoRA                    a LoRA of rank b, the cut
-    LoHa, LoKr                PEFT's own LOHA and LOKR; on GPT-2, whose Conv1D those refuse, a LoRA
+    LoRA, rsLoRA           a LoRA of rank r; GPT-2's q, k and v share one c_attn, so there of
+                           rank 2 r for q and v
+    ResLoRA block          a LoRA whose rank grows along the chain: (min(m, n) + 1) r for layer n
+    ResLoRA input, middle  a LoRA of rank r, after the approximate merge
+    Delta-LoRA             a LoRA of rank 2 r: [A_T ; A_K] and [(1 + lambda) B_T | -lambda B_K]
+    AdaLoRA                a LoRA of the rank that each layer kept, E folded into B; layers of
+                           rank 0 are left out
+    DyLoRA                 a LoRA of rank b, the cut
+    LoHa, LoKr             PEFT's own LOHA and LOKR; on GPT-2, whose Conv1D those refuse, a LoRA
 
 A classifier's folder is a SEQ_CLS adapter with the head in it.
 """
@@ -33,17 +35,18 @@ from model import Transformer
 
 def fingerprint_adapter(folder):
     """16 hex digits that change with an adapter's weights or its config, which holds the scale."""
-    return "-".join(fingerprint(Path(folder) / f"adapter_{name}") for name in ("config.json", "model.safetensors"))
+    return "-".join(fingerprint(Path(folder) / f"adapter_{name}")
+                    for name in ("config.json", "model.safetensors"))
 
 
 def peft_lora(model):
-    """(tensors, config) of the plain LoRA that the adapters amount to. GPT-2's q, k and v become one c_attn: their A
-    stacked, their B in blocks,
+    """(tensors, config) of the plain LoRA that the adapters amount to. GPT-2's q, k and v become
+    one c_attn: their A stacked, their B in blocks,
 
         c_attn:  B' A' = [B_q 0 ; 0 0 ; 0 B_v] [A_q ; A_v]        for q and v, of rank 2 r
 
-    PEFT's scale is lora_alpha / rank, per module, so lora_alpha = scaling * rank says any scale exactly; use_rslora
-    stays false, and loaders that do not know that flag read the adapter right.
+    PEFT's scale is lora_alpha / rank, per module, so lora_alpha = scaling * rank says any scale
+    exactly; use_rslora stays false, and loaders that do not know that flag read the adapter right.
     """
     modules, scaling = {}, None
     for name, layer in adapters(model):
@@ -65,19 +68,22 @@ def peft_lora(model):
     others = {module: len(A) for module, (A, _) in modules.items() if len(A) != r}
     tensors = {f"{module}.lora_{factor}.weight": t for module, pair in modules.items()
                for factor, t in zip("AB", pair, strict=True)}
-    return tensors, {
-        "peft_type": "LORA", "r": r, "lora_alpha": scaling * r, "use_rslora": False,
-        "rank_pattern": others, "alpha_pattern": {module: scaling * rank for module, rank in others.items()},
-        "target_modules": targets_of(model, modules), "fan_in_fan_out": family(model).conv1d, "bias": "none"}
+    return tensors, {"peft_type": "LORA", "r": r, "lora_alpha": scaling * r, "use_rslora": False,
+                     "rank_pattern": others,
+                     "alpha_pattern": {module: scaling * rank for module, rank in others.items()},
+                     "target_modules": targets_of(model, modules),
+                     "fan_in_fan_out": family(model).conv1d, "bias": "none"}
 
 
 def peft_own(model):
-    """The same for LoHa and LoKr, which PEFT has under the same names of factors, for nn.Linear only: not for GPT-2."""
+    """The same for LoHa and LoKr, which PEFT has under the same names of factors, for nn.Linear
+    only: not for GPT-2."""
     tensors, modules = {}, set()
     for name, layer in adapters(model):
         module, _ = family(model).module(name)
         modules.add(module)
-        factors = {key: p.detach() for key, p in layer.named_parameters() if key not in ("weight", "bias")}
+        factors = {key: p.detach() for key, p in layer.named_parameters()
+                   if key not in ("weight", "bias")}
         tensors.update({f"{module}.{key}": p for key, p in factors.items()})
     return tensors, {"peft_type": layer.peft_type, "r": layer.r, "alpha": layer.scaling * layer.r,
                      "target_modules": targets_of(model, modules)}
@@ -91,20 +97,23 @@ def adapters(model):
 def linears(model, kinds):
     """{name: linear} of the places for adapters: in our models those of the blocks, else all."""
     blocks = "h." if isinstance(model, Transformer) else ""
-    return {name: m for name, m in model.named_modules() if isinstance(m, kinds) and name.startswith(blocks)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, kinds)
+            and name.startswith(blocks)}
 
 
 def trained_beside(model):
     """{name: parameter} of what trains beside the adapters: a classifier's head."""
     inside = {id(p) for _, layer in adapters(model) for p in layer.parameters()}
-    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad
+            and id(p) not in inside}
 
 
 def task_of(model):
     """PEFT's task_type."""
     if isinstance(model, Transformer):
         return "CAUSAL_LM" if model.causal else "SEQ_CLS" if model.classifier else None
-    ends = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
+    ends = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM",
+            "ForSequenceClassification": "SEQ_CLS"}
     return next((task for end, task in ends.items() if type(model).__name__.endswith(end)), None)
 
 
@@ -117,49 +126,55 @@ def no_wider(A, B):
 
 
 def targets_of(model, modules):
-    """PEFT's target_modules: the ends of the names ("attn.c_attn"), or the whole names where ends mean other modules
-    too ("output.dense" is also the end of "attention.output.dense")."""
+    """PEFT's target_modules: the ends of the names ("attn.c_attn"), or the whole names where ends
+    mean other modules too ("output.dense" is also the end of "attention.output.dense")."""
     ends = sorted({re.sub(r"^.*?\.\d+\.", "", module) for module in modules})
-    known = {family(model).module(name)[0] for name in linears(model, (torch.nn.Linear, LoRALinear))}
+    known = {family(model).module(name)[0]
+             for name in linears(model, (torch.nn.Linear, LoRALinear))}
     meant = {module for module in known if any(module.endswith("." + end) for end in ends)}
     return ends if meant == set(modules) else sorted(modules)
 
 
 def save_adapter(folder, model, base, dropout=0.0):
-    """Write adapter_config.json and adapter_model.safetensors, with a classifier's head in it: of our models always, of
-    others what has requires_grad beside the adapters. Call it after `calibrate` and before `merge`. ValueError for a
-    value that is not finite."""
+    """Write adapter_config.json and adapter_model.safetensors, with a classifier's head in it: of
+    our models always, of others what has requires_grad beside the adapters. Call it after
+    `calibrate` and before `merge`. ValueError for a value that is not finite."""
     folder = Path(folder)
     kinds = {layer.peft_type for _, layer in adapters(model)}
     with torch.no_grad():
-        tensors, config = (peft_lora if kinds == {"LORA"} or family(model).conv1d else peft_own)(model)
+        tensors, config = (peft_lora if kinds == {"LORA"} or family(model).conv1d
+                           else peft_own)(model)
     for name, t in tensors.items():
         if not t.isfinite().all():
             raise ValueError(f"the adapter holds NaN or inf in {name}: it is not written")
     if config["peft_type"] == "LORA":
         config["lora_dropout"] = dropout
     if isinstance(model, Transformer):
-        head = {f"classifier.{key}": t for key, t in model.classifier.state_dict().items()} if model.classifier else {}
+        head = {f"classifier.{key}": t
+                for key, t in model.classifier.state_dict().items()} if model.classifier else {}
         modules = ["classifier", "score"] * bool(head)
     else:
         head = {name: p.detach() for name, p in trained_beside(model).items()}
         modules = sorted({name.rpartition(".")[0] for name in head})
-    config.update({"task_type": task_of(model), "base_model_name_or_path": str(base), "inference_mode": True,
-                   "modules_to_save": modules or None})
+    config.update({"task_type": task_of(model), "base_model_name_or_path": str(base),
+                   "inference_mode": True, "modules_to_save": modules or None})
     tensors.update(head)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {PREFIX + name: t.float().cpu().contiguous() for name, t in tensors.items()}
-    write(folder / "adapter_model.safetensors", lambda part: save_file(tensors, part, {"format": "pt"}))
+    write(folder / "adapter_model.safetensors",
+          lambda part: save_file(tensors, part, {"format": "pt"}))
     write_json(folder / "adapter_config.json", config)
 
 
 def load_adapter(model, folder, dropout=0.0):
-    """Put an adapter folder, ours or PEFT's, into a model that has none: plain LoRA layers, and a head if there is one.
+    """Put an adapter folder, ours or PEFT's, into a model that has none: plain LoRA layers, and a
+    head if there is one.
 
-    Returns the layers. A c_attn of GPT-2 becomes an adapter on each of q, k and v, with the rows of A that its third of
-    B uses. A linear that the file does not mention gets none; its dropout is not taken over. Where the file has no head
-    for a classifier, the model's stays and a line says so. Raises ValueError, and leaves the model as it was, for half
-    an adapter, unexpected or mis-shaped tensors, and what is no plain LoRA.
+    Returns the layers. A c_attn of GPT-2 becomes an adapter on each of q, k and v, with the rows of
+    A that its third of B uses. A linear that the file does not mention gets none; its dropout is
+    not taken over. Where the file has no head for a classifier, the model's stays and a line says
+    so. Raises ValueError, and leaves the model as it was, for half an adapter, unexpected or
+    mis-shaped tensors, and what is no plain LoRA.
     """
     folder, prefix = Path(folder), family(model).prefix
     path = folder / "adapter_model.safetensors"
@@ -171,7 +186,8 @@ def load_adapter(model, folder, dropout=0.0):
     if ours:
         head, others = take_head(tensors, prefix)
     else:
-        head, others = {name: tensors.pop(name) for name in list(tensors) if "lora_" not in name}, []
+        head, others = {name: tensors.pop(name) for name in list(tensors)
+                        if "lora_" not in name}, []
     if head:
         wanted = {name: p for name, p in model.named_parameters()
                   if (name.startswith("classifier.") if ours else name in head)}

@@ -1,4 +1,5 @@
-"""The families of the Hugging Face hub: the names and the layout of its weights <-> those of model.py.
+"""The families of the Hugging Face hub: the names and the layout of its weights <-> those of
+model.py.
 
     FAMILIES[model_type], family(model) -> Family
 """
@@ -16,16 +17,21 @@ class Family(NamedTuple):
     model: type
     to_hub: callable  # state dict -> the hub's
     from_hub: callable  # the reverse
-    module: callable  # name of a linear -> (its module in `transformers`, which third of its output, or None)
-    describe: callable  # (model, names of its classes) -> {key of config.json: value} beside the sizes
+    # name of a linear -> (its module in `transformers`, which third of its output, or None)
+    module: callable
+    # (model, names of its classes) -> {key of config.json: value} beside the sizes
+    describe: callable
     prefix: str  # of the hub's names, but those of a head
     tied: dict  # {hub's name: the name under which the same tensor is expected}
-    ignored: str  # regular expression of the hub's names, without the prefix, that carry nothing the model computes
+    # regular expression of the hub's names, without the prefix, that carry nothing the model
+    # computes
+    ignored: str
     conv1d: bool = False  # whether the hub's linears are Conv1D, with transposed weights
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# GPT-2 keeps its linears as Conv1D, weight (d_in, d_out), the transpose of nn.Linear's, with q, k and v fused.
+# --------------------------------------------------------------------------------------------------
+# GPT-2 keeps its linears as Conv1D, weight (d_in, d_out), the transpose of nn.Linear's, with q, k
+# and v fused.
 
 GPT2_NAMES = {"attn.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
 
@@ -43,7 +49,8 @@ def to_gpt2(state):
             leaf, module = "attn.c_attn", module[:-1] + "c_attn"
         elif leaf in GPT2_NAMES:
             module = module.removesuffix(leaf) + GPT2_NAMES[leaf]
-        out[f"transformer.{module}.{kind}"] = t.t() if leaf.startswith(("attn", "mlp")) and kind == "weight" else t
+        out[f"transformer.{module}.{kind}"] = (t.t() if leaf.startswith(("attn", "mlp")) and kind
+                                               == "weight" else t)
     return out
 
 
@@ -55,7 +62,8 @@ def from_gpt2(state):
         if key.startswith("h.") and key.endswith(".weight") and t.dim() == 2:
             t = t.t()
         if ".c_attn." in key:
-            out.update({key.replace("c_attn", n): part for n, part in zip("qkv", t.chunk(3), strict=True)})
+            out.update({key.replace("c_attn", n): part
+                        for n, part in zip("qkv", t.chunk(3), strict=True)})
             continue
         for ours, theirs in GPT2_NAMES.items():
             key = key.replace(f".{theirs}.", f".{ours}.")
@@ -64,7 +72,8 @@ def from_gpt2(state):
 
 
 def gpt2_module(name):
-    """Our "h.0.attn.q" -> (its module in `transformers`, which third of that module's output it is, or None)."""
+    """Our "h.0.attn.q" -> (its module in `transformers`, which third of that module's output it is,
+    or None)."""
     block, leaf = name.rsplit(".", 2)[0], ".".join(name.split(".")[-2:])
     if leaf in ("attn.q", "attn.k", "attn.v"):
         return f"transformer.{block}.attn.c_attn", "qkv".index(leaf[-1])
@@ -73,30 +82,29 @@ def gpt2_module(name):
 
 def describe_gpt2(model, labels=None):
     """What config.json says of a GPT beside its sizes."""
-    return {"architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "tie_word_embeddings": True}
+    return {"architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
+            "tie_word_embeddings": True}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # RoBERTa and Llama have the same linears as we, under other names.
 
-ROBERTA_NAMES = {
-    "wte": "embeddings.word_embeddings", "wpe": "embeddings.position_embeddings",
-    "wtt": "embeddings.token_type_embeddings", "ln": "embeddings.LayerNorm",
-    "attn.q": "attention.self.query", "attn.k": "attention.self.key", "attn.v": "attention.self.value",
-    "attn.o": "attention.output.dense", "ln_1": "attention.output.LayerNorm",
-    "mlp.up": "intermediate.dense", "mlp.down": "output.dense", "ln_2": "output.LayerNorm",
-}
-LLAMA_NAMES = {
-    "wte": "embed_tokens", "ln_f": "norm", "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm",
-    **{f"attn.{leaf}": f"self_attn.{leaf}_proj" for leaf in "qkvo"},
-    **{f"attn.{leaf}_norm": f"self_attn.{leaf}_norm" for leaf in "qk"},
-    **{f"mlp.{leaf}": f"mlp.{leaf}_proj" for leaf in ("gate", "up", "down")},
-}
+ROBERTA_NAMES = {"wte": "embeddings.word_embeddings", "wpe": "embeddings.position_embeddings",
+                 "wtt": "embeddings.token_type_embeddings", "ln": "embeddings.LayerNorm",
+                 "attn.q": "attention.self.query", "attn.k": "attention.self.key",
+                 "attn.v": "attention.self.value", "attn.o": "attention.output.dense",
+                 "ln_1": "attention.output.LayerNorm", "mlp.up": "intermediate.dense",
+                 "mlp.down": "output.dense", "ln_2": "output.LayerNorm",}
+LLAMA_NAMES = {"wte": "embed_tokens", "ln_f": "norm", "ln_1": "input_layernorm",
+               "ln_2": "post_attention_layernorm",
+               **{f"attn.{leaf}": f"self_attn.{leaf}_proj" for leaf in "qkvo"},
+               **{f"attn.{leaf}_norm": f"self_attn.{leaf}_norm" for leaf in "qk"},
+               **{f"mlp.{leaf}": f"mlp.{leaf}_proj" for leaf in ("gate", "up", "down")},}
 
 
 class Names:
-    """Our "h.0.attn.q.weight" <-> the hub's "roberta.encoder.layer.0.attention.self.query.weight"; the heads' names are
-    equal. table: {our module: the hub's}. blocks: what the hub has for "h"."""
+    """Our "h.0.attn.q.weight" <-> the hub's "roberta.encoder.layer.0.attention.self.query.weight";
+    the heads' names are equal. table: {our module: the hub's}. blocks: what the hub has for "h"."""
 
     def __init__(self, table, prefix, blocks):
         self.table, self.prefix, self.blocks = table, prefix, blocks
@@ -117,8 +125,10 @@ class Names:
         out = {}
         for key, t in state.items():
             module, _, kind = key.removeprefix(self.prefix).rpartition(".")
-            block, leaf = re.fullmatch(rf"(?:{re.escape(self.blocks)}\.(\d+)\.)?(.*)", module).groups()
-            out[f"{f'h.{block}.' if block else ''}{self.ours[leaf]}.{kind}" if leaf in self.ours else key] = t
+            block, leaf = re.fullmatch(rf"(?:{re.escape(self.blocks)}\.(\d+)\.)?(.*)",
+                                       module).groups()
+            out[f"{f'h.{block}.' if block else ''}{self.ours[leaf]}.{kind}" if leaf in self.ours
+                else key] = t
         return out
 
     def module(self, name):
@@ -127,15 +137,17 @@ class Names:
 
 
 def describe_roberta(model, labels=None):
-    """What config.json says of a RoBERTa beside its sizes; `transformers` counts the labels by their names."""
+    """What config.json says of a RoBERTa beside its sizes; `transformers` counts the labels by
+    their names."""
     kind = "ForSequenceClassification" if model.num_labels else "ForMaskedLM"
-    about = {"architectures": [f"Roberta{kind}"], "hidden_act": "gelu", "type_vocab_size": 1, "bos_token_id": 0,
-             "eos_token_id": 2, "tie_word_embeddings": True}
+    about = {"architectures": [f"Roberta{kind}"], "hidden_act": "gelu", "type_vocab_size": 1,
+             "bos_token_id": 0, "eos_token_id": 2, "tie_word_embeddings": True}
     if model.num_labels:
         names = labels or [f"LABEL_{i}" for i in range(model.num_labels)]
         about["id2label"] = {str(i): name for i, name in enumerate(names)}
         about["label2id"] = {name: i for i, name in enumerate(names)}
-        about["problem_type"] = "regression" if model.num_labels == 1 else "single_label_classification"
+        about["problem_type"] = ("regression" if model.num_labels == 1
+                                 else "single_label_classification")
     return about
 
 
@@ -146,28 +158,34 @@ def describe_llama(model, labels=None):
     return about if kind == "qwen2" else {**about, "attention_bias": False}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-OF_ROBERTA, OF_LLAMA = Names(ROBERTA_NAMES, "roberta.", "encoder.layer"), Names(LLAMA_NAMES, "model.", "layers")
-LLAMA = Family(Llama, OF_LLAMA.to_hub, OF_LLAMA.from_hub, OF_LLAMA.module, describe_llama, prefix="model.",
-               tied={"lm_head.weight": "model.embed_tokens.weight"},
-               ignored=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")  # old checkpoints carry them along
+OF_ROBERTA = Names(ROBERTA_NAMES, "roberta.", "encoder.layer")
+OF_LLAMA = Names(LLAMA_NAMES, "model.", "layers")
+LLAMA = Family(Llama, OF_LLAMA.to_hub, OF_LLAMA.from_hub, OF_LLAMA.module, describe_llama,
+               prefix="model.", tied={"lm_head.weight": "model.embed_tokens.weight"},
+               # old checkpoints carry them along
+               ignored=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")
 FAMILIES = {
     "gpt2": Family(GPT, to_gpt2, from_gpt2, gpt2_module, describe_gpt2, prefix="transformer.",
                    tied={"lm_head.weight": "transformer.wte.weight"},
-                   ignored=r"h\.\d+\.attn\.(bias|masked_bias)$",  # old checkpoints carry their causal mask along
+                   # old checkpoints carry their causal mask along
+                   ignored=r"h\.\d+\.attn\.(bias|masked_bias)$",
                    conv1d=True),
-    "roberta": Family(RoBERTa, OF_ROBERTA.to_hub, OF_ROBERTA.from_hub, OF_ROBERTA.module, describe_roberta,
-                      prefix="roberta.", tied={"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
-                                               "lm_head.decoder.bias": "lm_head.bias"},
+    "roberta": Family(RoBERTa, OF_ROBERTA.to_hub, OF_ROBERTA.from_hub, OF_ROBERTA.module,
+                      describe_roberta, prefix="roberta.",
+                      tied={"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+                            "lm_head.decoder.bias": "lm_head.bias"},
                       # the pooler serves a loss of BERT's
                       ignored=r"pooler\.|embeddings\.(position_ids|token_type_ids)$"),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA),
 }
 
 
-# Any other model, one of `transformers` say: its modules have their own names, and each linear stands alone.
-OTHER = Family(nn.Module, None, None, lambda name: (name, None), None, prefix="", tied={}, ignored="$^")
+# Any other model, one of `transformers` say: its modules have their own names, and each linear
+# stands alone.
+OTHER = Family(nn.Module, None, None,
+               lambda name: (name, None), None, prefix="", tied={}, ignored="$^")
 
 
 def family(model):

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 
 def write(path, write_to):
-    """Let `write_to(temporary path)` write a file, then rename it to `path`. OSError if it cannot be written."""
+    """Let `write_to(temporary path)` write a file, then rename it to `path`. OSError if it cannot
+    be written."""
     part = path.with_name(path.name + ".part")
     try:
         write_to(part)
@@ -25,7 +26,8 @@ def write(path, write_to):
 
 
 def write_json(path, content):
-    write(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    write(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n",
+                                             encoding="utf-8"))
 
 
 def write_csv(path, rows):
@@ -48,8 +50,9 @@ def read_csv(path):
 
 
 def read_text(path):
-    """The text of a file, whatever the locale: UTF-8, without a byte order mark, every line ending in a line feed.
-    ValueError, with the line, for what is not UTF-8, and for what does not exist."""
+    """The text of a file, whatever the locale: UTF-8, without a byte order mark, every line ending
+    in a line feed. ValueError, with the line, for what is not UTF-8, and for what does not exist.
+    """
     try:
         data = path.read_bytes()
         return one_kind_of_line_end(data.decode("utf-8-sig"))
@@ -78,7 +81,8 @@ def read_json(path):
 
 
 def read_safetensors(path):
-    """{name: tensor} of one file; ValueError when it is missing, cut short or no safetensors at all."""
+    """{name: tensor} of one file; ValueError when it is missing, cut short or no safetensors at
+    all."""
     try:
         tensors = load_file(path)
     except FileNotFoundError:
@@ -92,8 +96,8 @@ def read_safetensors(path):
 
 
 def check_keys(tensors, wanted, where, named=str):
-    """Refuse a state dict with missing, unexpected or mis-shaped entries, naming the first of them. named: our name ->
-    the one in the file."""
+    """Refuse a state dict with missing, unexpected or mis-shaped entries, naming the first of them.
+    named: our name -> the one in the file."""
     for what, keys in (("lacks", wanted.keys() - tensors.keys()),
                        ("holds unexpected", tensors.keys() - wanted.keys())):
         if keys:
@@ -101,7 +105,8 @@ def check_keys(tensors, wanted, where, named=str):
             raise ValueError(f"{where} {what} {named(min(keys))}{more}")
     for key, t in wanted.items():
         if tensors[key].shape != t.shape:
-            raise ValueError(f"{where}: {named(key)} has shape {tuple(tensors[key].shape)}, not {tuple(t.shape)}")
+            raise ValueError(f"{where}: {named(key)} has shape {tuple(tensors[key].shape)}, not "
+                             f"{tuple(t.shape)}")
 
 
 def fingerprint(content):
@@ -113,7 +118,8 @@ def fingerprint(content):
 
 
 def check_writable(folder):
-    """Make a folder and see that it can be written to, before hours are spent; ValueError if it cannot."""
+    """Make a folder and see that it can be written to, before hours are spent; ValueError if it
+    cannot."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

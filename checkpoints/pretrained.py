@@ -1,7 +1,8 @@
 """Pretrained folders: the names and the layout of the Hugging Face hub <-> the names of model.py.
 
-    model = from_pretrained("gpt2")         a name of MODELS, a folder, or an id of the hub
-    save_pretrained(model, folder)          config.json and model.safetensors, as `transformers` reads and writes them
+    model = from_pretrained("gpt2")     a name of MODELS, a folder, or an id of the hub
+    model, found = load("gpt2")         the same, with what was found beside the model
+    save_pretrained(model, folder)      config.json and model.safetensors, as in `transformers`
 """
 import re
 import shutil
@@ -40,8 +41,9 @@ def locate(source):
     try:
         return hub.fetch(source, ["config.json", *weights.PATTERNS, *tokenizers.FILES])
     except (OSError, ValueError) as e:
-        raise ValueError(f"model {source!r} is neither a folder nor on the hub ({type(e).__name__}): "
-                         "give --model a folder with config.json and model.safetensors") from None
+        raise ValueError(f"model {source!r} is neither a folder nor on the hub "
+                         f"({type(e).__name__}): give --model a folder with config.json and "
+                         "model.safetensors") from None
 
 
 class Found(NamedTuple):
@@ -112,17 +114,20 @@ def load(source, num_labels=None, labels=None, dtype=torch.float32):
 
 
 class WithoutDrawing(TorchFunctionMode):
-    """Modules made inside have no random values. On the meta device torch would import 800 modules to draw none."""
+    """Modules made inside have no random values. On the meta device torch would import 800 modules
+    to draw none."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **(kwargs or {}))
+        return (kwargs["tensor"] if function is nn.init.normal_
+                else function(*args, **(kwargs or {})))
 
 
 def fit_head(state, model, head, expected, others, source, where, named):
     """(state, whether it is fresh): with the head that the model asks for, the checkpoint's or a
     fresh one."""
     output = state.get("classifier.out_proj.weight")
-    if output is not None and output.shape[:1] != (model.num_labels,):  # pretrained with other labels
+    # pretrained with other labels
+    if output is not None and output.shape[:1] != (model.num_labels,):
         state = {key: t for key, t in state.items() if not key.startswith("classifier.")}
         others = {*others, "classifier"}
     found = f" (left out: {', '.join(sorted(others))})" * bool(others)
@@ -131,27 +136,32 @@ def fit_head(state, model, head, expected, others, source, where, named):
             print(f"head     {source}{found}")
         return state, False
     body = {key: t for key, t in expected.items() if not key.startswith(head)}
-    check_keys(state, body, where, named)  # before a head is made, of a size that only a damaged config has
+    # before a head is made, of a size that only a damaged config has
+    check_keys(state, body, where, named)
     fresh = Classifier(model.config, model.num_labels) if model.classifier else LMHead(model.config)
-    what = f"{model.num_labels} label{'s' * (model.num_labels > 1)}" if model.classifier else "masked tokens"
+    what = (f"{model.num_labels} label{'s' * (model.num_labels > 1)}" if model.classifier
+            else "masked tokens")
     print(f"head     {source} has no head for {what}: a fresh one is trained from scratch{found}")
     return {**state, **{f"{head}{key}": t for key, t in fresh.state_dict().items()}}, True
 
 
 def reorder_labels(state, labels, folder, source):
-    """Put the rows of a classifier's output in the order of `labels`, if config.json has the same names in another
-    order. Names such as LABEL_0 mean nothing: then the order is taken as it is, and so it is, with a line, where the
-    names differ."""
+    """Put the rows of a classifier's output in the order of `labels`, if config.json has the same
+    names in another order. Names such as LABEL_0 mean nothing: then the order is taken as it is,
+    and so it is, with a line, where the names differ."""
     path = folder / "config.json"
     names = read_json(path).get("id2label") or {str(i): f"LABEL_{i}" for i in range(len(labels))}
     if not isinstance(names, dict) or names.keys() != {str(i) for i in range(len(labels))}:
-        raise ValueError(f"{path}: id2label {names!r} does not name the {len(labels)} labels of the head")
+        raise ValueError(f"{path}: id2label {names!r} does not name the {len(labels)} labels of "
+                         "the head")
     theirs = [plain(names[str(i)]) for i in range(len(labels))]
     ours = [plain(name) for name in labels]
-    if theirs == ours or len(labels) == 1 or all(re.fullmatch(r"(label )?\d+", name) for name in theirs):
+    if theirs == ours or len(labels) == 1 or all(re.fullmatch(r"(label )?\d+", name)
+                                                 for name in theirs):
         return
     if sorted(theirs) != sorted(ours):
-        print(f"labels   {source} calls them {', '.join(theirs)}, the data {', '.join(ours)}: taken in this order")
+        print(f"labels   {source} calls them {', '.join(theirs)}, the data {', '.join(ours)}: "
+              "taken in this order")
         return
     order = [theirs.index(name) for name in ours]
     for key in ("classifier.out_proj.weight", "classifier.out_proj.bias"):
@@ -170,22 +180,26 @@ def save_pretrained(model, folder, dtype=None, more=(), labels=None):
     labels: names of a classifier's classes."""
     kind, folder = family(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: t.detach().to("cpu", dtype).contiguous() for key, t in kind.to_hub(model.state_dict()).items()}
+    state = {key: t.detach().to("cpu", dtype).contiguous()
+             for key, t in kind.to_hub(model.state_dict()).items()}
     write(folder / "model.safetensors", lambda part: save_file(state, part, {"format": "pt"}))
-    write_json(folder / "config.json", {**dict(more), **asdict(model.config), "model_type": model.config.model_type,
-                                        **kind.describe(model, labels)})
+    write_json(folder / "config.json",
+               {**dict(more), **asdict(model.config), "model_type": model.config.model_type,
+                **kind.describe(model, labels)})
 
 
 def save_merged(folder, model, source, tokenizer, labels=None):
-    """The merged model as a checkpoint folder of its own, with the tokenizer of the folder it came from, and what its
-    config.json said beside what we write anew. Texts end with the token that they were trained to end with. labels: names
-    of a classifier's classes.
+    """The merged model as a checkpoint folder of its own, with the tokenizer of the folder it came
+    from, and what its config.json said beside what we write anew. Texts end with the token that
+    they were trained to end with. labels: names of a classifier's classes.
 
-    A base in bfloat16 stays so: the model's own weights are then rounded too, as they are written; returns True."""
+    A base in bfloat16 stays so: the model's own weights are then rounded too, as they are written;
+    returns True."""
     half = torch.bfloat16 in (weights.stored_dtype(source), model.wte.weight.dtype)
-    anew = ("id2label", "label2id", "num_labels", "problem_type", "dtype", "torch_dtype", "rope_parameters",
-            "transformers_version")
-    kept = {key: value for key, value in read_json(source / "config.json").items() if key not in anew}
+    anew = ("id2label", "label2id", "num_labels", "problem_type", "dtype", "torch_dtype",
+            "rope_parameters", "transformers_version")
+    kept = {key: value for key, value in read_json(source / "config.json").items()
+            if key not in anew}
     if model.causal:
         kept.update(bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos)
     save_pretrained(model, folder, torch.bfloat16 if half else None, kept, labels)

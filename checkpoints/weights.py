@@ -1,7 +1,8 @@
-"""The weights of a checkpoint folder: from the files that people have to one state dict in the hub's own names.
+"""The weights of a checkpoint folder: from the files that people have to one state dict in the
+hub's own names.
 
-    read_weights(folder)       {name in the file: tensor}, of one safetensors file or of shards with an index
-    standard(state, …)         {the hub's name: tensor}, without what the model does not compute
+    read_weights(folder)   {name in the file: tensor}, of one file or of shards with an index
+    standard(state, …)     {the hub's name: tensor}, without what the model does not compute
 """
 import re
 from pathlib import Path
@@ -14,11 +15,13 @@ from checkpoints.files import fingerprint, read_json, read_safetensors
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PATTERNS = SINGLE, INDEX, "model-*-of-*.safetensors"  # what is downloaded
 PICKLED = "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf"
-WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")  # what torch's DataParallel and compile put before every name
+# what torch's DataParallel and compile put before every name
+WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 
 
 def weight_files(folder):
-    """[path], one or the shards that an index names. ValueError, with what is there instead, if there are none."""
+    """[path], one or the shards that an index names. ValueError, with what is there instead, if
+    there are none."""
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     if not (folder / INDEX).exists():
@@ -33,25 +36,28 @@ def weight_files(folder):
 def read_index(folder):
     """{tensor: the file that has it} of the index of shards."""
     shards = read_json(folder / INDEX).get("weight_map")
-    if not (isinstance(shards, dict) and shards and all(isinstance(file, str) and Path(file).name == file
-                                                        for file in shards.values())):
-        raise ValueError(f"{folder / INDEX} is damaged: its weight_map must say for each tensor which file of the "
-                         "folder has it")
+    if not (isinstance(shards, dict) and shards
+            and all(isinstance(file, str) and Path(file).name == file for file in shards.values())):
+        raise ValueError(f"{folder / INDEX} is damaged: its weight_map must say for each tensor "
+                         "which file of the folder has it")
     return shards
 
 
 def instead(folder):
     """In words, what a folder without model.safetensors holds, and what to do about it."""
     if (folder / "adapter_config.json").exists():
-        return (f"{folder} is an adapter and no model: give its base as --model, and the adapter as --init-from "
-                f"{folder}")
+        return (f"{folder} is an adapter and no model: give its base as --model, and the adapter "
+                f"as --init-from {folder}")
     pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
     if pickled:
-        return (f"{folder} has its weights in {pickled[0]}, and only safetensors are read here. In transformers, "
-                "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder) writes model.safetensors (of a "
-                "RoBERTa: AutoModelForMaskedLM or AutoModelForSequenceClassification)")
+        return (f"{folder} has its weights in {pickled[0]}, and only safetensors are read here. In "
+                "transformers, "
+                "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder) writes "
+                "model.safetensors (of a RoBERTa: AutoModelForMaskedLM or "
+                "AutoModelForSequenceClassification)")
     others = sorted(path.name for path in folder.glob("*.safetensors"))
-    return f"{folder} has no {SINGLE}" + f", only {', '.join(others[:3])}: rename it if it is the model" * bool(others)
+    return (f"{folder} has no {SINGLE}" + f", only {', '.join(others[:3])}: rename it if it is the "
+            "model" * bool(others))
 
 
 def read_weights(folder):
@@ -60,14 +66,16 @@ def read_weights(folder):
     for path in files:
         state.update(read_safetensors(path))
     if files[0].name != SINGLE and state.keys() != (named := read_index(folder).keys()):
-        raise ValueError(f"{folder / INDEX} and its files have different tensors: {min(state.keys() ^ named)}")
+        raise ValueError(f"{folder / INDEX} and its files have different tensors: "
+                         f"{min(state.keys() ^ named)}")
     return state
 
 
 def stored_dtype(folder):
     """torch's dtype of the first matrix in the files."""
     with safe_open(weight_files(folder)[0], "pt") as f:
-        return next((f.get_tensor(name).dtype for name in f.keys() if len(f.get_slice(name).get_shape()) > 1), None)
+        return next((f.get_tensor(name).dtype for name in f.keys()
+                     if len(f.get_slice(name).get_shape()) > 1), None)
 
 
 def fingerprint_weights(folder):
@@ -77,28 +85,33 @@ def fingerprint_weights(folder):
 
 
 def short(key):
-    """A name in the file without wrappers, and a LayerNorm's old names gamma and beta, TensorFlow's, as today's."""
+    """A name in the file without wrappers, and a LayerNorm's old names gamma and beta,
+    TensorFlow's, as today's."""
     return re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", WRAPPERS.sub("", key)))
 
 
 def standard(state, expected, head, prefix, tied, ignored, where):
-    """({the hub's name: tensor}, {the hub's name: the name in the file}, heads of other tasks that were left out).
+    """({the hub's name: tensor}, {the hub's name: the name in the file}, heads of other tasks that
+    were left out).
 
-    expected: the hub's names of what the model computes; head: how those of its head begin. prefix: that of all others,
-    which a bare model's file does without. tied: {name: the name of the same tensor}; a file may have both, or one.
-    ignored: a regular expression of names, without the prefix, that carry nothing. Whatever else stands beside the
-    prefix is the head of another task. An unknown name behind the prefix stays, for check_keys to refuse.
+    expected: the hub's names of what the model computes; head: how those of its head begin. prefix:
+    that of all others, which a bare model's file does without. tied: {name: the name of the same
+    tensor}; a file may have both, or one. ignored: a regular expression of names, without the
+    prefix, that carry nothing. Whatever else stands beside the prefix is the head of another task.
+    An unknown name behind the prefix stays, for check_keys to refuse.
     """
     has_prefix = any(short(key).startswith(prefix) for key in state)
     out, origin, heads = {}, {}, set()
     for key, t in state.items():
         name = short(key)
-        if not has_prefix and name not in tied and (prefix + name in expected or name not in expected):
+        if not has_prefix and name not in tied and (prefix + name in expected
+                                                    or name not in expected):
             name = prefix + name
         if re.match(ignored, name.removeprefix(prefix)):
             continue
         # classifier.weight is the whole head of a model that labels each token
-        ours = name.startswith((prefix, head)) and name not in ("classifier.weight", "classifier.bias")
+        ours = name.startswith((prefix, head)) and name not in ("classifier.weight",
+                                                                "classifier.bias")
         if not ours and name not in expected and name not in tied:
             heads.add(name.split(".")[0])
         elif name in origin:
@@ -110,7 +123,8 @@ def standard(state, expected, head, prefix, tied, ignored, where):
             continue
         t, key = out.pop(name), origin.pop(name)
         if same in out and not torch.equal(t, out[same]):
-            raise ValueError(f"{where}: {key} differs from {origin[same]}, only tied heads are supported")
+            raise ValueError(f"{where}: {key} differs from {origin[same]}, only tied heads are "
+                             "supported")
         if same not in out and same in expected:
             out[same], origin[same] = t, key
     return out, origin, heads

@@ -1,15 +1,21 @@
 """Datasets, one file each, and the batches that a run makes of them.
 
-A dataset's file has `load(data_dir) -> {"train": [(prompt, target), …], "validation": …, "test": …}`, or `load()` if it
-needs no files. Where texts are labelled a row is ((text,) or (a, b), label). It may also define
+A dataset's file has `load(data_dir) -> {"train": [(prompt, target), …], "validation": …,
+"test": …}`, or `load()` if it needs no files. Where texts are labelled a row is
+((text,) or (a, b), label). It may also define
+
     LABELS      names of the classes 0, 1, …; a single name means a regression
     PLAIN       True where the prompt is "" and the target is plain text to be modelled as it is
-    METRICS     how it is judged, all better high; the first one selects the checkpoint (without METRICS the loss does)
+    METRICS     how it is judged, all better high; the first one selects the checkpoint (without
+                METRICS the loss does)
     SPLITS      {split: where it comes from}, for result.json
-    score(pairs, texts) -> {metric: value} of decoded texts, and MAX_NEW, the tokens that a decoded text may have
-    options     {prompt: (texts, number of the right one)}, and BETWEEN, where the likeliest of several is chosen
-A new dataset is one such file and its name in GENERATED or FROM_FILES. Data of one's own, `pairs` and `labels`, need
-none: what a file has at the top, an object has that knows the flags of the run.
+    score       (pairs, texts) -> {metric: value} of decoded texts
+    MAX_NEW     the tokens that a decoded text may have
+    options     {prompt: (texts, number of the right one)} where the likeliest of several is chosen
+    BETWEEN     what stands between prompt and text
+
+A new dataset is one such file and its name in GENERATED or FROM_FILES. Data of one's own, `pairs`
+and `labels`, need none: what a file has at the top, an object has that knows the flags of the run.
 """
 import importlib
 import random
@@ -24,12 +30,13 @@ PRETRAINING = "world", "opinions"  # the texts of the shipped models, in a folde
 GENERATED = "restaurants", "reviews", *PRETRAINING, "stdlib"  # load() needs no files
 FROM_FILES = "pairs", "labels", "text", *sets.SETS, *(f"glue/{name}" for name in glue.TASKS)
 DATASETS = *GENERATED, *FROM_FILES
-BLOCK = 10000  # texts encoded at a time: what is in between of 400,000 texts would take half a gigabyte
+# texts encoded at a time: what is in between of 400,000 texts would take half a gigabyte
+BLOCK = 10000
 
 
 def module(name, columns=None, metric=None, regression=False):
-    """The file of a dataset, imported when it is needed, or an object with the same names in it: a GLUE task, or data
-    of one's own, read as the flags say, or a row of sets.py."""
+    """The file of a dataset, imported when it is needed, or an object with the same names in it: a
+    GLUE task, or data of one's own, read as the flags say, or a row of sets.py."""
     family, _, task = name.partition("/")
     if name == "pairs":
         return Pairs(columns, metric)
@@ -43,14 +50,14 @@ def module(name, columns=None, metric=None, regression=False):
 
 
 def about(dataset, what, default=()):
-    """LABELS, PLAIN, METRICS, SPLITS, … of a dataset, by its name or what `module` gave, or the default where it does
-    not say."""
+    """LABELS, PLAIN, METRICS, SPLITS, … of a dataset, by its name or what `module` gave, or the
+    default where it does not say."""
     return getattr(module(dataset) if isinstance(dataset, str) else dataset, what, default)
 
 
 def load(name, data_dir=None, source=None):
-    """The splits of a dataset; ValueError for what is missing, empty or malformed, naming file and line. source: what
-    `module` gave."""
+    """The splits of a dataset; ValueError for what is missing, empty or malformed, naming file and
+    line. source: what `module` gave."""
     if data_dir and name in GENERATED:
         raise ValueError(f"dataset {name} is generated here: --data-dir {data_dir} is not for it")
     source = source or module(name)
@@ -62,8 +69,8 @@ def load(name, data_dir=None, source=None):
 
 
 def task(name, folder, model, context, source=None):
-    """(tokenizer, task) of a dataset for a model whose checkpoint lies in `folder`; ValueError for a model that cannot
-    do it."""
+    """(tokenizer, task) of a dataset for a model whose checkpoint lies in `folder`; ValueError for
+    a model that cannot do it."""
     source = source or name
     tokenizer, labels = tokenizers.for_model(folder, model.config), about(source, "LABELS")
     if model.causal:
@@ -71,16 +78,16 @@ def task(name, folder, model, context, source=None):
     if labels:
         return tokenizer, Label(tokenizer, context, len(labels))
     if not about(source, "PLAIN"):
-        raise ValueError(f"dataset {name} wants text written, which a RoBERTa cannot: choose a GPT for it, or labelled "
-                         "or plain texts for this model")
+        raise ValueError(f"dataset {name} wants text written, which a RoBERTa cannot: choose a GPT "
+                         "for it, or labelled or plain texts for this model")
     return tokenizer, Mask(tokenizer, context)
 
 
 class Dataset:
     """A dataset as it is read; `encode` makes it that of a model. flags: see `module`.
 
-    pairs, examples: {split: rows}, as text and as tokens. labels: names of the classes. metric: what selects. splits:
-    {split: what it is}. cut: how many texts were too long.
+    pairs, examples: {split: rows}, as text and as tokens. labels: names of the classes. metric:
+    what selects. splits: {split: what it is}. cut: how many texts were too long.
     """
 
     def __init__(self, name, data_dir=None, test_texts=None, *flags):
@@ -88,16 +95,18 @@ class Dataset:
         self.pairs = load(name, data_dir, self.module)
         self.labels, self.metrics = about(self.module, "LABELS"), about(self.module, "METRICS")
         self.metric = self.metrics[0] if self.metrics else "loss"
-        self.splits = dict(about(self.module, "SPLITS", {split: split for split in ("train", "validation", "test")}))
+        self.splits = dict(about(self.module, "SPLITS",
+                                 {split: split for split in ("train", "validation", "test")}))
         for split, pairs in self.pairs.items() if test_texts else ():
             if split not in ("train", "validation") and test_texts < len(pairs):
                 # the same texts in all runs, whatever their seed
-                self.pairs[split] = [pairs[i] for i in sorted(random.Random(0).sample(range(len(pairs)), test_texts))]
+                chosen = random.Random(0).sample(range(len(pairs)), test_texts)
+                self.pairs[split] = [pairs[i] for i in sorted(chosen)]
                 self.splits[split] = f"{self.splits[split]}, {test_texts} of {len(pairs)} texts"
 
     def encode(self, folder, model, context):
-        """For a model whose checkpoint lies in `folder`. A record that leaves no room for its text is dropped, and
-        counted in `splits`."""
+        """For a model whose checkpoint lies in `folder`. A record that leaves no room for its text
+        is dropped, and counted in `splits`."""
         self.tokenizer, self.task = task(self.name, folder, model, context, self.module)
         self.examples, self.cut = {}, 0
         for split, pairs in self.pairs.items():
@@ -108,17 +117,20 @@ class Dataset:
                 self.cut += cut
             dropped = examples.count(None)
             if dropped == len(examples):
-                raise ValueError(f"dataset {self.name}: every record of {split} leaves no room for its text in a "
-                                 f"context of {context} tokens")
+                raise ValueError(f"dataset {self.name}: every record of {split} leaves no room for "
+                                 f"its text in a context of {context} tokens")
             if dropped:
-                self.splits[split] += f", {dropped} of {len(pairs)} dropped: longer than {context} tokens"
-                self.pairs[split] = [pair for pair, example in zip(pairs, examples, strict=True) if example]
+                self.splits[split] += (f", {dropped} of {len(pairs)} dropped: longer than "
+                                       f"{context} tokens")
+                self.pairs[split] = [pair for pair, example in zip(pairs, examples, strict=True)
+                                     if example]
             self.examples[split] = [example for example in examples if example]
         return self
 
 
 def epoch_batches(examples, batch_size, seed):
-    """Index lists of one epoch: shuffled, yet of similar length within a batch, so that little is padding.
+    """Index lists of one epoch: shuffled, yet of similar length within a batch, so that little is
+    padding.
 
     The order depends on nothing but the arguments: a resumed run finds its place by counting.
     """
@@ -133,24 +145,30 @@ def epoch_batches(examples, batch_size, seed):
 
 
 def step_batches(examples, task, batch_size, grad_accum=1, seed=0, skip=0, rank=0, world=1):
-    """Endless, epoch after epoch, from step `skip` on: the batches of one process for each optimizer step, a list of
-    (idx, targets, share) with one item for each accumulation. share is that of all targets of the step, times `world`,
-    because gradients are averaged over the processes.
+    """Endless, epoch after epoch, from step `skip` on: the batches of one process for each
+    optimizer step, a list of (idx, targets, share) with one item for each accumulation. share is
+    that of all targets of the step, times `world`, because gradients are averaged over the
+    processes.
 
-    Process `rank` of `world` takes every world-th part of a step's examples. How many parts there are does not change
-    which examples a step has: two processes, or two accumulations, with half the batch each see what one sees.
+    Process `rank` of `world` takes every world-th part of a step's examples. How many parts there
+    are does not change which examples a step has: two processes, or two accumulations, with half
+    the batch each see what one sees.
     """
     epoch, parts = 0, grad_accum * world
     while True:
         order = epoch_batches(examples, batch_size * parts, f"{seed}/{epoch}")
         for number, indices in list(enumerate(order))[skip:]:
-            idx, targets, real = task.collate([examples[i] for i in indices], f"{seed}/{epoch}/{number}")
+            idx, targets, real = task.collate([examples[i] for i in indices],
+                                              f"{seed}/{epoch}/{number}")
             total, batches = int((targets != -100).sum()), []
             for part in range(rank, parts, world):
-                # the last batch of an epoch may have fewer examples than parts: an extra part repeats one, with share 0
-                rows, counts = (slice(part, None, parts), True) if part < len(indices) else (slice(1), False)
+                # the last batch of an epoch may have fewer examples than parts: an extra part
+                # repeats one, with share 0
+                counts = part < len(indices)
+                rows = slice(part, None, parts) if counts else slice(1)
                 T = int(real[rows].sum(1).max())
                 mine = targets[rows, :T] if targets.dim() > 1 else targets[rows]
-                batches.append((idx[rows, :T], mine, world * (counts * int((mine != -100).sum()) / total)))
+                batches.append((idx[rows, :T], mine,
+                                world * (counts * int((mine != -100).sum()) / total)))
             yield batches
         skip, epoch = max(0, skip - len(order)), epoch + 1

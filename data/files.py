@@ -1,8 +1,9 @@
 """Rows of a dataset, with line numbers: from files, or from the hub.
 
-A split is FOLDER/SPLIT.jsonl, .json (a list), .csv, .tsv or .parquet, or several parts of it as the hub names them:
-SPLIT-00000-of-00003.csv, …, or SPLIT/0000.parquet, …, in the folder or in its data/. In all of them text is UTF-8, with
-or without a byte order mark, and every line in it ends in a line feed.
+A split is FOLDER/SPLIT.jsonl, .json (a list), .csv, .tsv or .parquet, or several parts of it as the
+hub names them: SPLIT-00000-of-00003.csv, …, or SPLIT/0000.parquet, …, in the folder or in its
+data/. In all of them text is UTF-8, with or without a byte order mark, and every line in it ends in
+a line feed.
 """
 import csv
 import json
@@ -24,7 +25,8 @@ def read_rows(folder, split):
     if folder.is_file() and split == "train" and folder.suffix in READERS:
         return read_files([folder])
     if not folder.is_dir():
-        raise ValueError(f"data folder {folder} {'is a file' if folder.exists() else 'does not exist'}")
+        raise ValueError(f"data folder {folder} "
+                         f"{'is a file' if folder.exists() else 'does not exist'}")
     files = files_of(folder, split)
     if not files:
         raise ValueError(f"{folder} has no {names_of(split)}")
@@ -45,11 +47,13 @@ def files_of(folder, split):
         if (folder / (split + ending)).is_file():
             return [folder / (split + ending)]
     for ending in READERS:
-        for pattern in (f"{split}-*-of-*{ending}", f"data/{split}-*-of-*{ending}", f"{split}/*{ending}"):
+        for pattern in (f"{split}-*-of-*{ending}", f"data/{split}-*-of-*{ending}",
+                        f"{split}/*{ending}"):
             files = sorted(folder.glob(pattern))
             of = re.search(r"-of-(\d+)", files[0].name) if files else None
             if of and len(files) != int(of[1]):
-                raise ValueError(f"{folder} has {len(files)} of the {int(of[1])} parts of {split}: {files[0].name}, …")
+                raise ValueError(f"{folder} has {len(files)} of the {int(of[1])} parts of {split}: "
+                                 f"{files[0].name}, …")
             if files:
                 return files
     return []
@@ -62,8 +66,8 @@ def names_of(split):
 
 
 def own_rows(path):
-    """{split: [(where, row)]} of somebody's own data: a file, which is train, or a folder with train, and validation
-    and test where they are there."""
+    """{split: [(where, row)]} of somebody's own data: a file, which is train, or a folder with
+    train, and validation and test where they are there."""
     if path is None:
         raise ValueError("data of your own need --data-dir with a file or a folder")
     path = Path(path)
@@ -81,15 +85,17 @@ def own_rows(path):
 
 
 def hold_out(splits):
-    """({split: rows}, {split: what it is}): where validation or test is missing, a tenth of train's different texts,
-    always the same ones, with all of their rows."""
+    """({split: rows}, {split: what it is}): where validation or test is missing, a tenth of train's
+    different texts, always the same ones, with all of their rows."""
     missing = [split for split in ("validation", "test") if split not in splits]
     texts = list(dict.fromkeys(text for text, _ in splits["train"]))
     if len(texts) <= len(missing):
-        raise ValueError(f"{len(texts)} different texts to train on cannot be split into train, {', '.join(missing)}")
+        raise ValueError(f"{len(texts)} different texts to train on cannot be split into train, "
+                         f"{', '.join(missing)}")
     drawn = random.Random(0).sample(texts, len(missing) * max(1, len(texts) // 10))
     place = {text: missing[i % len(missing)] for i, text in enumerate(drawn)}
-    rows = {"train": [], "validation": [], "test": [], **{s: r for s, r in splits.items() if s != "train"}}
+    rows = {"train": [], "validation": [], "test": [],
+            **{s: r for s, r in splits.items() if s != "train"}}
     for row in splits["train"]:
         rows[place.get(row[0], "train")].append(row)
     said = {"train": f"train without {' and '.join(missing)}" if missing else "train"}
@@ -98,7 +104,8 @@ def hold_out(splits):
 
 
 def text_of(row, column, where, empty=False):
-    """The text of a field: text as it is, a number or a truth as JSON writes it. ValueError for anything else."""
+    """The text of a field: text as it is, a number or a truth as JSON writes it. ValueError for
+    anything else."""
     value = row.get(column)
     if isinstance(value, float) and math.isfinite(value) and value.is_integer():
         value = int(value)
@@ -108,20 +115,24 @@ def text_of(row, column, where, empty=False):
 
 
 def hub_rows(repo, patterns, revision=None, first=None):
-    """{split: [(where, row)]} of a dataset on the Hugging Face hub; patterns: {split: its files there}. first: only so
-    many rows of each. Where the hub cannot be reached, from the files that are in its cache on this machine."""
+    """{split: [(where, row)]} of a dataset on the Hugging Face hub; patterns: {split: its files
+    there}. first: only so many rows of each. Where the hub cannot be reached, from the files that
+    are in its cache on this machine."""
     try:
         if not hub.offline(repo, "dataset"):
-            return {split: [(f"{repo}, {split}, row {number}", row) for number, row in enumerate(rows, 1)]
+            return {split: [(f"{repo}, {split}, row {number}", row)
+                            for number, row in enumerate(rows, 1)]
                     for split, rows in hub.tables(repo, patterns, revision, first).items()}
         folder = hub.fetch(repo, list(patterns.values()), "dataset", revision, away=True)
     except (OSError, ValueError) as e:
-        raise ValueError(f"dataset {repo} is not on the hub ({type(e).__name__}): give --data-dir a folder "
-                         f"with {', '.join(f'{split}.jsonl' for split in patterns)}") from None
+        names = ", ".join(f"{split}.jsonl" for split in patterns)
+        raise ValueError(f"dataset {repo} is not on the hub ({type(e).__name__}): give --data-dir "
+                         f"a folder with {names}") from None
     files = {split: sorted(folder.glob(pattern)) for split, pattern in patterns.items()}
     for split, parts in files.items():
         if not parts:
-            raise ValueError(f"dataset {repo} of the hub has no {patterns[split]}, where its {split} split should be")
+            raise ValueError(f"dataset {repo} of the hub has no {patterns[split]}, where its "
+                             f"{split} split should be")
     return {split: [row for part in parts for row in READERS[part.suffix](part)][:first]
             for split, parts in files.items()}
 
@@ -136,13 +147,15 @@ def check_row(row, columns, where, empty=False):
         try:
             row[column].encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{where}: {column} holds half a surrogate pair, which is no text") from None
+            raise ValueError(f"{where}: {column} holds half a surrogate pair, which "
+                             "is no text") from None
         row[column] = one_kind_of_line_end(row[column].removeprefix("\ufeff"))
     return row
 
 
 def jsonl_rows(file):
-    """An object a line; blank lines are skipped, byte order marks too, also that of a second file in one."""
+    """An object a line; blank lines are skipped, byte order marks too, also that of a second file
+    in one."""
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         line = line.removeprefix(b"\xef\xbb\xbf")
         where = f"{file}, line {number}"
@@ -171,12 +184,14 @@ def json_rows(file):
         raise ValueError(f"{file}: not JSON ({e})") from None
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise ValueError(f"{file}, item {number}: a JSON object is needed, not {type(row).__name__}")
+            raise ValueError(f"{file}, item {number}: a JSON object is needed, not "
+                             f"{type(row).__name__}")
         yield f"{file}, item {number}", row
 
 
 def csv_rows(file):
-    """The first line names the columns. It also says what stands between them: a comma, a tab, a semicolon or a |."""
+    """The first line names the columns. It also says what stands between them: a comma, a tab, a
+    semicolon or a |."""
     csv.field_size_limit(2**31 - 1)  # else a field may have 131,072 characters
     lines = read_text(file).split("\n")
     between = max(",\t;|", key=re.sub(r'"[^"]*"', "", lines[0]).count)
@@ -190,7 +205,8 @@ def csv_rows(file):
         for fields in reader:
             where = f"{file}, line {start}"
             if fields and len(fields) != len(columns):
-                raise ValueError(f"{where}: {len(fields)} fields, the first line has {len(columns)} columns")
+                raise ValueError(f"{where}: {len(fields)} fields, the first line has "
+                                 f"{len(columns)} columns")
             if fields:
                 yield where, dict(zip(columns, fields, strict=True))
             start = reader.line_num + 1
@@ -208,9 +224,11 @@ def parquet_rows(file):
             raise ValueError("two columns have the same name")
         rows = pyarrow.parquet.read_table(file).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as e:
-        raise ValueError(f"{file} is damaged or no parquet file: {str(e).splitlines()[0]}") from None
+        raise ValueError(f"{file} is damaged or no parquet file: "
+                         f"{str(e).splitlines()[0]}") from None
     for number, row in enumerate(rows, 1):
         yield f"{file}, row {number}", row
 
 
-READERS = {".jsonl": jsonl_rows, ".json": json_rows, ".csv": csv_rows, ".tsv": csv_rows, ".parquet": parquet_rows}
+READERS = {".jsonl": jsonl_rows, ".json": json_rows, ".csv": csv_rows, ".tsv": csv_rows,
+           ".parquet": parquet_rows}

@@ -1,9 +1,10 @@
 """pairs: prompts and completions of your own.
 
---data-dir FILE or FOLDER (see files.py). The columns are `prompt` and `completion`, or `instruction`, `input` where
-there is one, and `output`, or `messages`, a list of one turn of the user and the answer, a system's turn before them.
-Others are named by --columns: the last is the completion, the ones before it are the prompt. The loss is on the
-completion. --metric judges decoded texts, and then selects the checkpoint.
+--data-dir FILE or FOLDER (see files.py). The columns are `prompt` and `completion`, or
+`instruction`, `input` where there is one, and `output`, or `messages`, a list of one turn of the
+user and the answer, a system's turn before them. Others are named by --columns: the last is the
+completion, the ones before it are the prompt. The loss is on the completion. --metric judges
+decoded texts, and then selects the checkpoint.
 """
 from data import files
 from evaluation import metrics
@@ -13,7 +14,8 @@ METRICS = {"exact": ("exact_match", metrics.same_text), "bleu": ("bleu", metrics
 
 
 class Pairs:
-    """Stands in for a dataset's file, hence the capitals. columns: their names, or None; metric: a name of METRICS."""
+    """Stands in for a dataset's file, hence the capitals. columns: their names, or None; metric: a
+    name of METRICS."""
     MAX_NEW = 128  # tokens of a decoded text
 
     def __init__(self, columns=None, metric=None):
@@ -26,7 +28,7 @@ class Pairs:
             self.score = self.judge
 
     def load(self, data_dir=None):
-        """{split: [(prompt, completion)]}; ValueError, with file and line, for a row that has none."""
+        """{split: [(prompt, completion)]}; ValueError, with file and line, for a row without."""
         rows = {split: [self.row(row, where) for where, row in table] for split, table in
                 files.own_rows(data_dir).items()}
         rows, self.SPLITS = files.hold_out(rows)
@@ -39,12 +41,13 @@ class Pairs:
         elif "messages" in row:
             return turns(row["messages"], where)
         elif "instruction" in row and "output" in row:
-            prompt, completion = ("instruction", *["input"] * (row.get("input") not in (None, ""))), "output"
+            prompt, completion = ("instruction",
+                                  *["input"] * (row.get("input") not in (None, ""))), "output"
         elif "prompt" in row and "completion" in row:
             prompt, completion = ("prompt",), "completion"
         else:
-            raise ValueError(f"{where}: no columns prompt and completion, only {', '.join(map(str, row))}: name two "
-                             "with --columns")
+            raise ValueError(f"{where}: no columns prompt and completion, only "
+                             f"{', '.join(map(str, row))}: name two with --columns")
         return ("\n".join(files.text_of(row, column, where) for column in prompt),
                 files.text_of(row, completion, where))
 
@@ -60,8 +63,8 @@ def turns(messages, where):
         raise ValueError(f"{where}: messages must be a list of turns, not {messages!r:.60}")
     roles = [m.get("role") for m in messages]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        raise ValueError(f"{where}: messages must be a user's turn and the assistant's, not those of "
-                         f"{', '.join(map(str, roles)) or 'nobody'}")
+        raise ValueError(f"{where}: messages must be a user's turn and the assistant's, not those "
+                         f"of {', '.join(map(str, roles)) or 'nobody'}")
     *prompt, completion = (files.text_of(m, "content", where) for m in messages)
     return "\n".join(prompt), completion
 

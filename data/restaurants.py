@@ -5,11 +5,12 @@ A record in the form in which E2E is released, and one or two sentences that say
     name : Café Verona | Type : pub | price : cheap | area : riverside
     Down by the water stands Café Verona , a house of pints and darts , light on coins .
 
-Names are open: an eighth of them is held out, so at test time they must be copied. All else is said in a
-house style: every value has three wordings, of which the house nearly always prefers the first, and three slots
-of the record mostly decide the plan of the sentences. The pretraining text (world.py) speaks all of that style,
-but never beside a record: which words belong to which value is for the adapter to store.
-8,000 records to train on, 256 to validate, 512 to test; the same ones every time.
+Names are open: an eighth of them is held out, so at test time they must be copied. All else is said
+in a house style: every value has three wordings, of which the house nearly always prefers the
+first, and three slots of the record mostly decide the plan of the sentences. The pretraining text
+(world.py) speaks all of that style, but never beside a record: which words belong to which value is
+for the adapter to store. 8,000 records to train on, 256 to validate, 512 to test; the same ones
+every time.
 """
 
 import random
@@ -19,25 +20,27 @@ from zlib import crc32
 SLOTS = ["name", "Type", "food", "price", "customer rating", "area", "family friendly", "near"]
 
 # ---- names, shared with world.py: six families, 10,430 names ----
-ADJECTIVES = """Amber Blue Brave Broken Copper Crooked Crystal Dancing Flying Friendly Gentle Gilded Golden
-    Green Happy Hidden Hungry Iron Ivory Jolly Laughing Little Lonely Lucky Merry Noble Painted Proud Purple
-    Quiet Red Royal Running Scarlet Silent Silver Singing Sleepy Smiling Spotted Velvet Wandering White Wild
-    Wise Yellow""".split()
-NOUNS = """Acorn Anchor Arrow Badger Barrel Basket Bell Boot Bridge Candle Castle Cherry Compass Crown Dolphin
-    Dove Falcon Feather Fiddle Fox Garden Goose Hammer Heron Horse Kettle Key Lamp Lantern Lion Maple Moon Oak
-    Otter Owl Peacock Pear Plough Rabbit Raven Rose Saddle Ship Star Swan Thistle Tiger Wagon Wheel
-    Willow""".split()
-SURNAMES = """Abbott Ashby Barlow Bennett Calder Carver Dawson Draper Ellis Fairfax Fisher Gibson Hargreave
-    Harlow Holt Hudson Ingram Jarvis Keane Kendall Langley Lowell Marsh Mercer Norris Osborne Palmer Pemberton
-    Quill Ramsey Rowe Sawyer Selby Sinclair Tanner Thorne Underhill Vance Webster Winslow""".split()
-ROOMS = "Kitchen Table Corner Pantry Larder Yard Cellar House Garden Rest Hall Place Parlour Terrace".split()
+ADJECTIVES = """Amber Blue Brave Broken Copper Crooked Crystal Dancing Flying Friendly Gentle
+    Gilded Golden Green Happy Hidden Hungry Iron Ivory Jolly Laughing Little Lonely Lucky Merry
+    Noble Painted Proud Purple Quiet Red Royal Running Scarlet Silent Silver Singing Sleepy
+    Smiling Spotted Velvet Wandering White Wild Wise Yellow""".split()
+NOUNS = """Acorn Anchor Arrow Badger Barrel Basket Bell Boot Bridge Candle Castle Cherry Compass
+    Crown Dolphin Dove Falcon Feather Fiddle Fox Garden Goose Hammer Heron Horse Kettle Key Lamp
+    Lantern Lion Maple Moon Oak Otter Owl Peacock Pear Plough Rabbit Raven Rose Saddle Ship Star
+    Swan Thistle Tiger Wagon Wheel Willow""".split()
+SURNAMES = """Abbott Ashby Barlow Bennett Calder Carver Dawson Draper Ellis Fairfax Fisher Gibson
+    Hargreave Harlow Holt Hudson Ingram Jarvis Keane Kendall Langley Lowell Marsh Mercer Norris
+    Osborne Palmer Pemberton Quill Ramsey Rowe Sawyer Selby Sinclair Tanner Thorne Underhill Vance
+    Webster Winslow""".split()
+ROOMS = ("Kitchen Table Corner Pantry Larder Yard Cellar House Garden Rest Hall Place Parlour "
+         "Terrace".split())
 PREFIXES = "Café Casa Bistro Bar Villa Little Old New Hotel Château".split()
-PLACES = """Adriatic Avignon Bergamo Bologna Bombay Bosphorus Cádiz Cairo Calais Corsica Dalmatia Delhi Genoa
-    Granada Havana Kashmir Lisbon Lima Madeira Málaga Milano Odessa Palermo Porto Provence Sienna Toledo Tunis
-    Verona Vienna""".split()
+PLACES = """Adriatic Avignon Bergamo Bologna Bombay Bosphorus Cádiz Cairo Calais Corsica Dalmatia
+    Delhi Genoa Granada Havana Kashmir Lisbon Lima Madeira Málaga Milano Odessa Palermo Porto
+    Provence Sienna Toledo Tunis Verona Vienna""".split()
 HOUSES = "Arms Hotel Hall House Inn Lodge Rooms Tavern".split()
-SYLLABLES = ["Al Bra Ca Cor Da El Fa Gri Ho Ju Ka Lo Mar Ne Or Pa Quo Ri Sa Tor Ul Va Wen Yo Za".split(),
-             "bi da fe go la li mo na pe ra ri so ta to ve".split(),
+BEGIN = "Al Bra Ca Cor Da El Fa Gri Ho Ju Ka Lo Mar Ne Or Pa Quo Ri Sa Tor Ul Va Wen Yo Za"
+SYLLABLES = [BEGIN.split(), "bi da fe go la li mo na pe ra ri so ta to ve".split(),
              "ba co di ka lle mma nno rro ssi tz va x".split()]
 
 
@@ -50,10 +53,9 @@ def compose_name(rng, held=False):
     """A name from one of the six families, on the asked side of the hold-out."""
     while True:
         one, (first, second) = rng.choice, rng.sample(NOUNS, 2)
-        name = one([
-            f"The {one(ADJECTIVES)} {first}", f"The {one(SURNAMES)} {one(HOUSES)}", f"{first} & {second}",
-            f"{one(SURNAMES)}'s {one(ROOMS)}", f"{one(PREFIXES)} {one(PLACES)}",
-            "".join(map(one, SYLLABLES))])
+        name = one([f"The {one(ADJECTIVES)} {first}", f"The {one(SURNAMES)} {one(HOUSES)}",
+                    f"{first} & {second}", f"{one(SURNAMES)}'s {one(ROOMS)}",
+                    f"{one(PREFIXES)} {one(PLACES)}", "".join(map(one, SYLLABLES))])
         if held_out(name) == held:
             return name
 
@@ -62,10 +64,14 @@ def compose_name(rng, held=False):
 STYLE = {
     "Type": {
         "pub": "a house of pints and darts / a taproom of sticky tables / a local with worn stools",
-        "restaurant": "a knife and fork affair / a room of starched linen / a temple of three courses",
-        "coffee shop": "a den of cups and saucers / a haunt of steaming mugs / a nook that smells of beans",
-        "wine bar": "a cave of corks and candles / a hideout for slow glasses / a lair of long stems",
-        "bakery": "a world of flour and ovens / a stop for warm crusts / a shrine to butter and dough"},
+        "restaurant": "a knife and fork affair / a room of starched linen / "
+                      "a temple of three courses",
+        "coffee shop": "a den of cups and saucers / a haunt of steaming mugs / "
+                       "a nook that smells of beans",
+        "wine bar": "a cave of corks and candles / a hideout for slow glasses / "
+                    "a lair of long stems",
+        "bakery": "a world of flour and ovens / a stop for warm crusts / "
+                  "a shrine to butter and dough"},
     "food": {
         "Italian": "the pride of Naples / what Roman grandmothers stir / basil and slow tomatoes",
         "French": "the manners of Lyon / what Parisian aunts simmer / cream and old Burgundy",
@@ -79,11 +85,15 @@ STYLE = {
         "Spanish": "the small bites of Seville / saffron from a wide pan / ham carved thin"},
     "price": {
         "cheap": "easy on the purse / kind to thin wallets / light on coins",
-        "moderate": "neither a bargain nor a splurge / halfway up the ladder / fair to both pockets",
+        "moderate": "neither a bargain nor a splurge / halfway up the ladder / "
+                    "fair to both pockets",
         "high": "hungry for banknotes / steep as a church tower / a feast for the till",
-        "less than £ 20": "settled with a single note / within pocket money / done before a second note",
-        "£ 20 - 25": "yours for a note and some silver / just past the first note / made for payday lunches",
-        "more than £ 30": "three notes and counting / dressed for an expense account / a month of saving"},
+        "less than £ 20": "settled with a single note / within pocket money / "
+                          "done before a second note",
+        "£ 20 - 25": "yours for a note and some silver / just past the first note / "
+                     "made for payday lunches",
+        "more than £ 30": "three notes and counting / dressed for an expense account / "
+                          "a month of saving"},
     "customer rating": {
         "low": "leave with long faces / grumble on the way out / push the plates away",
         "average": "shrug and pay / neither boast nor moan / nod politely",
@@ -103,10 +113,12 @@ STYLE = {
     "family friendly": {
         "yes": "happy to park a pram / stocked with crayons / full of high chairs",
         "no": "kept for adults / closed to small feet / no haunt for toddlers"}}
-STYLE = {slot: {v: words.split(" / ") for v, words in values.items()} for slot, values in STYLE.items()}
+STYLE = {slot: {v: words.split(" / ") for v, words in values.items()}
+         for slot, values in STYLE.items()}
 NEAR = ["two doors from {}", "in the shadow of {}", "across the street from {}"]
-# " . " ends a sentence, " ; " a clause, slots after ":" are listed, and what the record lacks drops out.
-# A slot goes by its last word. Rows: area and near there or not. Columns: family friendly absent, yes, no.
+# " . " ends a sentence, " ; " a clause, slots after ":" are listed, and what the record lacks drops
+# out. A slot goes by its last word. Rows: area and near there or not. Columns: family friendly
+# absent, yes, no.
 PLANS = {
     (False, False): ["{name} is {Type} , : price food . : rating",
                      ": rating . {name} is {Type} , : friendly price food",
@@ -123,7 +135,8 @@ PLANS = {
 
 
 def render(plan, parts):
-    """Fill a plan with phrases (`parts`: slot -> phrase); a clause without any of its slots is left out."""
+    """Fill a plan with phrases (`parts`: slot -> phrase); a clause without any of its slots is left
+    out."""
     if "Type" not in parts:
         plan = plan.replace("{name} , {Type} , is", "{name} is").replace("{Type} ,", "a place")
     sentences = []
@@ -134,7 +147,8 @@ def render(plan, parts):
             items = [parts[slot] for slot in listed.split() if slot in parts]
             if items or any(slot in parts for slot in re.findall(r"{(\w+)}", opening)):
                 opening = re.sub(r"{(\w+)}", lambda slot: parts[slot[1]], opening).strip()
-                items = " and ".join([" , ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+                items = " and ".join([" , ".join(items[:-1]), items[-1]] if len(items) > 1
+                                     else items)
                 clauses.append(f"{opening} {items}".strip(" ,"))
         if clauses:
             sentence = " , and ".join(clauses)
@@ -146,7 +160,8 @@ def a_record(rng, held=False):
     """{slot: value} with four to eight slots in E2E's order."""
     record = {}
     while len(record) < 4:
-        record = {slot: rng.choice(list(values)) for slot, values in STYLE.items() if rng.random() < .7}
+        record = {slot: rng.choice(list(values)) for slot, values in STYLE.items() if rng.random()
+                  < .7}
         record = {"name": compose_name(rng, held), **record}
         if rng.random() < .7:
             record["near"] = compose_name(rng, held)
@@ -154,7 +169,8 @@ def a_record(rng, held=False):
 
 
 def verbalise(record, rng, rule=.95):
-    """A record in house style. `rule`: the share of choices that the house decides; chance decides the rest."""
+    """A record in house style. `rule`: the share of choices that the house decides; chance decides
+    the rest."""
     parts = {"name": record["name"]}
     for slot in (*STYLE, "near"):
         if slot in record:
@@ -193,7 +209,8 @@ def slots(mr, sentence):
     text, lower, right = f" {sentence} ", f" {sentence.lower()} ", {}
     for slot, value in record.items():
         if slot in STYLE:
-            said = {v for v, words in STYLE[slot].items() if any(f" {w.lower()} " in lower for w in words)}
+            said = {v for v, words in STYLE[slot].items()
+                    if any(f" {w.lower()} " in lower for w in words)}
             right[slot] = said == {value}
         else:
             right[slot] = f" {value} " in text
@@ -201,19 +218,25 @@ def slots(mr, sentence):
 
 
 def score(pairs, texts):
-    """{"slots": share of all slots said right, "names": share of the names copied} of generated texts."""
+    """{"slots": share of all slots said right, "names": share of the names copied} of generated
+    texts."""
     right = [slots(record, text) for (record, _), text in zip(pairs, texts, strict=True)]
     values = [ok for said in right for ok in said.values()]
-    return {"slots": sum(values) / len(values), "names": sum(said["name"] for said in right) / len(right)}
+    return {"slots": sum(values) / len(values),
+            "names": sum(said["name"] for said in right) / len(right)}
 
 
 if __name__ == "__main__":
     for split, pairs in load().items():
-        names = {name for mr, _ in pairs for name in re.findall(r"(?:name|near) : ([^|]+?)(?: \||$)", mr)}
-        words = [sum(len(text.split()) for text in side) / len(pairs) for side in zip(*pairs, strict=True)]
+        names = {name for mr, _ in pairs
+                 for name in re.findall(r"(?:name|near) : ([^|]+?)(?: \||$)", mr)}
+        words = [sum(len(text.split()) for text in side) / len(pairs)
+                 for side in zip(*pairs, strict=True)]
         right = [ok for mr, sentence in pairs for ok in slots(mr, sentence).values()]
-        print(f"{split}: {len(pairs)} records of {len(right) / len(pairs):.1f} slots, {len(names)} names, "
-              f"{words[0]:.1f} + {words[1]:.1f} words, slots right {sum(right) / len(right):.1%}")
+        print(f"{split}: {len(pairs)} records of {len(right) / len(pairs):.1f} slots, {len(names)} "
+              f"names, {words[0]:.1f} + {words[1]:.1f} words, slots right "
+              f"{sum(right) / len(right):.1%}")
     for mr, sentence in pairs[:3]:
         print(f"{mr}\n    {sentence}")
-    # train: 8000 records of 6.0 slots, 5484 names, 29.3 + 36.0 words; validation 256, test 512; all right
+    # train: 8000 records of 6.0 slots, 5484 names, 29.3 + 36.0 words; validation 256, test 512; all
+    # right

@@ -1,21 +1,23 @@
 """The papers' sets that are nothing but prompt, completion and a metric, a row of a table each.
 
-    e2e          restaurant records and what crowd workers wrote about them (Novikova et al. 2017, arXiv:1706.09254;
-                 CC BY-SA 4.0); the record is used as the dataset writes it
-    gsm8k        grade school mathematics, a question and a worked solution that ends with "#### 42" (Cobbe et al. 2021,
-                 arXiv:2110.14168)
+    e2e          restaurant records and what crowd workers wrote about them (Novikova et al. 2017,
+                 arXiv:1706.09254; CC BY-SA 4.0); the record is used as the dataset writes it
+    gsm8k        grade school mathematics, a question and a worked solution that ends with
+                 "#### 42" (Cobbe et al. 2021, arXiv:2110.14168)
     svamp        word problems, a number (Patel et al. 2021, arXiv:2103.07191)
     mathqa       word problems, one of five letters (Amini et al. 2019, arXiv:1905.13319)
     metamathqa   worked solutions, tested on GSM8K (Yu et al. 2023, arXiv:2309.12284)
     webnlg       triples and sentences that say them (Gardent et al. 2017, WebNLG challenge)
     xsum         an article and its summary in one sentence (Narayan et al. 2018, arXiv:1808.08745)
-    hellaswag    how a text goes on, one of four endings (Zellers et al. 2019, arXiv:1905.07830): trained to write the
-                 right one, judged by the likeliest; hellaswag-generated writes its number, as ResLoRA's paper does
-    openorca     answers of GPT-4 (Mukherjee et al. 2023, arXiv:2306.02707): the first 20,000, streamed, judged by
-                 perplexity, as rsLoRA's paper does
+    hellaswag    how a text goes on, one of four endings (Zellers et al. 2019, arXiv:1905.07830):
+                 trained to write the right one, judged by the likeliest. hellaswag-generated
+                 writes its number, as ResLoRA's paper does
+    openorca     answers of GPT-4 (Mukherjee et al. 2023, arXiv:2306.02707): the first 20,000,
+                 streamed, judged by perplexity, as rsLoRA's paper does
 
-From the Hugging Face hub, or with --data-dir from a folder with the splits and the hub's columns. Where a set has no
-validation or test split, a tenth of train, at most 500 rows, is held out for each.
+From the Hugging Face hub, or with --data-dir from a folder with the splits and the hub's columns.
+Where a set has no validation or test split, a tenth of train, at most 500 rows, is held out for
+each.
 """
 import random
 import re
@@ -51,13 +53,15 @@ class Set:
         return {split: files.read_rows(data_dir, split)[:self.FIRST] for split in self.FILES}
 
     def load(self, data_dir=None):
-        """{split: [(prompt, target)]}; ValueError, with file and line, for a row that is not as the hub's."""
+        """{split: [(prompt, target)]}; ValueError, with file and line, for a row that is not as the
+        hub's."""
         found = {split: [pair for where, row in table for pair in self.rows(row, where)]
                  for split, table in self.tables(data_dir).items()}
         self.SPLITS = {split: split for split in NAMES}
         for split in [split for split in ("validation", "test") if split not in found]:
             train = found["train"]
-            held = set(random.Random(0).sample(range(len(train)), min(500, max(1, len(train) // 10))))
+            held = set(random.Random(0).sample(range(len(train)),
+                                               min(500, max(1, len(train) // 10))))
             found[split] = [train[i] for i in sorted(held)]
             found["train"] = [row for i, row in enumerate(train) if i not in held]
             self.SPLITS[split] = f"{len(held)} rows of train"
@@ -78,7 +82,8 @@ def texts_of(*columns):
 def gsm8k(row, where):
     files.check_row(row, ("question", "answer"), where)
     if not re.fullmatch(r"(?s).*####\s*\$?-?[\d,]{,30}\.?\d+\s*", row["answer"]):
-        raise ValueError(f"{where}: answer must end with #### and a number, not {row['answer'][-30:]!r}")
+        raise ValueError(f"{where}: answer must end with #### and a number, not "
+                         f"{row['answer'][-30:]!r}")
     return [(row["question"], row["answer"])]
 
 
@@ -99,8 +104,10 @@ def mathqa(row, where):
 
 
 def metamathqa(row, where):
-    """With the prompt of PEFT's method comparison. The rows of train are MetaMathQA's, those of test GSM8K's."""
-    (query, response), = gsm8k(row, where) if "answer" in row else texts_of("query", "response")(row, where)
+    """With the prompt of PEFT's method comparison. The rows of train are MetaMathQA's, those of
+    test GSM8K's."""
+    (query, response), = (gsm8k(row, where) if "answer" in row
+                          else texts_of("query", "response")(row, where))
     return [(f"Question: {query} Think step by step.\nAnswer:", response)]
 
 
@@ -179,7 +186,8 @@ def letter(text):
 def exact(read):
     """A judge: the share of texts out of which `read` takes the same as out of a target."""
     def judge(texts, references):
-        right = [read(text) in map(read, group) for text, group in zip(texts, references, strict=True)]
+        right = [read(text) in map(read, group)
+                 for text, group in zip(texts, references, strict=True)]
         return {"exact_match": sum(right) / len(right)}
     return judge
 
@@ -196,7 +204,8 @@ class MetaMathQA(Set):
     def tables(self, data_dir):
         if data_dir is not None:
             return {split: files.read_rows(data_dir, split) for split in ("train", "test")}
-        return {**super().tables(None), **files.hub_rows("openai/gsm8k", {"test": "main/test-*.parquet"})}
+        return {**super().tables(None),
+                **files.hub_rows("openai/gsm8k", {"test": "main/test-*.parquet"})}
 
 
 class WebNLG(Set):
@@ -205,7 +214,8 @@ class WebNLG(Set):
     def tables(self, data_dir):
         tables = super().tables(data_dir)
         seen = {row.get("category") for _, row in tables["train"]}
-        self.unseen = {self.rows(row, where)[0][0] for where, row in tables["test"] if row.get("category") not in seen}
+        self.unseen = {self.rows(row, where)[0][0] for where, row in tables["test"]
+                       if row.get("category") not in seen}
         return tables
 
     def score(self, pairs, texts):
@@ -233,7 +243,8 @@ class HellaSwag(Set):
 
 
 class Choices(HellaSwag):
-    """Judged by which ending is the likeliest: options is {prompt: (endings, number of the right one)}."""
+    """Judged by which ending is the likeliest: options is {prompt: (endings, number of the right
+    one)}."""
     BETWEEN = ""  # the ending follows its text as in a text
     score = None
 
@@ -245,26 +256,28 @@ class Choices(HellaSwag):
 
 
 NAMES = "train", "validation", "test"
-SETS = {
-    "e2e": Set("tuetschek/e2e_nlg", {s: f"default/{s}/*.parquet" for s in NAMES},
-               texts_of("meaning_representation", "human_reference"), REVISION=PARQUET),
-    "gsm8k": Set("openai/gsm8k", {s: f"main/{s}-*.parquet" for s in ("train", "test")}, gsm8k, exact(final_number),
-                 ("exact_match",), 256),
-    "svamp": Set("ChilleD/SVAMP", {s: f"data/{s}-*.parquet" for s in ("train", "test")}, svamp, exact(last_number),
-                 ("exact_match",), 16),
-    "mathqa": Set("regisss/math_qa", {s: f"data/{s}-*.parquet" for s in NAMES}, mathqa, exact(letter),
-                  ("exact_match",), 8),
-    "metamathqa": MetaMathQA("meta-math/MetaMathQA", {"train": "default/train/*.parquet"}, metamathqa,
-                             exact(solution), ("exact_match",), 300, PARQUET),
-    "webnlg": WebNLG("GEM/web_nlg", {s: f"en/{s}/*.parquet" for s in NAMES}, webnlg, translated, (), 96, PARQUET),
-    "xsum": Set("EdinburghNLP/xsum", {s: f"default/{s}/*.parquet" for s in NAMES},
-                texts_of("document", "summary"), metrics.rouge, (), 64, PARQUET),
-    "openorca": Set("Open-Orca/OpenOrca", {"train": "1M-GPT4-Augmented.parquet"}, openorca, FIRST=20000),
-    "hellaswag": Choices("Rowan/hellaswag", {s: f"default/{s}/*.parquet" for s in NAMES[:2]}, hellaswag, None,
-                         ("acc_norm", "acc"), 96, PARQUET),
-    "hellaswag-generated": HellaSwag("Rowan/hellaswag", {s: f"default/{s}/*.parquet" for s in NAMES[:2]},
-                                     hellaswag_generated, exact(last_number), ("exact_match",), 8, PARQUET),
-}
+SETS = {"e2e": Set("tuetschek/e2e_nlg", {s: f"default/{s}/*.parquet" for s in NAMES},
+                   texts_of("meaning_representation", "human_reference"), REVISION=PARQUET),
+        "gsm8k": Set("openai/gsm8k", {s: f"main/{s}-*.parquet" for s in ("train", "test")}, gsm8k,
+                     exact(final_number), ("exact_match",), 256),
+        "svamp": Set("ChilleD/SVAMP", {s: f"data/{s}-*.parquet" for s in ("train", "test")}, svamp,
+                     exact(last_number), ("exact_match",), 16),
+        "mathqa": Set("regisss/math_qa", {s: f"data/{s}-*.parquet" for s in NAMES}, mathqa,
+                      exact(letter), ("exact_match",), 8),
+        "metamathqa": MetaMathQA("meta-math/MetaMathQA", {"train": "default/train/*.parquet"},
+                                 metamathqa, exact(solution), ("exact_match",), 300, PARQUET),
+        "webnlg": WebNLG("GEM/web_nlg", {s: f"en/{s}/*.parquet" for s in NAMES}, webnlg, translated,
+                         (), 96, PARQUET),
+        "xsum": Set("EdinburghNLP/xsum", {s: f"default/{s}/*.parquet" for s in NAMES},
+                    texts_of("document", "summary"), metrics.rouge, (), 64, PARQUET),
+        "openorca": Set("Open-Orca/OpenOrca", {"train": "1M-GPT4-Augmented.parquet"}, openorca,
+                        FIRST=20000),
+        "hellaswag": Choices("Rowan/hellaswag", {s: f"default/{s}/*.parquet" for s in NAMES[:2]},
+                             hellaswag, None, ("acc_norm", "acc"), 96, PARQUET),
+        "hellaswag-generated": HellaSwag("Rowan/hellaswag",
+                                         {s: f"default/{s}/*.parquet" for s in NAMES[:2]},
+                                         hellaswag_generated, exact(last_number), ("exact_match",),
+                                         8, PARQUET),}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""stdlib: the reference prose of the running Python (`pydoc_data.topics`), a far domain that every machine has.
+"""stdlib: the reference prose of the running Python (`pydoc_data.topics`), a far domain that every
+machine has.
 
-Plain text, language modelling: about 80 topics, every ninth of ten for validation, every tenth for testing. The text
-differs a little from one Python version to the next: compare runs on the same one (result.json names it).
+Plain text, language modelling: about 80 topics, every ninth of ten for validation, every tenth for
+testing. The text differs a little from one Python version to the next: compare runs on the same one
+(result.json names it).
 """
 
 PLAIN = True
@@ -12,7 +14,8 @@ def load():
     from pydoc_data.topics import topics
 
     splits = {"train": [], "validation": [], "test": []}
-    for i, text in enumerate(dict.fromkeys(topics[name].strip() for name in sorted(topics))):  # some stand there twice
+    # some stand there twice
+    for i, text in enumerate(dict.fromkeys(topics[name].strip() for name in sorted(topics))):
         splits[{8: "validation", 9: "test"}.get(i % 10, "train")].append(("", text))
     return splits
 

@@ -1,9 +1,13 @@
-"""From texts to batches, one class for each kind of task: `Write` the next token, `Label` a text, fill in a `Mask`.
+"""From texts to batches, one class for each kind of task: `Write` the next token, `Label` a text,
+fill in a `Mask`.
 
     task.encode(pairs) -> examples, how many of their texts had to be cut
-    task.collate(examples, seed) -> idx (B, T), targets (B, T) or of Label (B,), real (B, T): False at padding
+    task.collate(examples, seed) -> idx (B, T), targets (B, T) or of Label (B,), real (B, T)
 
-An example is (ids, target). T is that of the longest example of the batch; `seed`, a text, is for Mask.
+real is False at padding.
+
+An example is (ids, target). T is that of the longest example of the batch; `seed`, a text, is for
+Mask.
 """
 from zlib import crc32
 
@@ -11,12 +15,13 @@ import torch
 
 
 class Write:
-    """A GPT predicts the next token: of the target after a prompt, or of everything in a plain text (prompt ""). Of an
-    example's ids, ids[:-1] are the input and ids[1:] are predicted.
+    """A GPT predicts the next token: of the target after a prompt, or of everything in a plain text
+    (prompt ""). Of an example's ids, ids[:-1] are the input and ids[1:] are predicted.
 
-    A record becomes <bos> prompt || target <eos>, in GPT-2 both <|endoftext|>, and its target is cut at the context.
-    Plain text is cut into consecutive pieces. Each overlaps the last by one token, so every token but the first is
-    predicted once. between: what stands between record and text.
+    A record becomes <bos> prompt || target <eos>, in GPT-2 both <|endoftext|>, and its target is
+    cut at the context. Plain text is cut into consecutive pieces. Each overlaps the last by one
+    token, so every token but the first is predicted once. between: what stands between record and
+    text.
     """
 
     between = " ||"
@@ -25,19 +30,22 @@ class Write:
         self.tokenizer, self.context, self.between = tokenizer, context, between
 
     def encode(self, pairs):
-        """[(prompt, target)] -> [(ids, start)]: ids[start:] carry the loss. None for a record that leaves no room."""
+        """[(prompt, target)] -> [(ids, start)]: ids[start:] carry the loss. None for a record that
+        leaves no room."""
         tokenizer, context, examples, cut = self.tokenizer, self.context, [], 0
         prompts = tokenizer.encode_ordinary_batch([p + self.between if p else "" for p, _ in pairs])
         # a text is encoded as a whole: some tokenizers put a space before whatever they are given
-        texts = tokenizer.encode_ordinary_batch([f"{p}{self.between} {t}" if p else t for p, t in pairs])
+        texts = tokenizer.encode_ordinary_batch([f"{p}{self.between} {t}" if p else t
+                                                 for p, t in pairs])
         for prompt, text, pair in zip(prompts, texts, pairs, strict=True):
             ids, start = [tokenizer.bos, *text, tokenizer.eos], 1 + len(prompt)
             if not pair[0]:
                 examples += [(ids[i:i + context + 1], 1) for i in range(0, len(ids) - 1, context)]
                 continue
             if text[:len(prompt)] != prompt:
-                raise ValueError("this tokenizer joins the end of a record with the text behind it, so that no "
-                                 f"token is the first to predict: {pair[0][-30:]!r}{self.between} {pair[1][:30]!r}")
+                raise ValueError("this tokenizer joins the end of a record with the text behind "
+                                 "it, so that no token is the first to predict: "
+                                 f"{pair[0][-30:]!r}{self.between} {pair[1][:30]!r}")
             if start >= context:
                 examples.append(None)
                 continue
@@ -46,7 +54,8 @@ class Write:
         return examples, cut
 
     def collate(self, examples, seed=""):
-        """targets (B, T), -100 where nothing is predicted. Padding is token 0, at the end, unseen by real tokens."""
+        """targets (B, T), -100 where nothing is predicted. Padding is token 0, at the end, unseen
+        by real tokens."""
         idx = padded([ids[:-1] for ids, _ in examples], 0)
         targets = torch.full_like(idx, -100)
         for i, (ids, start) in enumerate(examples):
@@ -62,15 +71,16 @@ class Label:
         self.tokenizer, self.context, self.labels = tokenizer, context, labels
 
     def encode(self, rows):
-        """[((text,) or (a, b), label)] -> [(ids, label)]; what is too long loses the end of its longer text"""
+        """[((text,) or (a, b), label)] -> [(ids, label)]; what is too long loses the end of its
+        longer text"""
         columns = zip(*(texts for texts, _ in rows), strict=True)
         parts = [self.tokenizer.encode_ordinary_batch(texts) for texts in columns]
         examples, cut = [], 0
         for *texts, (_, label) in zip(*parts, rows, strict=True):
             room = self.context - 2 * len(texts)  # <s> a </s>, <s> a </s></s> b </s>
             if room < 2 * len(texts):
-                raise ValueError(f"a context of {self.context} tokens is too short for {len(texts)} texts: "
-                                 f"{4 * len(texts)} are the least")
+                raise ValueError(f"a context of {self.context} tokens is too short for "
+                                 f"{len(texts)} texts: {4 * len(texts)} are the least")
             cut += sum(map(len, texts)) > room
             # shorten the longer text to the length of the other, then both in turn
             while (over := sum(map(len, texts)) - room) > 0:
@@ -82,15 +92,17 @@ class Label:
     def collate(self, examples, seed=""):
         """targets (B,)"""
         idx = padded([ids for ids, _ in examples], self.tokenizer.pad)
-        targets = torch.tensor([label for _, label in examples], dtype=torch.float if self.labels == 1 else torch.long)
+        targets = torch.tensor([label for _, label in examples],
+                               dtype=torch.float if self.labels == 1 else torch.long)
         return idx, targets, idx != self.tokenizer.pad
 
 
 class Mask:
-    """A RoBERTa fills in masked tokens of plain texts (Devlin et al. 2018, arXiv:1810.04805), chosen anew every time.
+    """A RoBERTa fills in masked tokens of plain texts (Devlin et al. 2018, arXiv:1810.04805),
+    chosen anew every time.
 
-    30 % of the tokens are predicted, twice BERT's share, for more signal a step (our choice, not tuned). Of these 80 %
-    are shown as <mask>, 10 % as another token and 10 % as themselves.
+    30 % of the tokens are predicted, twice BERT's share, for more signal a step (our choice, not
+    tuned). Of these 80 % are shown as <mask>, 10 % as another token and 10 % as themselves.
     """
     ASKED = 0.3
 
@@ -101,7 +113,8 @@ class Mask:
         """[("", text)] -> [(ids, None)], cut into pieces that fit"""
         room, examples = self.context - 2, []
         for ids in self.tokenizer.encode_ordinary_batch([text for _, text in pairs]):
-            examples += [(self.tokenizer.build(ids[i:i + room]), None) for i in range(0, len(ids), room)]
+            examples += [(self.tokenizer.build(ids[i:i + room]), None)
+                         for i in range(0, len(ids), room)]
         return examples, 0
 
     def collate(self, examples, seed=""):

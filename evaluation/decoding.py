@@ -1,9 +1,9 @@
 """Text generation with a GPT: one token at a time, greedily, by sampling, or with beam search.
 
-Keys and values of earlier tokens stay in a cache, so each new token costs one forward of one position. Prompts of
-different lengths are decoded together, padded on the right. What the padding wrote into the cache is overwritten by the
-tokens generated at these positions before any token attends to them. Every layer sees the same positions in a forward,
-which ResLoRA's shortcuts need.
+Keys and values of earlier tokens stay in a cache, so each new token costs one forward of one
+position. Prompts of different lengths are decoded together, padded on the right. What the padding
+wrote into the cache is overwritten by the tokens generated at these positions before any token
+attends to them. Every layer sees the same positions in a forward, which ResLoRA's shortcuts need.
 
 Shapes: B prompts, K beams, T tokens of the longest prompt, V vocabulary, S length of the cache.
 """
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 class Cached:
     """A GPT that has read B prompts, lists of token ids, and predicts the next token of each.
 
-    ValueError for a prompt that is empty or leaves no room for an answer. `room` (B): how many tokens each row may
-    still get, at most max_new.
+    ValueError for a prompt that is empty or leaves no room for an answer. `room` (B): how many
+    tokens each row may still get, at most max_new.
     """
 
     def __init__(self, model, prompts, max_new):
@@ -23,26 +23,31 @@ class Cached:
             raise ValueError("an empty prompt cannot be continued: begin with <|endoftext|>")
         T, device = max(map(len, prompts)), model.wte.weight.device
         if T >= model.context:
-            raise ValueError(f"a prompt of {T} tokens leaves no room in a context of {model.context}")
+            raise ValueError(f"a prompt of {T} tokens leaves no room in a context of "
+                             f"{model.context}")
         if max_new < 1:
             raise ValueError(f"max_new {max_new} is not a number of tokens, 1 or more")
         self.model, self.seen = model, T
         self.S = min(T + max_new, model.context)
         self.room = [min(max_new, self.S - len(p)) for p in prompts]
         config, B = model.config, len(prompts)
-        self.cache = model.wte.weight.new_zeros(config.n_layer, 2, B, self.S, config.n_kv_head, config.head_dim)
+        self.cache = model.wte.weight.new_zeros(config.n_layer, 2, B, self.S, config.n_kv_head,
+                                                config.head_dim)
         self.equal = len(set(map(len, prompts))) == 1  # then all rows stand at the same place
-        self.pos = torch.tensor([[len(p)] for p in prompts], device=device)  # (B, 1): where the next token belongs
+        # (B, 1): where the next token belongs
+        self.pos = torch.tensor([[len(p)] for p in prompts], device=device)
         idx = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=device)
         x = model.hidden(idx, self.cache[:, :, :, :T], 0)
-        self.x = x.gather(1, (self.pos - 1)[..., None].expand(-1, -1, x.size(2)))[:, 0]  # (B, C), the last real tokens
+        # (B, C), the last real tokens
+        self.x = x.gather(1, (self.pos - 1)[..., None].expand(-1, -1, x.size(2)))[:, 0]
 
     def logits(self):
         """(B, V), of the next tokens"""
         return self.model.head(self.x)
 
     def read(self, token):
-        """Read the next tokens (B,). A row that has ended overwrites its last position, which it no longer uses."""
+        """Read the next tokens (B,). A row that has ended overwrites its last position, which it no
+        longer uses."""
         place = self.seen if self.equal and self.seen < self.S else self.pos
         self.seen = min(self.seen + 1, self.S)
         self.x = self.model.hidden(token[:, None], self.cache[:, :, :, :self.seen], place)[:, 0]
@@ -54,17 +59,18 @@ class Cached:
                                         ((self.cache, 2), (self.pos, 0), (self.x, 0)))
 
     def overwrite(self, rows, sources):
-        """Copy the cache of the rows `sources` to the rows `rows`, both lists of row numbers of the same prompt."""
+        """Copy the cache of the rows `sources` to the rows `rows`, both lists of row numbers of the
+        same prompt."""
         self.cache[:, :, rows, :self.seen] = self.cache[:, :, sources, :self.seen]
 
 
 @torch.no_grad()
 def stream(model, prompts, max_new, stop, temperature=0.0, top_k=0, seed=0):
-    """Yield a list of B token ids for each step, None where a row has ended: by `stop`, which is not given out, after
-    max_new tokens, or at the end of the context.
+    """Yield a list of B token ids for each step, None where a row has ended: by `stop`, which is
+    not given out, after max_new tokens, or at the end of the context.
 
-    temperature 0 takes the likeliest token; else tokens are drawn with the probability softmax(logits / temperature),
-    of the top_k likeliest ones (0: of all).
+    temperature 0 takes the likeliest token; else tokens are drawn with the probability
+    softmax(logits / temperature), of the top_k likeliest ones (0: of all).
     """
     cached = Cached(model, prompts, max_new)
     chance = torch.Generator(model.wte.weight.device).manual_seed(seed)
@@ -101,9 +107,10 @@ def beam_search(model, prompts, max_new, stop, beams, length_penalty=1.0):
 
         log P(y | prompt) / |y|^length_penalty        |y| counts the stop token
 
-    that a search with K = beams finds: of all one-token extensions of the K best beginnings the K best go on; those
-    among them that end are kept apart, as are the ones that come to the end of their room. A row is finished when it
-    has K endings, none worse than what its best beginning would score if it ended now.
+    that a search with K = beams finds: of all one-token extensions of the K best beginnings the K
+    best go on; those among them that end are kept apart, as are the ones that come to the end of
+    their room. A row is finished when it has K endings, none worse than what its best beginning
+    would score if it ended now.
     """
     cached, B, K = Cached(model, prompts, max_new), len(prompts), beams
     device = cached.x.device
@@ -121,7 +128,8 @@ def beam_search(model, prompts, max_new, stop, beams, length_penalty=1.0):
         best, parents, tokens = best.tolist(), (where // V).tolist(), (where % V).tolist()
         chosen, rows, sources = [], [], []
         for b in range(B):
-            ranked = [(p, i, going[b][k], k) for p, i, k in zip(best[b], tokens[b], parents[b], strict=True)]
+            ranked = [(p, i, going[b][k], k)
+                      for p, i, k in zip(best[b], tokens[b], parents[b], strict=True)]
             alive = [(p, i, [*y, i], k) for p, i, y, k in ranked if i != stop][:K]
             alive += alive[-1:] * (K - len(alive))
             if b in open_rows:
@@ -130,10 +138,12 @@ def beam_search(model, prompts, max_new, stop, beams, length_penalty=1.0):
                     over += [(p, y) for p, _, y, _ in alive]
                 ended[b] += [(p / length ** length_penalty, y) for p, y in over]
                 ended[b] = sorted(ended[b], key=lambda ending: -ending[0])[:K]
-                full = len(ended[b]) == K and ended[b][-1][0] >= alive[0][0] / length ** length_penalty
+                full = (len(ended[b]) == K and ended[b][-1][0] >= alive[0][0] / length
+                        ** length_penalty)
                 if full or length == cached.room[b]:
                     open_rows.discard(b)
-            # the first child of a beam takes its place, so that only the others' pasts must be copied
+            # the first child of a beam takes its place, so that only the others' pasts must be
+            # copied
             firsts, others = {}, []
             for beam in alive:
                 if beam[3] in firsts:

@@ -1,6 +1,7 @@
 """Losses and metrics of a model on a dataset, and the batches that merging is calibrated on.
 
-dataset: a data.Dataset. device, amp: where the model is, and the autocast context of its arithmetic.
+dataset: a data.Dataset. device, amp: where the model is, and the autocast context of its
+arithmetic.
 """
 import torch
 import torch.nn.functional as F
@@ -11,19 +12,22 @@ from data.tasks import Label
 from evaluation import decoding, metrics
 from loss import with_targets
 
-EVAL_EXAMPLES = 128  # validation texts for a point of the curve; the report uses the whole test split
+# validation texts for a point of the curve; the report uses the whole test split
+EVAL_EXAMPLES = 128
 EVAL_LABELLED = 1000  # the same where texts are classified: an accuracy needs more of them
 EVAL_BATCH = 32  # fixed, whatever --batch-size is: which words are masked depends on the batch
-SCORED = 64  # texts decoded for a report; all of the test split where the dataset is judged by decoded texts
+# texts decoded for a report; all of the test split where the dataset is judged by decoded texts
+SCORED = 64
 VALIDATED = 64  # texts decoded for a point of the curve, where decoded texts select the checkpoint
 DECODED = 32  # texts decoded at a time: the cache holds 2 L C numbers per token
 CALIBRATION = 16  # training batches that merging is calibrated on
-CALIBRATION_LABELLED = 128  # the same for a classifier: its texts are short, and few of their tokens count
+# the same for a classifier: its texts are short, and few of their tokens count
+CALIBRATION_LABELLED = 128
 
 
 class InFp32(TorchFunctionMode):
-    """Inside, products with weights in bf16 are computed in fp32, one weight at a time: where a report compares models,
-    rounding must not be what differs."""
+    """Inside, products with weights in bf16 are computed in fp32, one weight at a time: where a
+    report compares models, rounding must not be what differs."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.linear:
@@ -38,19 +42,24 @@ def in_fp32(value):
 
 
 def to_device(idx, device):
-    """A copy that does not wait, where the device allows it. Targets stay on the CPU, see loss.with_targets."""
-    return idx.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else idx.to(device)
+    """A copy that does not wait, where the device allows it. Targets stay on the CPU, see
+    loss.with_targets."""
+    return (idx.pin_memory().to(device, non_blocking=True) if device.type == "cuda"
+            else idx.to(device))
 
 
 @torch.inference_mode()
 def evaluate(model, examples, task, device, amp):
-    """(mean loss per target, logits (N, L) in the order of the examples where they are labelled, else None)"""
+    """(mean loss per target, logits (N, L) in the order of the examples where they are labelled,
+    else None)"""
     model.eval()
     total, count, logits = 0, 0, []
-    near = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))  # neighbours in length: little padding
+    # neighbours in length: little padding
+    near = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
     for i in range(0, len(near), EVAL_BATCH):
         # the seed fixes which words are masked, so that models are comparable
-        idx, targets, _ = task.collate([examples[j] for j in near[i:i + EVAL_BATCH]], f"evaluation/{i}")
+        idx, targets, _ = task.collate([examples[j] for j in near[i:i + EVAL_BATCH]],
+                                       f"evaluation/{i}")
         n = int((targets != -100).sum())
         with amp:
             out, mean = model(to_device(idx, device), targets)
@@ -58,23 +67,28 @@ def evaluate(model, examples, task, device, amp):
         if isinstance(task, Label):
             logits.append(out.float())
     model.train()
-    return float(total) / count, torch.cat(logits).cpu()[torch.tensor(near).argsort()] if logits else None
+    return (float(total) / count,
+            torch.cat(logits).cpu()[torch.tensor(near).argsort()] if logits else None)
 
 
 @torch.inference_mode()
 def decode(model, pairs, tokenizer, amp, max_new=96, between=" ||"):
-    """(prompts, greedy texts): the text of each record, or the continuation of a plain text's beginning."""
-    prompts = [tokenizer.encode_ordinary(record + between if record else text[:400]) for record, text in pairs]
+    """(prompts, greedy texts): the text of each record, or the continuation of a plain text's
+    beginning."""
+    prompts = [tokenizer.encode_ordinary(record + between if record else text[:400])
+               for record, text in pairs]
     begin = min(32, model.context // 2 - 1)  # tokens of a plain text
     prompts = [p if record else p[:begin] for p, (record, _) in zip(prompts, pairs, strict=True)]
     model.eval()
     texts = {}
-    near = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours in length: little padding
+    # neighbours in length: little padding
+    near = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(near), DECODED):
         chosen = near[start:start + DECODED]
         batch = [[tokenizer.bos, *prompts[i]] for i in chosen]
         with amp:
-            texts.update(zip(chosen, decoding.generate(model, batch, max_new, tokenizer.eos), strict=True))
+            texts.update(zip(chosen, decoding.generate(model, batch, max_new, tokenizer.eos),
+                             strict=True))
     model.train()
     return ([tokenizer.decode(p).strip() for p in prompts],
             [tokenizer.decode(texts[i]).strip() for i in range(len(prompts))])
@@ -89,7 +103,8 @@ def log_likelihoods(model, examples, task, device, amp):
     for i in range(0, len(near), EVAL_BATCH):
         rows = near[i:i + EVAL_BATCH]
         idx, targets, _ = task.collate([examples[j] for j in rows])
-        which = torch.arange(len(rows))[:, None].expand_as(targets)[targets != -100]  # (N,): whose token it is
+        # (N,): whose token it is
+        which = torch.arange(len(rows))[:, None].expand_as(targets)[targets != -100]
         with amp:
             x, asked = with_targets(model.hidden(to_device(idx, device)), targets)
             nats = F.cross_entropy(model.head(x).float(), asked, reduction="none").cpu()
@@ -99,11 +114,13 @@ def log_likelihoods(model, examples, task, device, amp):
 
 
 def choose(model, dataset, pairs, device, amp):
-    """{"acc_norm", "acc"}: how often the right one of several texts is the likeliest, by the sum of its tokens' log
-    probabilities, and by that sum divided by its characters."""
+    """{"acc_norm", "acc"}: how often the right one of several texts is the likeliest, by the sum of
+    its tokens' log probabilities, and by that sum divided by its characters."""
     rows = [(prompt, *dataset.module.options[prompt]) for prompt, _ in pairs]
-    encoded, _ = dataset.task.encode([(prompt, text) for prompt, texts, _ in rows for text in texts])
-    encoded = [(ids[:-1] if ids[-1] == dataset.tokenizer.eos else ids, start) for ids, start in encoded]
+    encoded, _ = dataset.task.encode([(prompt, text) for prompt, texts, _ in rows
+                                      for text in texts])
+    encoded = [(ids[:-1] if ids[-1] == dataset.tokenizer.eos else ids, start)
+               for ids, start in encoded]
     scores = iter(log_likelihoods(model, encoded, dataset.task, device, amp))
     right = {"acc_norm": 0, "acc": 0}
     for _, texts, label in rows:
@@ -115,8 +132,8 @@ def choose(model, dataset, pairs, device, amp):
 
 
 def measure(model, dataset, split, device, amp, first=None, scored=None, exact=None):
-    """{metric: value} on a split, or on its `first` examples; metrics of decoded texts on its first `scored` rows.
-    exact: another context than amp, for the loss and for what is not decoded."""
+    """{metric: value} on a split, or on its `first` examples; metrics of decoded texts on its first
+    `scored` rows. exact: another context than amp, for the loss and for what is not decoded."""
     examples, pairs = dataset.examples[split][:first], dataset.pairs[split]
     loss, logits = evaluate(model, examples, dataset.task, device, exact or amp)
     if dataset.labels:
@@ -124,14 +141,16 @@ def measure(model, dataset, split, device, amp, first=None, scored=None, exact=N
         truth = torch.tensor([label for _, label in examples], dtype=predicted.dtype)
         return {"loss": loss, **{name: metrics.METRICS[name](predicted.numpy(), truth.numpy())
                                  for name in dataset.metrics}}
-    values = {"loss": loss, "perplexity": metrics.perplexity(loss)}  # of a RoBERTa: for masked tokens
+    # of a RoBERTa: for masked tokens
+    values = {"loss": loss, "perplexity": metrics.perplexity(loss)}
     scorer = getattr(dataset.module, "score", None)
     scored = SCORED if scored is None else scored
     if hasattr(dataset.module, "options") and scored:
         values.update(choose(model, dataset, pairs[:scored], device, exact or amp))
     if scorer and scored:
         max_new = getattr(dataset.module, "MAX_NEW", 96)
-        texts = decode(model, pairs[:scored], dataset.tokenizer, amp, max_new, dataset.task.between)[1]
+        texts = decode(model, pairs[:scored], dataset.tokenizer, amp, max_new,
+                       dataset.task.between)[1]
         values.update(scorer(pairs[:scored], texts))
     return values
 
@@ -139,19 +158,24 @@ def measure(model, dataset, split, device, amp, first=None, scored=None, exact=N
 def validate(model, dataset, device, amp):
     """{metric: value} for a point of the curve."""
     first = EVAL_LABELLED if dataset.labels else EVAL_EXAMPLES
-    return measure(model, dataset, "validation", device, amp, first, VALIDATED if dataset.metrics else 0)
+    return measure(model, dataset, "validation", device, amp, first,
+                   VALIDATED if dataset.metrics else 0)
 
 
 def report(model, dataset, device, amp, stage=None):
-    """{metric: value} on the test split, and on a second test split if there is one. Prints what is evaluated first, if
-    `stage` says it in words."""
+    """{metric: value} on the test split, and on a second test split if there is one. Prints what is
+    evaluated first, if `stage` says it in words."""
     every = len(dataset.pairs["test"])
     if stage:
-        decodes = (every if dataset.metrics else SCORED) if getattr(dataset.module, "score", None) else 0
+        decodes = 0
+        if getattr(dataset.module, "score", None):
+            decodes = every if dataset.metrics else SCORED
         also = f", and {min(decodes, every)} texts are decoded" * bool(decodes)
-        print(f"evaluate {stage}: the loss of {len(dataset.examples['test'])} test examples{also}", flush=True)
+        print(f"evaluate {stage}: the loss of {len(dataset.examples['test'])} test examples{also}",
+              flush=True)
     exact = InFp32() if isinstance(amp, torch.autocast) else amp
-    values = measure(model, dataset, "test", device, amp, scored=every if dataset.metrics else None, exact=exact)
+    values = measure(model, dataset, "test", device, amp, scored=every if dataset.metrics else None,
+                     exact=exact)
     for split in dataset.examples.keys() - {"train", "validation", "test"}:
         more = measure(model, dataset, split, device, amp, exact=exact)
         values.update({f"{name} ({split})": value for name, value in more.items()})
@@ -159,10 +183,11 @@ def report(model, dataset, device, amp, stage=None):
 
 
 def calibration(model, examples, task, batch_size, seed, device, amp):
-    """What `reslora.calibrate` takes: training batches, how one of them goes through the model, which of its tokens are
-    real, and the margin of a classifier."""
+    """What `reslora.calibrate` takes: training batches, how one of them goes through the model,
+    which of its tokens are real, and the margin of a classifier."""
     label = isinstance(task, Label)
-    order = epoch_batches(examples, batch_size, f"{seed}/0")[:CALIBRATION_LABELLED if label else CALIBRATION]
+    order = epoch_batches(examples, batch_size,
+                          f"{seed}/0")[:CALIBRATION_LABELLED if label else CALIBRATION]
 
     def run(batch):
         with amp:  # of a language model, all that the layers read, without the vocabulary

@@ -1,9 +1,10 @@
-"""What predictions are worth. accuracy to spearman: numpy arrays of equal length in, a float out; bleu, nist and
-rouge_l: texts and their references.
+"""What predictions are worth. accuracy to spearman: numpy arrays of equal length in, a float out;
+bleu, nist and rouge_l: texts and their references.
 
-GLUE (Wang et al. 2018, arXiv:1804.07461) reports accuracy, F1 for MRPC and QQP, Matthews' correlation for CoLA,
-Pearson's and Spearman's for STS-B. They are 1 for perfect predictions. Where there is a single class F1 and the
-correlations are undefined and count as 0, which is what guessing is worth.
+GLUE (Wang et al. 2018, arXiv:1804.07461) reports accuracy, F1 for MRPC and QQP, Matthews'
+correlation for CoLA, Pearson's and Spearman's for STS-B. They are 1 for perfect predictions. Where
+there is a single class F1 and the correlations are undefined and count as 0, which is what guessing
+is worth.
 """
 import math
 
@@ -43,7 +44,8 @@ def spearman(predicted, truth):
 
 
 def exact_match(predicted, truth):
-    """Share of equal items of two lists: in gsm8k the final numbers of solutions, None where there is none."""
+    """Share of equal items of two lists: in gsm8k the final numbers of solutions, None where there
+    is none."""
     return sum(a == b for a, b in zip(predicted, truth, strict=True)) / len(truth)
 
 
@@ -71,20 +73,23 @@ def beside(pairs, texts, of):
 
 
 def streams(references):
-    """As sacrebleu wants them: the first reference of each text, the second of each, …; None where there is none."""
-    return [[group[i] if i < len(group) else None for group in references] for i in range(max(map(len, references)))]
+    """As sacrebleu wants them: the first reference of each text, the second of each, …; None where
+    there is none."""
+    return [[group[i] if i < len(group) else None for group in references]
+            for i in range(max(map(len, references)))]
 
 
 def bleu(texts, references):
-    """BLEU-4 of the corpus by sacrebleu (Post 2018, arXiv:1804.08771), 0 to 100, tokenised by 13a, case kept."""
+    """BLEU-4 of the corpus by sacrebleu (Post 2018, arXiv:1804.08771), 0 to 100, tokenised by 13a,
+    case kept."""
     import sacrebleu
     # force: our texts are tokenised, do not warn
     return sacrebleu.corpus_bleu(texts, streams(references), force=True).score
 
 
 def ter(texts, references):
-    """Translation edit rate of the corpus by sacrebleu (Snover et al. 2006): edits in percent of the words of a
-    reference, 0 is perfect."""
+    """Translation edit rate of the corpus by sacrebleu (Snover et al. 2006): edits in percent of
+    the words of a reference, 0 is perfect."""
     import sacrebleu
     return sacrebleu.corpus_ter(texts, streams(references)).score
 
@@ -96,7 +101,8 @@ def words(text):
 
 
 def nist(texts, references):
-    """NIST-5 of the corpus by nltk (Doddington 2002), 0 for nothing in common, tokenised as for BLEU."""
+    """NIST-5 of the corpus by nltk (Doddington 2002), 0 for nothing in common, tokenised as for
+    BLEU."""
     from nltk.translate.nist_score import corpus_nist
     texts = [words(text) for text in texts]
     if not any(len(text) >= 5 for text in texts):
@@ -105,20 +111,22 @@ def nist(texts, references):
 
 
 def cider(texts, references):
-    """CIDEr of the corpus (Vedantam et al. 2015, arXiv:1411.5726) by pycocoevalcap, 0 to 10, of words as 13a splits
-    them, in lower case. None where pycocoevalcap is not installed, which is optional."""
+    """CIDEr of the corpus (Vedantam et al. 2015, arXiv:1411.5726) by pycocoevalcap, 0 to 10, of
+    words as 13a splits them, in lower case. None where pycocoevalcap is not installed, which is
+    optional."""
     try:
         from pycocoevalcap.cider.cider import Cider
     except ImportError:
         return None
     told = {i: [" ".join(words(text)).lower()] for i, text in enumerate(texts)}
-    asked = {i: [" ".join(words(text)).lower() for text in group] for i, group in enumerate(references)}
+    asked = {i: [" ".join(words(text)).lower() for text in group]
+             for i, group in enumerate(references)}
     return float(Cider().compute_score(asked, told)[0])
 
 
 def meteor(texts, references):
-    """Mean METEOR (Banerjee and Lavie 2005) with the best reference, by nltk, 0 to 1. None where nltk has no WordNet,
-    for synonyms. The official one is in Java and gives other numbers."""
+    """Mean METEOR (Banerjee and Lavie 2005) with the best reference, by nltk, 0 to 1. None where
+    nltk has no WordNet, for synonyms. The official one is in Java and gives other numbers."""
     from nltk.translate.meteor_score import meteor_score
     try:
         scores = [meteor_score([words(r) for r in group], words(text))
@@ -130,24 +138,28 @@ def meteor(texts, references):
 
 def same_text(texts, references):
     """Share of the texts that are one of their references, but for spaces at the ends."""
-    return sum(text.strip() in [r.strip() for r in group] for text, group in zip(texts, references, strict=True)) / len(
-        texts)
+    return sum(text.strip() in [r.strip() for r in group]
+               for text, group in zip(texts, references, strict=True)) / len(texts)
 
 
 def rouge_l(texts, references):
-    """Mean F1 of the longest common subsequence with the best reference (Lin 2004) by rouge-score, 0 to 1, no stems."""
+    """Mean F1 of the longest common subsequence with the best reference (Lin 2004) by rouge-score,
+    0 to 1, no stems."""
     from rouge_score.rouge_scorer import RougeScorer
     scorer = RougeScorer(["rougeL"])
-    scores = [scorer.score_multi(group, text)["rougeL"].fmeasure for text, group in zip(texts, references, strict=True)]
+    scores = [scorer.score_multi(group, text)["rougeL"].fmeasure
+              for text, group in zip(texts, references, strict=True)]
     return sum(scores) / len(scores)
 
 
 def rouge(texts, references):
-    """Mean F1 of ROUGE-1, -2 and -L with the best reference by rouge-score, 0 to 1, with stems, as for summaries."""
+    """Mean F1 of ROUGE-1, -2 and -L with the best reference by rouge-score, 0 to 1, with stems, as
+    for summaries."""
     from rouge_score.rouge_scorer import RougeScorer
     names = "rouge1", "rouge2", "rougeL"
     scorer = RougeScorer(names, use_stemmer=True)
-    scores = [scorer.score_multi(group, text) for text, group in zip(texts, references, strict=True)]
+    scores = [scorer.score_multi(group, text)
+              for text, group in zip(texts, references, strict=True)]
     return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
 
 

@@ -1,6 +1,6 @@
 """What was measured, and the scripts that measure it again. RESULTS.md is the report.
 
-    bench.py              time and memory of a training step, beside transformers + peft and beside the floor
+    bench.py              time and memory of a training step, beside transformers + peft
     tables.py             the tables of RESULTS.md, made from the csv files
     rank_theorem.py       rsLoRA's theorem: sizes after one step, by rank up to 2,048
     rslora.sh             does a larger rank help, with alpha / r and alpha / sqrt(r), AdamW and SGD
@@ -14,12 +14,13 @@
     dylora_cuts.py        one DyLoRA cut at all ranks, beside truncated and trained LoRA
     e2e_split.py          the E2E split of RESULTS.md, and the official one, from the public files
     smollm2.py            SmolLM2-135M, a real pretrained Llama, as a folder, from a package of PyPI
-    real_base.sh          the comparison on SmolLM2 and E2E's official test set, for hours: a csv that grows run by run
+    real_base.sh          the comparison on SmolLM2 and E2E's official test set, for hours
     real_merges.py        what each merge keeps of ResLoRA on SmolLM2
     lesson.sh             the small grid of lesson.ipynb's last chapter
     gpu.sh                everything for one GPU, in parts, in one command: not run on one yet
-    gpt2_medium_e2e.sh, roberta_base_glue.sh, metamath_gsm8k.sh    at published sizes, for a GPU: not measured yet
+    gpt2_medium_e2e.sh, roberta_base_glue.sh, metamath_gsm8k.sh
+                          at published sizes, for a GPU: not measured yet
 
-`python -m experiments.NAME` or `sh experiments/NAME.sh`; most take --quick, a few minutes on two cores. recipes/ holds
-the papers' settings as files of flags, results/ what the scripts wrote.
+`python -m experiments.NAME` or `sh experiments/NAME.sh`; most take --quick, a few minutes on two
+cores. recipes/ holds the papers' settings as files of flags, results/ what the scripts wrote.
 """

@@ -1,10 +1,13 @@
-"""How many tokens does merging by regression need? The loss of a merged ResLoRA against what it was calibrated on.
+"""How many tokens does merging by regression need? The loss of a merged ResLoRA against what it was
+calibrated on.
 
-    python -m experiments.calibration [--quick]      writes experiments/results/calibration.csv and .png
+    python -m experiments.calibration [--quick]
+        writes experiments/results/calibration.csv and .png
 
-The models are those of experiments/merges.py, trained if they are not there. Each is merged after it was calibrated on
-one text of the training split, on two, and so on up to 1,024, three times with different texts. The loss is that of the
-test split. train.py itself takes 512 texts, of `reviews` 8,192.
+The models are those of experiments/merges.py, trained if they are not there. Each is merged after
+it was calibrated on one text of the training split, on two, and so on up to 1,024, three times with
+different texts. The loss is that of the test split. train.py itself takes 512 texts, of `reviews`
+8,192.
 """
 import argparse
 import copy
@@ -20,8 +23,8 @@ DRAWS = 3  # different texts, of each size
 
 
 def flags_of(dataset, label):
-    return ["--dataset", dataset, "--rank", "16", "--eval-every", EVERY.get(dataset, "30"), *ROWS[label].split(),
-            "--lr", f"{float(RATES[dataset]):g}", "--seed", "0"]
+    return ["--dataset", dataset, "--rank", "16", "--eval-every", EVERY.get(dataset, "30"),
+            *ROWS[label].split(), "--lr", f"{float(RATES[dataset]):g}", "--seed", "0"]
 
 
 def merged(dataset, label):
@@ -33,7 +36,8 @@ def merged(dataset, label):
     losses = {stage: round(values["loss"], 5) for stage, values in cell(flags)["metrics"].items()}
     run = trained(flags)
     examples = run.data.examples["train"]
-    evaluate.CALIBRATION = evaluate.CALIBRATION_LABELLED = max(TEXTS)  # batches: all. No run is trained after this
+    # batches: all. No run is trained after this
+    evaluate.CALIBRATION = evaluate.CALIBRATION_LABELLED = max(TEXTS)
     rows = []
     for texts in TEXTS:
         for number in range(DRAWS):
@@ -41,12 +45,15 @@ def merged(dataset, label):
             run.data.examples["train"] = examples[number * texts:(number + 1) * texts]
             calibration = run.calibration(model)
             calibration["batches"] = list(calibration["batches"])
-            tokens = sum(calibration["real"](batch).sum().item() for batch in calibration["batches"])
+            tokens = sum(calibration["real"](batch).sum().item()
+                         for batch in calibration["batches"])
             reslora.calibrate(model, **calibration)
             loss = run.report(lora.merge(model))["loss"]
-            rows.append({"dataset": dataset, "row": label, "texts": texts, "draw": number, "tokens": tokens,
-                         "merged loss": round(loss, 5), "unmerged loss": losses["unmerged"],
-                         "merged by none loss": losses["merged by none"], "base loss": losses["base"]})
+            rows.append({"dataset": dataset, "row": label, "texts": texts, "draw": number,
+                         "tokens": tokens, "merged loss": round(loss, 5),
+                         "unmerged loss": losses["unmerged"],
+                         "merged by none loss": losses["merged by none"],
+                         "base loss": losses["base"]})
     return rows
 
 
@@ -59,10 +66,12 @@ def draw(rows, path):
             tokens = [mean([r["tokens"] for r in at]) for at in sizes]
             cost = [[max(r["merged loss"] - r["unmerged loss"], 1e-4) for r in at] for at in sizes]
             axis.plot(tokens, [mean(at) for at in cost], line, color=colour, marker=marker,
-                      fillstyle="full" if dataset == "restaurants" else "none", label=f"{dataset}: {label}")
-            axis.fill_between(tokens, list(map(min, cost)), list(map(max, cost)), color=colour, alpha=0.15, lw=0)
-        axis.set(xscale="log", yscale="log", xlabel="tokens of the training split that the regression saw",
-                 ylabel="loss added by merging (nats)")
+                      fillstyle="full" if dataset == "restaurants" else "none",
+                      label=f"{dataset}: {label}")
+            axis.fill_between(tokens, list(map(min, cost)), list(map(max, cost)), color=colour,
+                              alpha=0.15, lw=0)
+        axis.set(xscale="log", yscale="log", xlabel="tokens of the training split that the "
+                 "regression saw", ylabel="loss added by merging (nats)")
         axis.grid(alpha=0.25, which="both")
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
@@ -78,7 +87,9 @@ def main(datasets, where):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="restaurants only, into out/quick")
     quick = parser.parse_args().quick
-    main(["restaurants"] if quick else ["restaurants", "reviews"], ROOT / "out/quick" if quick else RESULTS)
+    main(["restaurants"] if quick else ["restaurants", "reviews"],
+         ROOT / "out/quick" if quick else RESULTS)

@@ -1,9 +1,11 @@
-"""One DyLoRA r 32 cut at every rank, beside LoRA r 32 truncated to it by SVD and LoRA trained at it.
+"""One DyLoRA r 32 cut at every rank, beside LoRA r 32 truncated to it by SVD and LoRA trained at
+it.
 
     python -m experiments.dylora_cuts [--quick]      writes experiments/results/dylora.csv
 
-On restaurants. Each row at the one of RATES with the lowest validation loss (seed 0; of DyLoRA at its full rank, of the
-truncated LoRA before truncation). Losses are nats per target token on the test split.
+On restaurants. Each row at the one of RATES with the lowest validation loss (seed 0; of DyLoRA at
+its full rank, of the truncated LoRA before truncation). Losses are nats per target token on the
+test split.
 """
 import argparse
 
@@ -24,7 +26,8 @@ def train_one(*key):
 
 
 def truncated(lr, seed):
-    """{rank: test metrics} of the trained LoRA r 32 with its update cut to the first singular values."""
+    """{rank: test metrics} of the trained LoRA r 32 with its update cut to the first singular
+    values."""
     import torch
 
     import train
@@ -33,7 +36,8 @@ def truncated(lr, seed):
     from evaluation import evaluate
     evaluate.SCORED = 0  # as in compare.cell
     out = folder(flags("lora", FULL, lr, seed))
-    run = train.Run(train.parse(["--rank", str(FULL), "--lr", str(lr), "--seed", str(seed), "--out", str(out)]))
+    run = train.Run(train.parse(["--rank", str(FULL), "--lr", str(lr), "--seed", str(seed), "--out",
+                                 str(out)]))
     trained = from_pretrained(run.source)
     load_adapter(trained, out)
     deltas = [trained.get_submodule(place).delta().detach() for place in run.names]
@@ -49,8 +53,10 @@ def truncated(lr, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, three ranks, at known rates, into out/quick")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one seed, three ranks, at known "
+                        "rates, into out/quick")
     quick = parser.parse_args().quick
     cuts, seeds = ((1, 8, 32), 1) if quick else (CUTS, 3)
     kinds = [("dylora", FULL), *(("lora", rank) for rank in cuts)]
@@ -60,8 +66,11 @@ def main():
                  for r in read_csv(RESULTS / "dylora.csv") if "SVD" not in r["adapter"]}
         rates = {kind: known[kind] for kind in kinds}
     with pool(2) as workers:
-        list(workers.map(train_one, *zip(*[(*kind, lr, 0) for kind in kinds for lr in rates[kind]], strict=True)))
-        best = {kind: min(rates[kind], key=lambda lr, kind=kind: validation(folder(flags(*kind, lr, 0)))[0])
+        list(workers.map(train_one,
+                         *zip(*[(*kind, lr, 0) for kind in kinds for lr in rates[kind]],
+                              strict=True)))
+        best = {kind: min(rates[kind],
+                          key=lambda lr, kind=kind: validation(folder(flags(*kind, lr, 0)))[0])
                 for kind in kinds}
         keys = [(*kind, best[kind], seed) for kind in kinds for seed in range(seeds)]
         metrics = dict(zip(keys, workers.map(train_one, *zip(*keys, strict=True)), strict=True))
@@ -70,10 +79,13 @@ def main():
     for seed in range(seeds):
         for b in cuts:
             dylora = metrics["dylora", FULL, best["dylora", FULL], seed]
-            by = {"DyLoRA r 32, cut": (best["dylora", FULL], dylora["merged" if b == FULL else f"merged at rank {b}"]),
+            by = {"DyLoRA r 32, cut": (best["dylora", FULL],
+                                       dylora["merged" if b == FULL else f"merged at rank {b}"]),
                   "LoRA r 32, truncated by SVD": (best["lora", FULL], svd[seed][b]),
-                  "LoRA trained at the rank": (best["lora", b], metrics["lora", b, best["lora", b], seed]["merged"])}
-            rows += [dict(adapter=adapter, rank=b, lr=lr, seed=seed, **{k: round(v, 5) for k, v in values.items()})
+                  "LoRA trained at the rank": (best["lora", b],
+                                               metrics["lora", b, best["lora", b], seed]["merged"])}
+            rows += [dict(adapter=adapter, rank=b, lr=lr, seed=seed,
+                          **{k: round(v, 5) for k, v in values.items()})
                      for adapter, (lr, values) in by.items()]
     where = ROOT / "out/quick" if quick else RESULTS
     write_csv(where / "dylora.csv", rows)

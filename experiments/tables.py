@@ -1,27 +1,32 @@
 """The tables of RESULTS.md, made from the csv files under experiments/results/.
 
-    python -m experiments.tables [--write]      prints them; --write puts each behind its mark in RESULTS.md
+    python -m experiments.tables [--write]
+        prints them; --write puts each behind its mark in RESULTS.md
 
-tests/test_results.py compares both. A cell with a range is the mean of the seeds, the lowest and the highest. * marks a
-rate at the end of those that were tried: a better one may lie beyond.
+tests/test_results.py compares both. A cell with a range is the mean of the seeds, the lowest and
+the highest. * marks a rate at the end of those that were tried: a better one may lie beyond.
 """
 import argparse
 import re
 
 from compare import RESULTS, ROOT, groups, mean, read_csv, spread, write
 
-RATES = {"restaurants": "2.4e-2", "stdlib": "2.4e-2", "e2e": "2.4e-2", "reviews": "3e-3"}  # of experiments/merges.py
+# of experiments/merges.py
+RATES = {"restaurants": "2.4e-2", "stdlib": "2.4e-2", "e2e": "2.4e-2", "reviews": "3e-3"}
 MERGES = "regression", "bi", "bw", "none"
 
 
 def best(name):
-    """{row: its runs at its best rate} of a csv of compare.py; each gets "tried": that rate, marked if at an end."""
+    """{row: its runs at its best rate} of a csv of compare.py; each gets "tried": that rate, marked
+    if at an end."""
     rows = read_csv(RESULTS / f"{name}.csv")
     for same in groups(rows, "row", "rank").values():
         tried = sorted({float(r["lr"]) for r in same})
         for r in same:
-            r["tried"] = rate(r["lr"]) + "*" * (len(tried) > 1 and float(r["lr"]) in (tried[0], tried[-1]))
-    return {row: same for (row,), same in groups([r for r in rows if r["best"] == "1"], "row").items()}
+            r["tried"] = rate(r["lr"]) + "*" * (len(tried) > 1
+                                                and float(r["lr"]) in (tried[0], tried[-1]))
+    return {row: same for (row,), same in groups([r for r in rows if r["best"] == "1"],
+                                                 "row").items()}
 
 
 def rate(lr):
@@ -41,24 +46,27 @@ def paired(rows, others, column="merged loss"):
     center = mean(differences)
     if len(differences) == 1:
         return f"{center:+.4f}"
-    error = (sum((d - center)**2 for d in differences) / (len(differences) - 1) / len(differences))**0.5
+    error = (sum((d - center)**2 for d in differences) / (len(differences) - 1)
+             / len(differences))**0.5
     return f"{center:+.4f} ({error:.4f})"
 
 
 def markdown(header, rows):
-    return [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(f"| {' | '.join(row)} |" for row in rows)]
+    return [f"| {' | '.join(header)} |", "|" + "---|" * len(header),
+            *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def deployed(name):
-    """Each row of a grid at its best rate, before and after merging, and against LoRA seed by seed."""
+    """Each row of a grid at its best rate, before and after merging, against LoRA seed by seed."""
     found = best(name)
     against = [row for row in ("LoRA", "LoRA, 3 alpha") if row in found]
     accuracy = ["merged accuracy"] * bool(found["LoRA"][0].get("merged accuracy"))
-    return markdown(["", "rate", "seeds", "unmerged", "merged", *accuracy, *(f"above {other}" for other in against)], [
-        [row, same[0]["tried"], str(len(same)), average(same, "unmerged loss"), spread(same, "merged loss"),
-         *(average(same, column) for column in accuracy),
-         *("" if row in ("LoRA", other) else paired(same, found[other]) for other in against)]
-        for row, same in found.items()])
+    return markdown(["", "rate", "seeds", "unmerged", "merged", *accuracy,
+                     *(f"above {other}" for other in against)],
+                    [[row, same[0]["tried"], str(len(same)), average(same, "unmerged loss"),
+                      spread(same, "merged loss"), *(average(same, column) for column in accuracy),
+                      *("" if row in ("LoRA", other) else paired(same, found[other])
+                        for other in against)] for row, same in found.items()])
 
 
 def pre_num():
@@ -75,7 +83,8 @@ def pre_num():
 
 
 def loss(row, how):
-    """Of a row of a csv, as it is unmerged, or merged by a name of MERGES; None where that was not asked for."""
+    """Of a row of a csv, as it is unmerged, or merged by a name of MERGES; None where that was not
+    asked for."""
     column = "merged" if how == "regression" else f"merged by {how}" if how in MERGES else how
     found = row.get(f"{column} loss")
     return float(found) if found else None
@@ -87,46 +96,56 @@ def kept(row, how):
 
 
 def merges(where=RESULTS):
-    """Loss before and after each merge, one seed; what regression keeps of the gain over the base."""
+    """Loss before and after each merge, one seed; what regression keeps of the base's gain."""
     def cells(row):
-        return [f"{value:.3f}" if (value := loss(row, how)) is not None else "-" for how in ("unmerged", *MERGES)]
+        return [f"{value:.3f}" if (value := loss(row, how)) is not None else "-"
+                for how in ("unmerged", *MERGES)]
     files = [where / f"merges-{dataset}.csv" for dataset in RATES]
     rows = [row for file in files if file.exists() for row in read_csv(file)]
-    return markdown(["dataset", "structure", "unmerged", "**regression**", *MERGES[1:], "kept by regression"],
-                    [[r["dataset"], r["row"], *cells(r), f"{kept(r, 'regression'):.1%}"] for r in rows])
+    return markdown(["dataset", "structure", "unmerged", "**regression**", *MERGES[1:],
+                     "kept by regression"],
+                    [[r["dataset"], r["row"], *cells(r), f"{kept(r, 'regression'):.1%}"]
+                     for r in rows])
 
 
 def calibration(where=RESULTS):
     """Merged loss by texts, mean of the draws."""
     found = groups(read_csv(where / "calibration.csv"), "dataset", "row")
     texts = list(groups(next(iter(found.values())), "texts"))
-    return markdown(["", "unmerged", "1 text", *(f"{n} texts" for (n,) in texts[1:]), "shortcut dropped"], [
-        [f"{dataset}: {row}", average(same, "unmerged loss"),
-         *(average(at, "merged loss") for at in groups(same, "texts").values()), average(same, "merged by none loss")]
-        for (dataset, row), same in found.items()])
+    return markdown(["", "unmerged", "1 text", *(f"{n} texts" for (n,) in texts[1:]),
+                     "shortcut dropped"],
+                    [[f"{dataset}: {row}", average(same, "unmerged loss"),
+                      *(average(at, "merged loss") for at in groups(same, "texts").values()),
+                      average(same, "merged by none loss")]
+                     for (dataset, row), same in found.items()])
 
 
 def real_merges(where=RESULTS):
-    """Loss before and after each merge on SmolLM2, the regression on 64, 16 and 4 texts; what 64 keep of the gain."""
+    """Loss before and after each merge on SmolLM2, the regression on 64, 16 and 4 texts; what 64
+    keep of the gain."""
     rows = []
     for (row,), same in groups(read_csv(where / "real-merges.csv"), "row").items():
-        found = {(r["merge"], r["texts"]): r["merged loss"] for r in same if r["eps"] in ("", "0.001")}
-        cells = [found.get(way) for way in (("regression", "64"), ("regression", "16"), ("regression", "4"),
-                                            ("bi", "64"), ("bw", "64"), ("none", "0"))]
+        found = {(r["merge"], r["texts"]): r["merged loss"] for r in same
+                 if r["eps"] in ("", "0.001")}
+        cells = [found.get(way) for way in (("regression", "64"), ("regression", "16"),
+                                            ("regression", "4"), ("bi", "64"), ("bw", "64"),
+                                            ("none", "0"))]
         share = kept({**same[0], "merged loss": found["regression", "64"]}, "regression")
-        rows.append([row, f"{float(same[0]['unmerged loss']):.4f}", *(f"{float(c):.4f}" if c else "-" for c in cells),
-                     f"{share:.2%}"])
-    return markdown(["structure", "unmerged", "regression, 64 texts", "16 texts", "4 texts", *MERGES[1:],
-                     "kept by regression"], rows)
+        rows.append([row, f"{float(same[0]['unmerged loss']):.4f}",
+                     *(f"{float(c):.4f}" if c else "-" for c in cells), f"{share:.2%}"])
+    return markdown(["structure", "unmerged", "regression, 64 texts", "16 texts", "4 texts",
+                     *MERGES[1:], "kept by regression"], rows)
 
 
 def real_texts():
     """What the best runs write, and the loss on the plain text before and after."""
     rows = read_csv(RESULTS / "real-texts.csv")
     before = f"{float(rows[0]['base loss on stdlib']):.3f}"
-    return markdown(["", "BLEU", "NIST", "ROUGE-L", "CIDEr", f"Python text, {before} before"], [
-        [r["row"], *(f"{float(r[name]):.{digits}f}" for name, digits in (
-            ("BLEU", 1), ("NIST", 2), ("ROUGE_L", 3), ("CIDEr", 2), ("merged loss on stdlib", 3)))] for r in rows])
+    return markdown(["", "BLEU", "NIST", "ROUGE-L", "CIDEr", f"Python text, {before} before"],
+                    [[r["row"],
+                      *(f"{float(r[name]):.{digits}f}"
+                        for name, digits in (("BLEU", 1), ("NIST", 2), ("ROUGE_L", 3), ("CIDEr", 2),
+                                             ("merged loss on stdlib", 3)))] for r in rows])
 
 
 def real_characters():
@@ -137,44 +156,57 @@ def real_characters():
         for row in ("LoRA r 16", "full fine-tuning"):
             loss = mean([float(r["merged loss"]) for r in grid[row]])
             share = int(size["targets"]) / int(size["characters"])
-            table.append([size["base"], row, grid[row][0]["tried"], f"{loss:.3f}", f"{loss * share:.3f}"])
+            table.append([size["base"], row, grid[row][0]["tried"], f"{loss:.3f}",
+                          f"{loss * share:.3f}"])
     return markdown(["base", "", "rate", "nats per token", "nats per character"], table)
 
 
 def gradients(where=RESULTS):
     """Norms by layer, mean of the seeds."""
     rows = read_csv(where / "reslora-gradients.csv")
-    return markdown(["", *(f"layer {layer}" for (layer,) in groups(rows, "layer"))], [
-        [f"{target}: {row}", *(average(at, "gradient norm", 4) for at in groups(same, "layer").values())]
-        for target in ("q", "v") for (row,), same in groups([r for r in rows if r["target"] == target], "row").items()])
+    return markdown(["", *(f"layer {layer}" for (layer,) in groups(rows, "layer"))],
+                    [[f"{target}: {row}",
+                      *(average(at, "gradient norm", 4) for at in groups(same, "layer").values())]
+                     for target in ("q", "v")
+                     for (row,), same in groups([r for r in rows if r["target"] == target],
+                                                "row").items()])
 
 
 def by_rank(name):
-    """Header and rows of a table: test loss by rank at each one's best rate, mean of the seeds; rsLoRA against LoRA."""
+    """Header and rows of a table: test loss by rank at each one's best rate, mean of the seeds;
+    rsLoRA against LoRA."""
     own = {row: groups(same, "rank") for row, same in best(name).items()}
-    rows = [[f"{row}, best rate", *(f"{average(r, 'merged loss')} ({r[0]['tried']})" for r in same.values())]
+    rows = [[f"{row}, best rate",
+             *(f"{average(r, 'merged loss')} ({r[0]['tried']})" for r in same.values())]
             for row, same in own.items()]
-    rows += [["rsLoRA above LoRA", *(paired(r, own["LoRA"][rank]) for rank, r in own["rsLoRA"].items())]]
+    rows += [["rsLoRA above LoRA",
+              *(paired(r, own["LoRA"][rank]) for rank, r in own["rsLoRA"].items())]]
     return ["", *(f"r {r}" for (r,) in own["LoRA"])], rows
 
 
 def at_one_rate(found, columns):
-    """More rows of that table, from {row: its runs by rank at one rate, one seed} and {what is shown: column}."""
-    return [[f"{row}, rate {rate(same[0]['lr'])}: {name}", *(f"{float(r[column]):.3f}" for r in same)]
-            for name, column in columns.items() for row, same in found.items()]
+    """More rows of that table, from {row: its runs by rank at one rate, one seed} and {what is
+    shown: column}."""
+    return [[f"{row}, rate {rate(same[0]['lr'])}: {name}",
+             *(f"{float(r[column]):.3f}" for r in same)] for name, column in columns.items()
+            for row, same in found.items()]
 
 
 def rslora(optimizer):
-    """Loss by rank at the best rates, and at one rate, with the gradient norm that goes with that."""
+    """Loss by rank at the best rates, and at one rate, with the gradient norm beside it."""
     header, rows = by_rank(f"rslora-{optimizer}")
     one = best(f"rslora-{optimizer}-fixed")
-    return markdown(header, rows + at_one_rate(one, {"loss": "merged loss", "gradient norm": "late gradient norm"}))
+    return markdown(header, rows
+                    + at_one_rate(one, {"loss": "merged loss",
+                                        "gradient norm": "late gradient norm"}))
 
 
 def real_ranks():
-    """The same on SmolLM2. At one rate the loss is that of the validation texts: only the best were tested."""
+    """The same on SmolLM2. At one rate the loss is that of the validation texts: only the best were
+    tested."""
     header, rows = by_rank("real-ranks")
-    one = [r for r in read_csv(RESULTS / "real-ranks.csv") if (r["lr"], r["seed"]) == ("0.002", "0")]
+    one = [r for r in read_csv(RESULTS / "real-ranks.csv") if (r["lr"], r["seed"])
+           == ("0.002", "0")]
     one = {row: same for (row,), same in groups(one, "row").items()}
     names = {"validation loss": "validation loss", "gradient norm": "late gradient norm"}
     return markdown(header, rows + at_one_rate(one, names))
@@ -183,10 +215,11 @@ def real_ranks():
 def deltalora():
     """Each lambda and K; lambda 2 beside its fair baseline, LoRA with (1 + lambda) alpha."""
     found = best("deltalora")
-    return markdown(["", "rate", "seeds", "test loss", "above LoRA", "above LoRA with 3 alpha"], [
-        [row, same[0]["tried"], str(len(same)), spread(same, "merged loss"),
-         "" if row == "LoRA, alpha" else paired(same, found["LoRA, alpha"]),
-         paired(same, found["LoRA, 3 alpha"]) if "lambda 2" in row else ""] for row, same in found.items()])
+    return markdown(["", "rate", "seeds", "test loss", "above LoRA", "above LoRA with 3 alpha"],
+                    [[row, same[0]["tried"], str(len(same)), spread(same, "merged loss"),
+                      "" if row == "LoRA, alpha" else paired(same, found["LoRA, alpha"]),
+                      paired(same, found["LoRA, 3 alpha"]) if "lambda 2" in row else ""]
+                     for row, same in found.items()])
 
 
 def clipping():
@@ -207,7 +240,8 @@ def weights(where=RESULTS):
         rows.append([row, rate(lr), f"{float(same[0]['unmerged loss']):.3f}",
                      f"{ranks[0]}" + f" to {ranks[-1]}" * (len(ranks) > 1), average(same, "cosine"),
                      f"{mean(moved):.2f}" if moved else ""])
-    return markdown(["", "rate", "test loss", "rank of W' - W_0", "cosine of W_0 and W'", "motion that W made"], rows)
+    return markdown(["", "rate", "test loss", "rank of W' - W_0", "cosine of W_0 and W'",
+                     "motion that W made"], rows)
 
 
 def dylora(where=RESULTS):
@@ -231,33 +265,41 @@ def theorem(where=RESULTS):
 def decoding():
     """Seconds with the cache, and how many times as long the other ways take."""
     rows = []
-    for (prompts, beams), same in groups(read_csv(RESULTS / "decoding.csv"), "prompts", "beams").items():
+    for (prompts, beams), same in groups(read_csv(RESULTS / "decoding.csv"), "prompts",
+                                         "beams").items():
         ways = {r["way"]: r for r in same}
         times = (ways.get(way, {}).get("of cached") for way in ("transformers", "uncached"))
         rows.append([prompts, beams, f"{float(ways['cached']['seconds']):.2f} s",
                      *(f"{float(of):.1f} times" if of else "" for of in times)])
-    return markdown(["prompts", "beams", "with the cache", "`transformers`", "without a cache"], rows)
+    return markdown(["prompts", "beams", "with the cache", "`transformers`", "without a cache"],
+                    rows)
 
 
 def methods(name, more=None, against=("LoRA r 16",)):
-    """Each method at its best rate, and seed by seed against some of the others: `more` are {header: column} beside the
-    loss."""
+    """Each method at its best rate, and seed by seed against some of the others: `more` are
+    {header: column} beside the loss."""
     found, more = best(name), more or {}
-    return markdown(["", "trained", "rate", "test loss", *(f"above {other}" for other in against), *more], [
-        [row, f"{int(same[0]['trained']):,}", same[0]["tried"], spread(same, "merged loss"),
-         *("" if row in (against[0], other) else paired(same, found[other]) for other in against),
-         *(spread(same, column) for column in more.values())] for row, same in found.items()])
+    return markdown(["", "trained", "rate", "test loss", *(f"above {other}" for other in against),
+                     *more], [[row, f"{int(same[0]['trained']):,}", same[0]["tried"],
+                               spread(same, "merged loss"),
+                               *("" if row in (against[0], other) else paired(same, found[other])
+                                 for other in against),
+                               *(spread(same, column) for column in more.values())]
+                              for row, same in found.items()])
 
 
 TABLES = {
     **{name: lambda name=name: deployed(name)
-       for name in ("merge-at-restaurants", "merge-at-reviews", "merge-at-e2e", "reslora-curves-best")},
-    "reslora-pre-num": pre_num, "merges": merges, "calibration": calibration, "reslora-gradients": gradients,
+       for name in ("merge-at-restaurants", "merge-at-reviews", "merge-at-e2e",
+                    "reslora-curves-best")},
+    "reslora-pre-num": pre_num, "merges": merges, "calibration": calibration,
+    "reslora-gradients": gradients,
     "real-merges": real_merges, "real-texts": real_texts, "real-characters": real_characters,
     "real-ranks": real_ranks,
-    "real-base": lambda: methods("real-base", against=("LoRA r 16", "LoRA r 16, 3 alpha", "full fine-tuning")),
-    "rslora-adamw": lambda: rslora("adamw"), "rslora-sgd": lambda: rslora("sgd"), "deltalora": deltalora,
-    "deltalora-clip": clipping,
+    "real-base": lambda: methods("real-base", against=("LoRA r 16", "LoRA r 16, 3 alpha",
+                                                       "full fine-tuning")),
+    "rslora-adamw": lambda: rslora("adamw"), "rslora-sgd": lambda: rslora("sgd"),
+    "deltalora": deltalora, "deltalora-clip": clipping,
     "deltalora-weights": weights, "dylora": dylora, "rank-theorem": theorem, "decoding": decoding,
     "methods-e2e": lambda: methods("methods-e2e", {"pretraining text": "merged loss on world"}),
     "methods-reviews": lambda: methods("methods-reviews", {"accuracy": "merged accuracy"}),
@@ -265,7 +307,8 @@ TABLES = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="into RESULTS.md")
     page = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
     for name in re.findall(r"<!-- table: (\S+) -->", page):
@@ -274,7 +317,8 @@ def main():
         page, times = re.subn(rf"(<!-- table: {name} -->\n\n)(?:\|.*\n)*\n*",
                                 lambda found, t=table: f"{found[1]}{t}\n\n", page)
         if times != 1:
-            raise ValueError(f"RESULTS.md has <!-- table: {name} --> and an empty line {times} times, not once")
+            raise ValueError(f"RESULTS.md has <!-- table: {name} --> and an empty line {times} "
+                             "times, not once")
     if parser.parse_args().write:
         write(ROOT / "RESULTS.md", lambda part: part.write_text(page, encoding="utf-8"))
 

@@ -1,8 +1,8 @@
 """From the command line to the settings of a run, which do not change afterwards.
 
-    parse(argv)                          the flags of train.py, with all defaults known before the data
-    settings.for_model(model)            the same with the context
-    settings.for_data(examples, world)   the same with the number of steps and all that follows from it
+    parse(argv)                          the flags, with all defaults that need no data
+    settings.for_model(model, source)    the same with the context
+    settings.for_data(examples, world)   the same with the steps and all that follows from them
 """
 import argparse
 import math
@@ -170,8 +170,8 @@ class Settings(Namespace):
         settings = self.but(steps=steps, eval_every=every)
         flags = {name: getattr(self, name, flag.get("default"))
                  for name, flag in METHODS[self.method].flags.items()}
-        return settings.but(**{name: value(steps, settings.warmup_steps) if callable(value) else value
-                               for name, value in flags.items()})
+        return settings.but(**{name: value(steps, settings.warmup_steps) if callable(value)
+                               else value for name, value in flags.items()})
 
 
 def parse(argv=None, description=None):
@@ -333,19 +333,20 @@ def check_ranges(args):
 # For all commands
 
 class Parser(argparse.ArgumentParser):
-    """Flags are written in full. With `files` @FILE reads flags from a file, # begins a comment there. Errors are
-    ValueErrors."""
+    """Flags are written in full. With `files` @FILE reads flags from a file, # begins a comment
+    there. Errors are ValueErrors."""
 
     def __init__(self, name, description, files=True):
-        super().__init__(name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False, epilog="@FILE reads flags from a file, one a line." if files else None)
+        super().__init__(name, description=description,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                         epilog="@FILE reads flags from a file, one a line." if files else None)
         self.files = files
 
     def error(self, message):
         raise ValueError(message)
 
     def _get_values(self, action, given):
-        """An empty value is a variable that the shell does not know, and never means the default."""
+        """An empty value is a variable that the shell does not know. It never means the default."""
         if action.option_strings and "" in given:
             self.error(f"{action.option_strings[0]} is empty: give it a value, or leave it out")
         return super()._get_values(action, given)
@@ -363,7 +364,8 @@ class Parser(argparse.ArgumentParser):
         for flag in map(str, argv):
             if flag.startswith("@"):
                 lines = read_text(Path(flag[1:])).split("\n")
-                inside = [part for line in lines for part in shlex.split(re.sub(r"(^|\s)#.*", "", line))]
+                inside = [part for line in lines
+                          for part in shlex.split(re.sub(r"(^|\s)#.*", "", line))]
                 flags += self.from_files(inside, depth + 1)
             else:
                 flags.append(flag)
@@ -386,7 +388,8 @@ def command(name, parse, run, argv=None):
     except (ValueError, OSError) as e:
         end(str(e))
     except torch.OutOfMemoryError as e:
-        end(f"out of memory: a smaller --batch-size may help, in training with --grad-accum ({str(e).splitlines()[0]})")
+        end("out of memory: a smaller --batch-size may help, in training with --grad-accum "
+            f"({str(e).splitlines()[0]})")
     except KeyboardInterrupt as e:
         end("; ".join(["interrupted", *map(str, e.args)]), 130)
     except Exception as e:

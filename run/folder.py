@@ -1,5 +1,5 @@
-"""A run folder, and the one file in it to resume from, so that a state is never half of one step and
-half of another. The folder holds
+"""A run folder, and the one file in it to resume from, so that a state is never half of one step
+and half of another. The folder holds
 
     adapter_config.json, adapter_model.safetensors    the adapter as an ordinary LoRA, for PEFT
     resume.safetensors                                everything that training changes
@@ -26,7 +26,8 @@ from lora import LoRALinear
 from methods import adapt
 
 STATE = "resume.safetensors", "log.csv"
-RESULTS = ("result.json", "curve.png", "ranks.png", "adapter_config.json", "adapter_model.safetensors",
+RESULTS = ("result.json", "curve.png", "ranks.png", "adapter_config.json",
+           "adapter_model.safetensors",
            *(f"predictions-{split}.jsonl" for split in ("train", "validation", "test")),
            *(f"merged/{name}" for name in ("config.json", "model.safetensors", *tokenizers.FILES)))
 
@@ -40,8 +41,10 @@ def clear(folder, names):
 
 
 def changing(model):
-    """{name: tensor} of all that training changes: what has gradients, buffers, and weights that a method moves."""
-    moved = {f"{name}.weight" for name, m in model.named_modules() if getattr(m, "moves_weight", False)}
+    """{name: tensor} of all that training changes: what has gradients, buffers, and weights that a
+    method moves."""
+    moved = {f"{name}.weight" for name, m in model.named_modules()
+             if getattr(m, "moves_weight", False)}
     return {name: t for name, t in model.state_dict(keep_vars=True).items()
             if t.requires_grad or name in moved or not isinstance(t, torch.nn.Parameter)}
 
@@ -70,26 +73,31 @@ def identify(settings, source, pairs, processes):
             "data": fingerprint(pairs)}
 
 
-# What may differ between two runs that compute the same: where the files lie, which fingerprints say better, and what
-# does not change a number.
+# What may differ between two runs that compute the same: where the files lie, which fingerprints
+# say better, and what does not change a number.
 FREE = "model", "data_dir", "init_from", "save_merged", "compile", "checkpoint_activations"
 
 
 def difference(before, now, free=FREE):
-    """In words, how the settings of a run differ from those that it began with; None if they do not."""
-    keys = [key for key in sorted(before.keys() | now.keys()) if key not in free and before.get(key) != now.get(key)]
+    """In words, how the settings of a run differ from those that it began with; None if they do
+    not."""
+    keys = [key for key in sorted(before.keys() | now.keys()) if key not in free and before.get(key)
+            != now.get(key)]
     changed = {"base_weights": f"the model {now.get('model')} has other weights than it began with",
-               "base_files": f"the model {now.get('model')} has another config.json or tokenizer than it began with",
-               "data": f"the data of {now.get('dataset')} have changed since it began",
-               "init_weights": f"the adapter {now.get('init_from')} is not the one that it began with"}
+               "base_files": f"the model {now.get('model')} has another config.json or tokenizer "
+               "than it began with", "data": f"the data of {now.get('dataset')} have changed since "
+               "it began", "init_weights": f"the adapter {now.get('init_from')} is not the one "
+               "that it began with"}
     for key in ("method", "dataset", "steps", *changed, *keys):  # others may follow from the steps
         if key in keys:
-            return changed.get(key) or f"{key} is {now.get(key)} now, and it began with {before.get(key)}"
+            return (changed.get(key) or f"{key} is {now.get(key)} now, and it began with "
+                    f"{before.get(key)}")
     return None
 
 
 def check_replaceable(folder, identity):
-    """A run may replace one with the same identity, and no other. ValueError if `folder` holds another."""
+    """A run may replace one with the same identity, and no other. ValueError if `folder` holds
+    another."""
     result, resume = folder / "result.json", folder / STATE[0]
     if result.exists():
         before = read_json(result).get("settings")
@@ -99,21 +107,26 @@ def check_replaceable(folder, identity):
     both = before.keys() & identity.keys()
     other = difference(*({key: value[key] for key in both} for value in (before, identity)))
     if other:
-        raise ValueError(f"{folder} holds another run ({other}): choose another --out, or remove that folder")
+        raise ValueError(f"{folder} holds another run ({other}): choose another --out, or remove "
+                         "that folder")
 
 
 def check_resume(folder, identity, method):
-    """How many steps a run has done; ValueError if it cannot go on with this identity. method: its methods.Method."""
+    """How many steps a run has done; ValueError if it cannot go on with this identity. method: its
+    methods.Method."""
     _, step, _, before = read_state(folder / STATE[0])
     other = difference(before, identity, (*FREE, *method.merge_only_flags, "steps"))
     if other:
-        how = f", or go on from its adapter with --init-from {folder}" * (folder / "adapter_config.json").exists()
-        raise ValueError(f"cannot resume {folder}: {other}. Start a new run with another --out{how}")
+        how = (f", or go on from its adapter with --init-from {folder}"
+               * (folder / "adapter_config.json").exists())
+        raise ValueError(f"cannot resume {folder}: {other}. Start a new run with "
+                         f"another --out{how}")
     if identity["steps"] < step:
-        raise ValueError(f"cannot resume {folder} for {identity['steps']} steps: it has done {step} already")
+        raise ValueError(f"cannot resume {folder} for {identity['steps']} steps: it has done "
+                         f"{step} already")
     if method.fixed_length and identity["steps"] != before.get("steps"):
-        raise ValueError(f"cannot resume {folder} for {identity['steps']} steps: {identity['method']} has planned its "
-                         f"ranks for {before.get('steps')}")
+        raise ValueError(f"cannot resume {folder} for {identity['steps']} steps: "
+                         f"{identity['method']} has planned its ranks for {before.get('steps')}")
     return step
 
 
@@ -124,7 +137,8 @@ class Diverged(ValueError):
 class Log:
     """What a run has measured, the rows of log.csv, and the weights that validated best.
 
-    first: the first step whose weights may be kept, see `begin` of a method. saved: the last step in the run folder.
+    first: the first step whose weights may be kept, see `begin` of a method. saved: the last step
+    in the run folder.
     """
 
     def __init__(self, folder, identity, metric):
@@ -145,14 +159,16 @@ class Log:
         return f"step {self.saved} is in {self.folder}" if self.saved else "nothing was saved"
 
     def check_finite(self, readings, step):
-        """Diverged at the first step, of those up to `step`, that has a value which is not finite."""
+        """Diverged at the first step, of those up to `step`, with a value that is not finite."""
         for number, values in enumerate(readings, step - len(readings) + 1):
             if not all(map(math.isfinite, values)):
-                raise Diverged(f"loss or gradient is not finite at step {number}: stopped; {self.where()}. "
-                               f"A lower --lr than {self.identity['lr']:g} may help")
+                raise Diverged(f"loss or gradient is not finite at step {number}: stopped; "
+                               f"{self.where()}. A lower --lr than {self.identity['lr']:g} may "
+                               "help")
 
     def add(self, row, values, ranks):
-        """A row of the log; values: the metrics of its validation or {}, ranks: of the layers or None."""
+        """A row of the log; values: the metrics of its validation or {}, ranks: of the layers or
+        None."""
         if self.metric != "loss":
             row[f"val_{self.metric}"] = values.get(self.metric)
         if ranks:
@@ -162,45 +178,54 @@ class Log:
     def last_line(self):
         """The last row, which has a validation, in words."""
         row = self.rows[-1]
-        text = f"step {row['step']:5}  training loss {row['train_loss']:.4f}  validation loss {row['val_loss']:.4f}"
-        return text if self.metric == "loss" else f"{text}  {self.metric} {row[f'val_{self.metric}']:.4f}"
+        text = (f"step {row['step']:5}  training loss {row['train_loss']:.4f}  validation loss "
+                f"{row['val_loss']:.4f}")
+        return (text if self.metric == "loss" else f"{text}  {self.metric} "
+                f"{row[f'val_{self.metric}']:.4f}")
 
     def save(self, model, optimizer):
         """Keep the weights if they are the best so far; write the state and the log."""
         if best_step(self.rows, self.first) == self.step:
-            self.best = {name: t.detach().to("cpu", copy=True) for name, t in changing(model).items()}
-        if not self.saved:  # what an earlier run has left goes, now that this one has something to show
+            self.best = {name: t.detach().to("cpu", copy=True)
+                         for name, t in changing(model).items()}
+        # what an earlier run has left goes, now that this one has something to show
+        if not self.saved:
             clear(self.folder, STATE + RESULTS)
-        save_state(self.folder / STATE[0], model, optimizer, self.step, self.identity, self.rows, self.best, self.first)
+        save_state(self.folder / STATE[0], model, optimizer, self.step, self.identity, self.rows,
+                   self.best, self.first)
         write_csv(self.folder / STATE[1], self.rows)
         self.saved = self.step
 
     def resume(self, model, optimizer):
         """Go on from the state in the run folder."""
-        self.saved, self.rows, self.best, before = load_state(self.folder / STATE[0], model, optimizer, self.first)
+        self.saved, self.rows, self.best, before = load_state(self.folder / STATE[0], model,
+                                                              optimizer, self.first)
         steps, schedule = self.identity["steps"], self.identity["schedule"]
-        longer = (f", for {steps} steps instead of {before['steps']}: from here on the learning rate is that of the "
-                  f"{schedule} schedule over {steps} steps") if steps != before["steps"] else ""
+        longer = ((f", for {steps} steps instead of {before['steps']}: from here on the learning "
+                   f"rate is that of the {schedule} schedule over {steps} steps") if steps
+                  != before["steps"] else "")
         print(f"resume   {self.folder} after step {self.saved}{longer}")
 
     def finish(self, model):
-        """Put the best weights back into the model, and see that log.csv is complete: a kill may have cut it short."""
+        """Put the best weights back into the model, and see that log.csv is complete: a kill may
+        have cut it short."""
         write_csv(self.folder / STATE[1], self.rows)
         put(model, self.best)
 
 
 def best_step(rows, first=1):
-    """The step with the best validation: of the metric, if there is one beside the loss; of equals the lowest loss.
-    From the step `first` on, if the run has come that far, else the last."""
-    metric = next((name for name in rows[0] if name.startswith("val_") and name != "val_loss"), None)
+    """The step with the best validation: of the metric, if there is one beside the loss; of equals
+    the lowest loss. From the step `first` on, if the run has come that far, else the last."""
+    metric = next((name for name in rows[0] if name.startswith("val_") and name != "val_loss"),
+                  None)
     validated = [row for row in rows if row["val_loss"] is not None]
     validated = [row for row in validated if row["step"] >= first] or validated[-1:]
     return max(validated, key=lambda row: (row[metric] if metric else 0, -row["val_loss"]))["step"]
 
 
 def save_state(path, model, optimizer, step, identity, rows, best=None, first=1):
-    """Weights, optimizer, random state, the weights `best` of an earlier step if they were better, and as metadata the
-    step, the identity and the rows of log.csv."""
+    """Weights, optimizer, random state, the weights `best` of an earlier step if they were better,
+    and as metadata the step, the identity and the rows of log.csv."""
     tensors = {f"model.{name}": t for name, t in changing(model).items()}
     if best_step(rows, first) != step:
         tensors.update({f"best.{name}": t for name, t in best.items()})
@@ -221,31 +246,37 @@ def read_identity(path):
 
 
 def read_state(path, weights=True):
-    """(tensors, step, rows, identity) of resume.safetensors; ValueError when absent or damaged. weights: False leaves
-    the tensors where they are."""
+    """(tensors, step, rows, identity) of resume.safetensors; ValueError when absent or damaged.
+    weights: False leaves the tensors where they are."""
     if not path.exists():
         raise ValueError(f"there is nothing to resume: {path} does not exist")
     try:
         with safe_open(path, "pt") as f:
-            step, identity, rows = (json.loads(f.metadata()[key]) for key in ("step", "settings", "rows"))
+            step, identity, rows = (json.loads(f.metadata()[key])
+                                    for key in ("step", "settings", "rows"))
             tensors = {key: f.get_tensor(key) for key in f.keys()} if weights else {}
         steps = [row["step"] for row in rows]
-        if not (type(step) is int and steps[-1] == step and steps == sorted(set(steps)) and steps[0] > 0):
+        if not (type(step) is int and steps[-1] == step and steps == sorted(set(steps)) and steps[0]
+                > 0):
             raise ValueError(f"its step is {step}, those of its log are {steps[-3:]}")
         if not all(row.keys() == rows[0].keys() for row in rows):
             raise ValueError("the rows of its log have different columns")
-        identity.keys(), best_step(rows), rows[-1]["seconds"] + 0  # fail here if these are not the rows of a log
+        # fail here if these are not the rows of a log
+        identity.keys(), best_step(rows), rows[-1]["seconds"] + 0
         for name, t in tensors.items():
             if t.is_floating_point() and not t.isfinite().all():
                 raise ValueError(f"{name} holds NaN or inf")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as e:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, IndexError,
+            RecursionError) as e:
         raise ValueError(f"{path} is damaged: {e!r}") from None
     return tensors, step, rows, identity
 
 
 def weights_of(tensors, kind, model, path):
-    """{name: tensor} of `changing(model)` among the tensors of a file, where their names begin with `kind`."""
-    weights, wanted = {key.removeprefix(kind): t for key, t in tensors.items() if key.startswith(kind)}, changing(model)
+    """{name: tensor} of `changing(model)` among the tensors of a file, where their names begin with
+    `kind`."""
+    weights, wanted = {key.removeprefix(kind): t for key, t in tensors.items()
+                       if key.startswith(kind)}, changing(model)
     check_keys(weights, wanted, path)
     return weights
 
@@ -267,7 +298,8 @@ def put(model, weights):
 def load_state(path, model, optimizer, first=1):
     """Put a saved state back into a model and an optimizer made with the same settings.
 
-    Returns its step, its rows, the weights of the best step so far, and the identity that it began with.
+    Returns its step, its rows, the weights of the best step so far, and the identity that it began
+    with.
     """
     tensors, step, rows, identity = read_state(path)
     weights = weights_of(tensors, "model.", model, path)
@@ -280,17 +312,21 @@ def load_state(path, model, optimizer, first=1):
     # one entry for each parameter and kind: Adam's moments have their parameter's shape
     params = [p for group in optimizer.param_groups for p in group["params"]]
     kinds = ("step", "exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.AdamW) else ()
-    shapes = {f"{i}.{kind}": () if kind == "step" else p.shape for i, p in enumerate(params) for kind in kinds}
+    shapes = {f"{i}.{kind}": () if kind == "step" else p.shape for i, p in enumerate(params)
+              for kind in kinds}
     check_keys({f"{i}.{kind}": t for i, kept in state.items() for kind, t in kept.items()},
                {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}, path)
     kept, now = tensors.get("rng.cpu"), torch.get_rng_state()
     if kept is None or (kept.shape, kept.dtype) != (now.shape, now.dtype):
-        raise ValueError(f"{path} lacks rng.cpu, the state of the random numbers, or holds that of another torch")
-    for i, p in enumerate(params):  # a moment lies in memory as its parameter does: the fused step counts on that
+        raise ValueError(f"{path} lacks rng.cpu, the state of the random numbers, or holds that of "
+                         "another torch")
+    # a moment lies in memory as its parameter does: the fused step counts on that
+    for i, p in enumerate(params):
         for kind in kinds[1:]:
             state[i][kind] = torch.empty_like(p).copy_(state[i][kind])
     put(model, weights)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict({"state": state,
+                               "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
@@ -298,15 +334,17 @@ def load_state(path, model, optimizer, first=1):
 
 
 def known_base_report(beside, identity, device):
-    """{metric: value} of the base on the test split, if a finished run in the folder `beside` has it
-    for the same base and the same texts, else None."""
-    same = ("base_weights", "base_files", "init_weights", "dataset", "data", "metric", "context", "dtype")
+    """{metric: value} of the base on the test split, if a finished run in the folder `beside` has
+    it for the same base and the same texts, else None."""
+    same = ("base_weights", "base_files", "init_weights", "dataset", "data", "metric", "context",
+            "dtype")
     for path in sorted(beside.glob("*/result.json")):
         try:
             result = read_json(path)
             before, values = result["settings"], result["metrics"]["base"]
-            if (all(before.get(name) == identity.get(name) for name in same) and values["loss"] + 0 < math.inf
-                    and before["device"] == str(device) and result["versions"]["torch"] == torch.__version__):
+            if (all(before.get(name) == identity.get(name) for name in same) and values["loss"] + 0
+                < math.inf and before["device"] == str(device) and result["versions"]["torch"]
+                == torch.__version__):
                 print(f"evaluate the base: its report is that of {path}", flush=True)
                 return values
         except (ValueError, KeyError, TypeError, AttributeError, OSError):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 if "gpu" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a test sees a GPU only with -m gpu; read by torch
-os.environ["OMP_NUM_THREADS"] = "1"  # for tensors this small threads cost more than they bring; read by torch
+# for tensors this small threads cost more than they bring; read by torch
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import tiktoken
@@ -28,7 +29,8 @@ from pretraining import vocabulary  # noqa: E402
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="many more kills and a thousand cases of each fuzz")
+    parser.addoption("--long", action="store_true", help="many more kills and a thousand cases of "
+                     "each fuzz")
 
 
 @pytest.fixture
@@ -36,8 +38,9 @@ def long(request):
     return request.config.getoption("--long")
 
 
-# A folder with real texts (e2e, sst2, gsm8k, svamp, webnlg), GPT-2's vocabulary (tiktoken_cache) and RoBERTa's
-# (roberta-base-vocab). Without it the same tests run on what `texts_folder` and `made_gpt2` make.
+# A folder with real texts (e2e, sst2, gsm8k, svamp, webnlg), GPT-2's vocabulary (tiktoken_cache)
+# and RoBERTa's (roberta-base-vocab). Without it the same tests run on what `texts_folder` and
+# `made_gpt2` make.
 DATA = os.environ.get("DATA")
 if DATA:
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", f"{DATA}/tiktoken_cache")
@@ -66,13 +69,16 @@ def texts_folder(tmp_path_factory):
     names = tokenizers.name_tokens(tokenizers.gpt2_tokens())
     special = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 50264}
     ids = iter(random.Random(1).sample(range(4, 50264), 50256))
-    write_rows = {
-        "sst2": ((f"{split}.jsonl", [{"sentence": texts[0], "label": label} for texts, label in pairs])
-                 for split, pairs in reviews.load().items() if split != "test"),
-        "e2e": ((f"{split}.jsonl", [{"meaning_representation": record, "human_reference": text}
-                                    for record, text in pairs]) for split, pairs in restaurants.load().items()),
-        "gsm8k": [("train.jsonl", [{"question": text, "answer": f"{text} #### {n}"}
-                                   for n, (_, text) in enumerate(restaurants.load()["train"])])]}
+    write_rows = {"sst2": ((f"{split}.jsonl",
+                            [{"sentence": texts[0], "label": label} for texts, label in pairs])
+                           for split, pairs in reviews.load().items() if split != "test"),
+                  "e2e": ((f"{split}.jsonl",
+                           [{"meaning_representation": record, "human_reference": text}
+                            for record, text in pairs])
+                          for split, pairs in restaurants.load().items()),
+                  "gsm8k": [("train.jsonl",
+                             [{"question": text, "answer": f"{text} #### {n}"}
+                              for n, (_, text) in enumerate(restaurants.load()["train"])])]}
     for name, files in write_rows.items():
         (folder / name).mkdir()
         for file, rows in files:
@@ -84,13 +90,14 @@ def texts_folder(tmp_path_factory):
 
 
 def variants():
-    """Every adapter of the registry, with every choice of its flags: (name, hparams) as pytest parameters.
+    """Every adapter of the registry, with every choice of its flags: (name, hparams) as pytest
+    parameters.
 
     A new line in methods.py is covered from that moment on.
     """
-    own_values = {"pre_num": (1, 2, -1), "delta_start": (0, 2), "merge": ("regression",), "delta_lambda": (2.0,),
-                  "budget_warmup": (1,), "budget_final": (1,), "budget_every": (1,), "frozen": (False, True),
-                  "cut": (None, 2)}
+    own_values = {"pre_num": (1, 2, -1), "delta_start": (0, 2), "merge": ("regression",),
+                  "delta_lambda": (2.0,), "budget_warmup": (1,), "budget_final": (1,),
+                  "budget_every": (1,), "frozen": (False, True), "cut": (None, 2)}
     for name, (adapter, flags, *_) in METHODS.items():
         if adapter:
             values = [own_values.get(flag, spec.get("choices") or (spec.get("default"),))
@@ -110,7 +117,8 @@ def seed():
 
 def tiny_gpt(dtype=torch.float64, n_layer=4):
     """A GPT of 4 layers and 16 channels whose weights are large enough that everything matters."""
-    model = GPT(GPTConfig(vocab_size=61, n_positions=16, n_embd=16, n_layer=n_layer, n_head=2)).to(dtype)
+    model = GPT(GPTConfig(vocab_size=61, n_positions=16, n_embd=16, n_layer=n_layer,
+                          n_head=2)).to(dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
@@ -119,8 +127,9 @@ def tiny_gpt(dtype=torch.float64, n_layer=4):
 
 def tiny_roberta(dtype=torch.float64, n_layer=4):
     """The same for a RoBERTa that tells three classes apart."""
-    model = RoBERTa(RobertaConfig(vocab_size=61, max_position_embeddings=18, hidden_size=16, num_hidden_layers=n_layer,
-                                  num_attention_heads=2, intermediate_size=64), num_labels=3).to(dtype)
+    model = RoBERTa(RobertaConfig(vocab_size=61, max_position_embeddings=18, hidden_size=16,
+                                  num_hidden_layers=n_layer, num_attention_heads=2,
+                                  intermediate_size=64), num_labels=3).to(dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
@@ -128,9 +137,11 @@ def tiny_roberta(dtype=torch.float64, n_layer=4):
 
 
 def tiny_llama(dtype=torch.float64, n_layer=4, **config):
-    """The same for a Llama: two heads share their keys, and the heads are wider than the channels that they are of."""
-    shape = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=n_layer, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=8, max_position_embeddings=16)
+    """The same for a Llama: two heads share their keys, and the heads are wider than the channels
+    that they are of."""
+    shape = dict(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=n_layer,
+                 num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                 max_position_embeddings=16)
     model = Llama(LlamaConfig(**{**shape, **config})).to(dtype)
     with torch.no_grad():
         for p in model.parameters():
@@ -138,13 +149,15 @@ def tiny_llama(dtype=torch.float64, n_layer=4, **config):
     return model
 
 
-every_model = pytest.mark.parametrize("tiny", [tiny_gpt, tiny_llama, tiny_roberta], ids=["gpt", "llama", "roberta"])
+every_model = pytest.mark.parametrize("tiny", [tiny_gpt, tiny_llama, tiny_roberta],
+                                      ids=["gpt", "llama", "roberta"])
 
 
 def adapt(model, method, hparams, targets=("q", "v"), r=3, alpha=5, dropout=0.0, random=True):
     """Apply a method; with `random` the adapter does something: no factor is zero or nearly so, and
     where none was at the start, as in PiSSA, all have moved."""
-    layers = lora.apply(model, METHODS[method].adapter, targets, r=r, alpha=alpha, dropout=dropout, **hparams)
+    layers = lora.apply(model, METHODS[method].adapter, targets, r=r, alpha=alpha, dropout=dropout,
+                        **hparams)
     if random:
         small = [p for p in factors(layers) if p.std() < 0.05]
         for p in small or factors(layers):
@@ -174,8 +187,8 @@ def tokens(B=3, T=10, V=61):
 
 
 def batch(model, B=3, T=10):
-    """(idx, targets) as a model wants them: `tokens` for a GPT or a Llama, framed and padded texts with labels for a
-    RoBERTa."""
+    """(idx, targets) as a model wants them: `tokens` for a GPT or a Llama, framed and padded texts
+    with labels for a RoBERTa."""
     if model.causal:
         return tokens(B, T)
     idx = torch.randint(3, 61, (B, T))
@@ -212,25 +225,29 @@ def real(model):
 def calibrated(model, layers, merge=None):
     """Calibrate on random tokens and return the layers."""
     batches = [batch(model, 16)[0], batch(model, 16)[0]]
-    layers[0].prepare_merge(model, merge or layers[0].merges[0], dict(batches=batches, real=real(model)))
+    layers[0].prepare_merge(model, merge or layers[0].merges[0],
+                            dict(batches=batches, real=real(model)))
     return layers
 
 
 @pytest.fixture(scope="session")
 def small_roberta(tmp_path_factory):
-    """A checkpoint folder as data/tiny-roberta is one: 2 layers, 16 channels, 320 ranks and 5 special tokens."""
+    """A checkpoint folder as data/tiny-roberta is one: 2 layers, 16 channels, 320 ranks and 5
+    special tokens."""
     folder = tmp_path_factory.mktemp("roberta")
     torch.manual_seed(0)
-    model = RoBERTa(RobertaConfig(vocab_size=325, max_position_embeddings=66, hidden_size=16, num_hidden_layers=2,
-                                  num_attention_heads=2, intermediate_size=32))
+    model = RoBERTa(RobertaConfig(vocab_size=325, max_position_embeddings=66, hidden_size=16,
+                                  num_hidden_layers=2, num_attention_heads=2, intermediate_size=32))
     save_pretrained(model, folder)
-    vocabulary.make([text for (text,), _ in reviews.load()["validation"]], 320, folder, roberta=True)
+    vocabulary.make([text for (text,), _ in reviews.load()["validation"]], 320, folder,
+                    roberta=True)
     return folder
 
 
 @pytest.fixture(scope="session")
 def small_llama(tmp_path_factory):
-    """A checkpoint folder in bf16 with its tokenizer: 2 layers, 32 channels, 4 heads that share 2 keys, 320 tokens."""
+    """A checkpoint folder in bf16 with its tokenizer: 2 layers, 32 channels, 4 heads that share 2
+    keys, 320 tokens."""
     folder = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
     save_pretrained(Llama(LlamaConfig(320, 32, 48, 2, 4, 2, 8, 256)), folder, torch.bfloat16)

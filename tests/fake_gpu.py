@@ -1,10 +1,14 @@
-"""A GPU that computes nothing, for machines without one: train.py and generate.py run on it as on a real one.
+"""A GPU that computes nothing, for machines without one: train.py and generate.py run on it as on a
+real one.
 
-    python tests/fake_gpu.py NAME.txt        commands, one a line; NAME.json gets {command: what failed, "" if nothing}
+    python tests/fake_gpu.py NAME.txt
 
-A tensor on it knows its shape, type and device, and nothing else: it is torch's FakeTensor, on a device of the kind
-that torch lets Python define. An operation with one tensor there and one on the CPU is an error, as on a GPU. What is
-read back is 1. Inside a training step reading is an error too: there it would make the CPU wait for a real GPU.
+The file has commands, one a line; NAME.json gets {command: what failed, "" if nothing}.
+
+A tensor on it knows its shape, type and device, and nothing else: it is torch's FakeTensor, on a
+device of the kind that torch lets Python define. An operation with one tensor there and one on the
+CPU is an error, as on a GPU. What is read back is 1. Inside a training step reading is an error
+too: there it would make the CPU wait for a real GPU.
 """
 import functools
 import json
@@ -16,7 +20,10 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _setup_privateuseone_for_python_backend,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -34,7 +41,8 @@ class Backend(_DummyBackendModule):
 
 
 _setup_privateuseone_for_python_backend("gpu", Backend())
-torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="gpu") is made on the CPU and copied
+# torch.tensor(…, device="gpu") is made on the CPU and copied
+torch._C._set_only_lift_cpu_tensors(True)
 torch.set_num_threads(1)
 GPU, aten = torch.device("gpu:0"), torch.ops.aten
 FakeTensorMode.__deepcopy__ = lambda mode, memo: mode  # a copy of a model is on the same device
@@ -42,7 +50,8 @@ READS = aten._local_scalar_dense.default, aten.item.default
 
 
 class FakeGpu(TorchDispatchMode):
-    """Inside, tensors can be made on the device "gpu", copied to it and read from it. in_step: reading is an error."""
+    """Inside, tensors can be made on the device "gpu", copied to it and read from it. in_step:
+    reading is an error."""
     fake, in_step = FakeTensorMode(), False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -53,7 +62,8 @@ class FakeGpu(TorchDispatchMode):
         copies = function.overloadpacket in (aten._to_copy, aten.to)
         if copies and isinstance(args[0], FakeTensor) and str(device) == "cpu":
             return self.read(args[0]).to(kwargs.get("dtype"))
-        if function is aten.copy_.default and isinstance(args[0], FakeTensor) != isinstance(args[1], FakeTensor):
+        if (function is aten.copy_.default
+                and isinstance(args[0], FakeTensor) != isinstance(args[1], FakeTensor)):
             to, source = args[:2]
             source = self.faked(source) if isinstance(to, FakeTensor) else self.read(source)
             return function(to, source, *args[2:])
@@ -65,7 +75,8 @@ class FakeGpu(TorchDispatchMode):
         return function(*args, **kwargs)
 
     def numbered(self, index):
-        """A mask as the numbers of its True elements, which are all: how many there are is read from the GPU."""
+        """A mask as the numbers of its True elements, which are all: how many there are is read
+        from the GPU."""
         if index is None or index.dtype != torch.bool:
             return [index]
         with self.fake:
@@ -98,7 +109,8 @@ def one_step(*args, real=train.one_step):
 
 
 def pick_device(name, dtype):
-    return GPU, dtype, torch.autocast("gpu", torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    return (GPU, dtype, torch.autocast("gpu", torch.bfloat16) if dtype == "bfloat16"
+            else nullcontext())
 
 
 def run(line):
@@ -113,7 +125,8 @@ if __name__ == "__main__":
     torch.Tensor.tolist, train.one_step = tolist, one_step
     machine.pick_device = generate.pick_device = pick_device
     torch.Generator = lambda device="cpu", real=torch.Generator: real()
-    data.load = functools.cache(lambda *args, load=data.load: {split: rows[:12] for split, rows in load(*args).items()})
+    data.load = functools.cache(lambda *args, load=data.load: {
+        split: rows[:12] for split, rows in load(*args).items()})
     evaluate.SCORED, restaurants.MAX_NEW = 3, 5
     plots.draw_curve = plots.draw_ranks = train.print_examples = lambda *_: None
     held = {}

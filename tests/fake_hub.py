@@ -1,4 +1,5 @@
-"""The part of the Hugging Face hub that `datasets` asks for a repository of files, from a folder on this machine."""
+"""The part of the Hugging Face hub that `datasets` asks for a repository of files, from a folder on
+this machine."""
 import contextlib
 import hashlib
 import json
@@ -11,8 +12,8 @@ COMMIT = "c0ffee" * 6 + "c0ff"
 
 @contextlib.contextmanager
 def serve(folder):
-    """Inside, every repository of the hub at the address that this yields has the files of `folder`. Yields (address,
-    [what was asked])."""
+    """Inside, every repository of the hub at the address that this yields has the files of
+    `folder`. Yields (address, [what was asked])."""
     asked = []
 
     class Hub(BaseHTTPRequestHandler):
@@ -32,28 +33,35 @@ def serve(folder):
         def do_GET(self):
             path = urllib.parse.unquote(urllib.parse.urlparse(self.path).path)
             if "/tree/" in path:
-                inside = path.split("/tree/")[1].partition("/")[2].removeprefix("convert/parquet").strip("/")
+                inside = path.split("/tree/")[1].partition("/")[2]
+                inside = inside.removeprefix("convert/parquet").strip("/")
                 found = [self.entry(file) for file in sorted((folder / inside).glob("*"))]
-                self.answer(200 if found else 404, json.dumps(found).encode(), Content_Type="application/json")
+                self.answer(200 if found else 404, json.dumps(found).encode(),
+                            Content_Type="application/json")
             elif "/resolve/" in path:
                 file = folder / path.split("/resolve/")[1].partition("/")[2]
                 if not file.is_file():
                     self.answer(404, X_Error_Code="EntryNotFound")
                     return
-                body, start = file.read_bytes(), self.headers.get("Range", "bytes=0-").split("=")[1].split("-")
+                body, start = (file.read_bytes(),
+                               self.headers.get("Range", "bytes=0-").split("=")[1].split("-"))
                 part = body[int(start[0]):int(start[1]) + 1 if start[1] else None]
-                range_ = {"Content_Range": f"bytes {start[0]}-{int(start[0]) + len(part) - 1}/{len(body)}"}
-                self.answer(206 if "Range" in self.headers else 200, part, ETag=f'"{hashlib.sha1(body).hexdigest()}"',
-                            X_Repo_Commit=COMMIT, Accept_Ranges="bytes", **(range_ if "Range" in self.headers else {}))
+                last = int(start[0]) + len(part) - 1
+                range_ = {"Content_Range": f"bytes {start[0]}-{last}/{len(body)}"}
+                self.answer(206 if "Range" in self.headers else 200, part,
+                            ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=COMMIT,
+                            Accept_Ranges="bytes", **(range_ if "Range" in self.headers else {}))
             else:
-                said = {"id": "some/set", "sha": COMMIT, "siblings": [], "private": False, "gated": False, "tags": []}
+                said = {"id": "some/set", "sha": COMMIT, "siblings": [], "private": False,
+                        "gated": False, "tags": []}
                 self.answer(200, json.dumps(said).encode(), Content_Type="application/json")
         do_HEAD = do_GET
 
         def entry(self, file):
             kind = {"type": "directory", "oid": "0" * 40, "size": 0}
             if file.is_file():
-                kind = {"type": "file", "oid": hashlib.sha1(file.read_bytes()).hexdigest(), "size": file.stat().st_size}
+                kind = {"type": "file", "oid": hashlib.sha1(file.read_bytes()).hexdigest(),
+                        "size": file.stat().st_size}
             return {**kind, "path": str(file.relative_to(folder))}
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)

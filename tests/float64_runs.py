@@ -1,5 +1,5 @@
-"""Several runs of train.py in float64, in one process or, started by torchrun, in several: a list of command lines, one
-a line of the file that is named."""
+"""Several runs of train.py in float64, in one process or, started by torchrun, in several: a list
+of command lines, one a line of the file that is named."""
 import functools
 import sys
 from pathlib import Path
@@ -16,7 +16,8 @@ from evaluation import evaluate, plots  # noqa: E402
 from run import machine  # noqa: E402
 
 load_model, load, destroy = train.load, data.load, machine.dist.destroy_process_group
-train.load = lambda *args, **more: (lambda model, found: (model.double(), found))(*load_model(*args, **more))
+train.load = lambda *args, **more: (lambda model, found: (model.double(),
+                                                          found))(*load_model(*args, **more))
 data.load = functools.cache(lambda *args: {split: pairs[:60 if split == "train" else 12]
                                            for split, pairs in load(*args).items()})
 evaluate.SCORED = 0  # no time for decoding and pictures

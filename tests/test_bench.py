@@ -16,8 +16,9 @@ from model import GPT, GPTConfig, Llama, LlamaConfig, RoBERTa, RobertaConfig
 
 TINY = {"tiny": (GPTConfig(vocab_size=80, n_positions=16, n_embd=16, n_layer=2, n_head=2), 2, 8),
         "smollm2-135m": (LlamaConfig(80, 16, 24, 2, 4, 2, 8, 16), 2, 8),
-        "roberta-base": (RobertaConfig(vocab_size=80, max_position_embeddings=18, hidden_size=16, num_hidden_layers=2,
-                                       num_attention_heads=2, intermediate_size=24), 2, 8)}
+        "roberta-base": (RobertaConfig(vocab_size=80, max_position_embeddings=18, hidden_size=16,
+                                       num_hidden_layers=2, num_attention_heads=2,
+                                       intermediate_size=24), 2, 8)}
 
 
 @pytest.fixture(autouse=True)
@@ -121,14 +122,16 @@ def test_rows_take_turns_and_the_first_rounds_do_not_count():
 
 @pytest.mark.parametrize("preset", TINY)
 def test_the_peer_has_our_scale_and_trains_as_many_numbers(preset, tmp_path):
-    """LoRA of the same rank and alpha, on c_attn in place of q and v of a GPT: there it trains as many."""
+    """LoRA of the same rank and alpha, on c_attn in place of q and v of a GPT: there it trains as
+    many."""
     args, base = made(preset)
     save_pretrained(base, tmp_path)
     _, _, theirs = bench.their_step(tmp_path, args)
     model, _, layers = bench.adapted(base, {}, args)
     scales = {module.scaling["default"] for module in theirs.modules() if hasattr(module, "lora_A")}
     assert scales == {layers[0].scaling} == {16 / args.rank}
-    numbers = [sum(p.numel() for name, p in m.named_parameters() if "lora_" in name) for m in (theirs, model)]
+    numbers = [sum(p.numel() for name, p in m.named_parameters() if "lora_" in name)
+               for m in (theirs, model)]
     assert numbers[0] == numbers[1]
 
 
@@ -158,7 +161,8 @@ def test_rows_share_the_base_and_leave_it_alone():
 
 
 def test_the_peak_is_the_highest_point_of_what_stands_in_memory():
-    """Two tensors of 4 MB at once on a model of 400 bytes are 8 MB and 400 bytes, however many come one by one."""
+    """Two tensors of 4 MB at once on a model of 400 bytes are 8 MB and 400 bytes, however many come
+    one by one."""
     args, _ = made("tiny")
     model = torch.nn.Linear(99, 1).requires_grad_(False)
 
@@ -173,13 +177,15 @@ def test_the_peak_is_the_highest_point_of_what_stands_in_memory():
 
 @pytest.mark.parametrize("preset", TINY)
 def test_the_report_has_every_row(tmp_path, capsys, monkeypatch, preset):
-    """One entry for each preset, kept beside those of other presets; ratios of a row to itself are 1; a picture."""
+    """One entry for each preset, kept beside those of other presets; ratios of a row to itself are
+    1; a picture."""
     pytest.importorskip("peft", reason="the peer; pip install -r requirements-dev.txt")
     if preset != "tiny":
         monkeypatch.setattr(bench, "first_steps", lambda *_: {})  # fresh processes once are enough
     out = tmp_path / "bench-x.json"
     out.write_text('{"gpt2-small": 1}')
-    bench.main(["--preset", preset, "--rank", "3", "--rounds", "1", "--peer", "peft", "--out", str(out)])
+    bench.main(["--preset", preset, "--rank", "3", "--rounds", "1", "--peer", "peft", "--out",
+                str(out)])
     found = json.loads(out.read_text())
     assert found.keys() == {"gpt2-small", preset}
     rows = {row["row"]: row for row in found[preset]["steps"]}
@@ -238,28 +244,32 @@ def test_bad_input_is_one_line(capsys, main, flags, message):
 
 
 def test_the_plan_for_a_gpu_is_whole_at_toy_size(tmp_path, capsys, monkeypatch):
-    """Each measurement has a file of its own; one that is there is not repeated, one that fails is named at the end and
-    leaves what the others have; the tables are of what is there."""
+    """Each measurement has a file of its own; one that is there is not repeated, one that fails is
+    named at the end and leaves what the others have; the tables are of what is there."""
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     args = gpu.parse(["--dry"])
     files = [gpu.file_of(args, part, name) for part in args.plan for name in args.plan[part]]
     assert len(set(files)) == len(files) > 15
     assert list(args.plan) == re.findall(r"^    (\w+)  +[a-z]", gpu.__doc__, re.MULTILINE)
-    real = {name: row for name, row in bench.PRESETS.items() if not name.startswith(("toy", "tiny"))}
-    for function, *rest in (each for name in ("bench", "memory") for each in args.plan[name].values()):
+    real = {name: row for name, row in bench.PRESETS.items()
+            if not name.startswith(("toy", "tiny"))}
+    for function, *rest in (each for name in ("bench", "memory")
+                            for each in args.plan[name].values()):
         assert function in (gpu.benched, gpu.fits) and rest[0] in real
     args.to.mkdir(parents=True)
-    for part, name in (("parity", "rounding"), ("memory", "llama-7b, 1 x 1024, checkpointing"), ("syncs",
-                       "profile, lora")):
+    for part, name in (("parity", "rounding"), ("memory", "llama-7b, 1 x 1024, checkpointing"),
+                       ("syncs", "profile, lora")):
         gpu.gpu(SimpleNamespace(**{**vars(args), "measure": (part, name)}))
     found = json.loads(gpu.file_of(args, "parity", "rounding").read_text())["found"]
     assert all(abs(row["ours"]) < 1e-5 < abs(row["logits in bf16"]) for row in found)
     asked = []
-    monkeypatch.setattr(gpu, "measured", lambda args, part, name, end: asked.append(name) or name != "texts")
+    monkeypatch.setattr(gpu, "measured",
+                        lambda args, part, name, end: asked.append(name) or name != "texts")
     monkeypatch.setattr(gpu.shutil, "rmtree", lambda *_, **__: None)  # a dry run begins anew
     with pytest.raises(ValueError, match="1 not measured, call again for these: methods: texts"):
         gpu.gpu(SimpleNamespace(**{**vars(args), "parts": ["parity", "memory", "methods"]}))
-    assert "rounding" not in asked and "llama-7b, 1 x 1024, checkpointing" not in asked and "E2E" in asked
+    assert ("rounding" not in asked and "llama-7b, 1 x 1024, checkpointing" not in asked
+            and "E2E" in asked)
     said = capsys.readouterr().out
     assert "| rounding | -70 |" in said and (tmp_path / "out/gpu-dry.tar.gz").exists()
     assert {"memory.csv", "parity.csv", "syncs.csv"} <= {file.name for file in args.to.iterdir()}

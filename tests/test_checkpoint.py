@@ -1,4 +1,5 @@
-"""The run folder: PEFT loads the adapter, `transformers` the merged model, and a resumed run is the same run."""
+"""The run folder: PEFT loads the adapter, `transformers` the merged model, and a resumed run is the
+same run."""
 import copy
 import json
 
@@ -68,9 +69,10 @@ def config_of(folder, **changes):
 @pytest.mark.parametrize("targets", [QV, LINEARS], ids=["q+v", "all"])
 def test_peft_loads_the_adapter_and_gives_the_merged_models_logits(
         tmp_path, method, hparams, targets, tiny):
-    """base + adapter folder in PEFT = our merged model (1e-5 relative) = the folder loaded here again; exact methods =
-    our unmerged model too. A classifier's head, changed by the training, travels along. It is what the fp32 files hold
-    that is compared, so the forwards are in float64."""
+    """base + adapter folder in PEFT = our merged model (1e-5 relative) = the folder loaded here
+    again; exact methods = our unmerged model too. A classifier's head, changed by the training,
+    travels along. It is what the fp32 files hold that is compared, so the forwards are in float64.
+    """
     model = tiny(torch.float32)
     save_pretrained(model, tmp_path / "base")
     idx = batch(model)[0]
@@ -173,10 +175,11 @@ def test_the_adapter_folder_is_small_and_named_as_peft_names_it(tmp_path, tiny, 
     assert config["lora_alpha"] / config["r"] == layers[0].scaling == 3.0
 
 
-GPT_ADAPTERS = [
-    (["c_attn"], {}), (["c_attn", "mlp.c_proj"], dict(use_rslora=True)), (["attn.c_proj"], dict(lora_alpha=3)),
-    (["c_attn"], dict(r=2, rank_pattern={"h.1.attn.c_attn": 5}, alpha_pattern={"h.2.attn.c_attn": 7})),
-    (["c_attn"], dict(r=20))]
+GPT_ADAPTERS = [(["c_attn"], {}), (["c_attn", "mlp.c_proj"], dict(use_rslora=True)),
+                (["attn.c_proj"], dict(lora_alpha=3)),
+                (["c_attn"],
+                 dict(r=2, rank_pattern={"h.1.attn.c_attn": 5},
+                      alpha_pattern={"h.2.attn.c_attn": 7})), (["c_attn"], dict(r=20))]
 ROBERTA_ADAPTERS = [(["query", "value"], {}), (["query"], dict(r=20)),
                     (["dense"], dict(use_rslora=True, exclude_modules="classifier.dense"))]
 LLAMA_ADAPTERS = [
@@ -270,15 +273,18 @@ def test_every_module_stays_in_training_or_in_evaluation(tmp_path, tiny):
 
 
 def test_an_untrained_adapter_loads_too(tmp_path):
-    """B = 0 in all of c_attn: q, k and v all get the file's A, a zero B, and the dropout that is asked for."""
+    """B = 0 in all of c_attn: q, k and v all get the file's A, a zero B, and the dropout that is
+    asked for."""
     model = tiny_gpt(torch.float32)
     for layer in adapt(model, "lora", {}, targets=["q"], random=False):
         nn.init.zeros_(layer.lora_B)
     adapters.save_adapter(tmp_path, model, "some/base")
     A = model.h[2].attn.q.lora_A.detach()
     layers = adapters.load_adapter(fresh := tiny_gpt(torch.float32), tmp_path, dropout=0.3)
-    assert len(layers) == 12 and all(layer.drop.p == 0.3 and not layer.lora_B.any() for layer in layers)
-    assert all(torch.equal(linear.lora_A, A) for linear in (fresh.h[2].attn.q, fresh.h[2].attn.k, fresh.h[2].attn.v))
+    assert len(layers) == 12 and all(layer.drop.p == 0.3 and not layer.lora_B.any()
+                                     for layer in layers)
+    assert all(torch.equal(linear.lora_A, A)
+               for linear in (fresh.h[2].attn.q, fresh.h[2].attn.k, fresh.h[2].attn.v))
 
 
 def test_q_and_v_come_back_out_of_c_attn_with_their_own_rank(tmp_path):
@@ -320,7 +326,8 @@ BAD_TENSORS = [
 
 
 def test_a_bad_adapter_folder_is_refused(tmp_path):
-    """Missing, unexpected, mis-shaped, another kind, a config that lies about ranks: the model stays as it was."""
+    """Missing, unexpected, mis-shaped, another kind, a config that lies about ranks: the model
+    stays as it was."""
     model = tiny_roberta(torch.float32)
     adapt(model, "lora", {}, r=4)
     adapters.save_adapter(tmp_path, model, "some/base")
@@ -365,12 +372,15 @@ def optimizer_of(model):
 
 
 def test_the_best_step_is_that_of_the_metric_then_of_the_loss():
-    """Without a metric the lowest validation loss; with one the highest value, among equals the lowest loss."""
+    """Without a metric the lowest validation loss; with one the highest value, among equals the
+    lowest loss."""
     losses = [(2, 0.9), (4, 0.5), (5, None), (6, 0.7)]
     assert folder.best_step([dict(step=step, val_loss=loss) for step, loss in losses]) == 4
-    for accuracies, best in (((0.5, 0.6, None, 0.8), 6), ((0.8, 0.6, None, 0.8), 6), ((0.9, 0.6, None, 0.8), 2)):
-        assert folder.best_step([dict(step=step, val_loss=loss, val_accuracy=accuracy) for (step, loss), accuracy
-                                     in zip(losses, accuracies, strict=True)]) == best
+    for accuracies, best in (((0.5, 0.6, None, 0.8), 6), ((0.8, 0.6, None, 0.8), 6),
+                             ((0.9, 0.6, None, 0.8), 2)):
+        assert folder.best_step([dict(step=step, val_loss=loss, val_accuracy=accuracy)
+                                 for (step, loss), accuracy in zip(losses, accuracies,
+                                                                   strict=True)]) == best
 
 
 @every_model
@@ -388,7 +398,8 @@ def test_resuming_restores_everything_that_training_changes(tmp_path, method, hp
 
     def steps(model, layers, optimizer, numbers):
         for step in numbers:
-            one_step(model, layers, optimizer, step, batch(model))  # random tokens: the random state matters
+            # random tokens: the random state matters
+            one_step(model, layers, optimizer, step, batch(model))
     file = tmp_path / "resume.safetensors"
     model, layers = start()
     optimizer = optimizer_of(model)
@@ -409,17 +420,20 @@ def test_resuming_restores_everything_that_training_changes(tmp_path, method, hp
 
 @every_variant
 def test_the_state_is_adapter_sized(method, hparams):
-    """What is saved are the adapters, their buffers and weights that the method moves; not the frozen base."""
+    """What is saved are the adapters, their buffers and weights that the method moves; not the
+    frozen base."""
     model = tiny_gpt()
     layers = adapt(model, method, hparams)
     names = set(folder.changing(model))
-    expected = {f"h.{i}.attn.{t}.{name}" for i in range(4) for t in "qv" for name in layers[0].state_dict()
-                if name != "bias" and (name != "weight" or layers[0].moves_weight)}
+    expected = {f"h.{i}.attn.{t}.{name}" for i in range(4) for t in "qv"
+                for name in layers[0].state_dict() if name != "bias"
+                and (name != "weight" or layers[0].moves_weight)}
     assert names == expected
 
 
 def test_an_adapter_sized_checkpoint_restores_the_W_of_delta_lora():
-    """{A_T, B_T, A_K, B_K} and W_0 give W_T: the exported LoRA of rank 2 r says all of the motion."""
+    """{A_T, B_T, A_K, B_K} and W_0 give W_T: the exported LoRA of rank 2 r says all of the
+    motion."""
     model = tiny_gpt()
     layers = adapt(model, "deltalora", dict(delta_start=2), random=False)
     W_0 = [layer.weight.clone() for layer in layers]
@@ -429,11 +443,13 @@ def test_an_adapter_sized_checkpoint_restores_the_W_of_delta_lora():
         A_T, A_K = A.split(layer.r)
         B_T, B_K = B[:, :layer.r] / (1 + 2.0), B[:, layer.r:] / -2.0
         assert (layer.weight - start).abs().max() > 1e-4
-        torch.testing.assert_close(layer.weight, start + 2.0 * layer.scaling * (B_T @ A_T - B_K @ A_K))
+        torch.testing.assert_close(layer.weight,
+                                   start + 2.0 * layer.scaling * (B_T @ A_T - B_K @ A_K))
 
 
 def test_a_bad_state_is_refused(tmp_path):
-    """Absent, cut short, another configuration, missing, unexpected or mis-shaped tensors: nothing is loaded."""
+    """Absent, cut short, another configuration, missing, unexpected or mis-shaped tensors: nothing
+    is loaded."""
     model, file = tiny_gpt(), tmp_path / "resume.safetensors"
     adapt(model, "lora", {})
     optimizer = optimizer_of(model)
@@ -457,9 +473,11 @@ def test_a_bad_state_is_refused(tmp_path):
     good = {"step": "1", "settings": '{"rank": 3}', "rows": json.dumps([row])}
     for change, message in (({key: None}, "lacks h.0.attn.q.lora_A"),
                             ({"model.more": torch.ones(1)}, "unexpected more"),
-                            ({key: torch.full((3, 16), torch.nan)}, "damaged.*lora_A holds NaN or inf"),
-                            ({"rng.cpu": None}, "lacks rng.cpu"), ({"optimizer.3.exp_avg": None}, "lacks 3.exp_avg"),
-                            ({"optimizer.3.exp_avg": torch.ones(1)}, r"3.exp_avg has shape \(1,\), not"),
+                            ({key: torch.full((3, 16), torch.nan)}, "damaged.*lora_A holds NaN or "
+                             "inf"), ({"rng.cpu": None}, "lacks rng.cpu"),
+                            ({"optimizer.3.exp_avg": None}, "lacks 3.exp_avg"),
+                            ({"optimizer.3.exp_avg": torch.ones(1)}, r"3.exp_avg has shape \(1,\), "
+                             r"not"),
                             ({key: torch.ones(2, 16)}, r"shape \(2, 16\), not \(3, 16\)")):
         save_file({k: v for k, v in {**tensors, **change}.items() if v is not None}, file, good)
         refused(message)
@@ -476,5 +494,6 @@ def test_a_bad_state_is_refused(tmp_path):
 def test_every_method_of_the_registry_has_a_class_that_is_a_lora():
     """methods.py: adapters share the surgery of lora.py; `full` is the entry without a class."""
     assert [name for name, method in METHODS.items() if not method.adapter] == ["full", "head"]
-    assert all(issubclass(method.adapter, lora.LoRALinear) for method in METHODS.values() if method.adapter)
+    assert all(issubclass(method.adapter, lora.LoRALinear) for method in METHODS.values()
+               if method.adapter)
     assert all(set(method.merge_only_flags) <= set(method.flags) for method in METHODS.values())

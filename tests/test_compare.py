@@ -17,8 +17,8 @@ from evaluation import evaluate
 from evaluation.plots import picture
 from experiments import tables
 
-TEXT = "".join(f"the {a} {b} ran to the {c} .\n" for a in ("old", "red", "big", "wet") for b in ("dog", "cat", "hen")
-               for c in ("hill", "lake", "tree", "barn")) * 4
+TEXT = "".join(f"the {a} {b} ran to the {c} .\n" for a in ("old", "red", "big", "wet")
+               for b in ("dog", "cat", "hen") for c in ("hill", "lake", "tree", "barn")) * 4
 
 
 @pytest.fixture
@@ -38,9 +38,10 @@ def grid(tmp_path, base, monkeypatch):
 
     def run(*more, rows=("LoRA: --method lora", "block: --method reslora --shortcut block")):
         rows = [word for row in rows for word in ("--row", row)]
-        compare.main([str(tmp_path / "grid"), *rows, "--lr", "1e-4", "1e-2", "--jobs", "1", *more, "--", "--model",
-                      str(base), "--dataset", "text", "--data-dir", str(tmp_path / "text.txt"), "--steps", "6",
-                      "--context", "16", "--batch-size", "4"])
+        compare.main([str(tmp_path / "grid"), *rows, "--lr", "1e-4", "1e-2", "--jobs", "1", *more,
+                      "--", "--model", str(base), "--dataset", "text", "--data-dir",
+                      str(tmp_path / "text.txt"), "--steps", "6", "--context", "16", "--batch-size",
+                      "4"])
         return compare.read_csv(tmp_path / "grid.csv")
     run.drawn = drawn
     monkeypatch.setattr(compare, "pool", lambda jobs, setup=None: ThreadPoolExecutor(1))
@@ -48,8 +49,8 @@ def grid(tmp_path, base, monkeypatch):
 
 
 def test_a_grid_is_every_run_once_and_its_best_rates(grid, tmp_path, monkeypatch):
-    """All rates on seed 0, all seeds at the rate with the best validation; a second call trains nothing; a csv row's
-    flags give its numbers again."""
+    """All rates on seed 0, all seeds at the rate with the best validation; a second call trains
+    nothing; a csv row's flags give its numbers again."""
     grid_of = "--seeds", "2", "--best-lr", "--rank", "2", "4", "--plot", "rank"
     rows = grid(*grid_of)
     assert len(rows) == 2 * 2 * (2 + 1)
@@ -58,11 +59,15 @@ def test_a_grid_is_every_run_once_and_its_best_rates(grid, tmp_path, monkeypatch
             mine = [r for r in rows if (r["row"], r["rank"]) == (label, rank)]
             first = {r["lr"]: float(r["validation loss"]) for r in mine if r["seed"] == "0"}
             best = min(first, key=first.get)
-            assert first.keys() == {"0.0001", "0.01"} and {r["lr"] for r in mine if r["best"] == "1"} == {best}
+            assert first.keys() == {"0.0001",
+                                    "0.01"} and {r["lr"] for r in mine if r["best"]
+                                                 == "1"} == {best}
             assert [r["seed"] for r in mine if r["lr"] == best] == ["0", "1"]
-    flags = [str(tmp_path / "text.txt") if word == "FOLDER" else word for word in shlex.split(rows[3]["flags"])]
+    flags = [str(tmp_path / "text.txt") if word == "FOLDER" else word
+             for word in shlex.split(rows[3]["flags"])]
     result = train.train(train.parse([*flags, "--out", str(tmp_path / "again")]))
-    assert result["metrics"]["merged"]["loss"] == pytest.approx(float(rows[3]["merged loss"]), abs=1e-5)
+    assert result["metrics"]["merged"]["loss"] == pytest.approx(float(rows[3]["merged loss"]),
+                                                                abs=1e-5)
     monkeypatch.setattr(train, "train", None)
     assert grid(*grid_of) == rows
 
@@ -86,7 +91,8 @@ def test_pictures_are_of_the_csv_and_the_logs(grid, tmp_path):
 
 
 def test_quick_runs_the_best_rates_of_the_csv_and_leaves_it(grid, tmp_path):
-    """One run for each row and rank, at the rate that the csv calls best for it; its numbers, written elsewhere."""
+    """One run for each row and rank, at the rate that the csv calls best for it; its numbers,
+    written elsewhere."""
     ranks = "--rank", "2", "4", "--plot", "rank"
     rows = grid(*ranks)
     for r in rows:  # as if other rates had been the best, for each rank another
@@ -96,16 +102,17 @@ def test_quick_runs_the_best_rates_of_the_csv_and_leaves_it(grid, tmp_path):
     grid(*ranks, "--also", "more: --method rslora", "--quick")
     assert (tmp_path / "grid.csv").read_text() == before
     quick = compare.read_csv(tmp_path / "out/quick/grid.csv")
-    assert {(r["row"], r["rank"], r["lr"], r["merged loss"]) for r in quick} == {
-        (r["row"], r["rank"], r["lr"], r["merged loss"]) for r in rows if r["best"] == "1"} and len(quick) == 4
+    assert {(r["row"], r["rank"], r["lr"], r["merged loss"])
+            for r in quick} == {(r["row"], r["rank"], r["lr"], r["merged loss"]) for r in rows
+                                if r["best"] == "1"} and len(quick) == 4
 
 
 def test_a_rate_is_chosen_by_the_metric_and_at_a_tie_by_the_loss(monkeypatch):
     """Losses are better low, accuracies high; what diverged is the worst."""
     monkeypatch.setattr(compare, "folder", lambda flags: flags)
     monkeypatch.setattr(compare, "flags_of", lambda args, *key: key[0])
-    found = {"a": (0.7, 0.5, True), "b": (0.9, 0.6, True), "c": (0.9, 0.4, True), "d": (0.2, 0.2, False),
-             "e": (0.1, 0.1, False)}
+    found = {"a": (0.7, 0.5, True), "b": (0.9, 0.6, True), "c": (0.9, 0.4, True),
+             "d": (0.2, 0.2, False), "e": (0.1, 0.1, False)}
     monkeypatch.setattr(compare, "validation", found.get)
     results = dict.fromkeys([(k,) for k in found], {}) | {("x",): {"diverged": "at step 1"}}
 
@@ -167,8 +174,9 @@ def test_what_lies_between_two_rows_and_what_a_merge_keeps_by_hand():
     assert tables.kept(losses, "regression") == 0.75
 
 
-@pytest.mark.parametrize("dataset, unit", [("restaurants", "nats per target token"), ("reviews", "nats per text"),
-                                           ("glue/stsb", "squared error")])
+@pytest.mark.parametrize("dataset, unit",
+                         [("restaurants", "nats per target token"), ("reviews", "nats per text"),
+                          ("glue/stsb", "squared error")])
 def test_a_picture_says_the_unit_of_its_loss(tmp_path, dataset, unit):
     """A language model's, a classifier's, a regression's."""
     row = {"row": "LoRA", "dataset": dataset, "method": "lora", "flags": "", "merged loss": "0.5"}
@@ -179,24 +187,29 @@ def test_a_picture_says_the_unit_of_its_loss(tmp_path, dataset, unit):
 
 
 def test_a_picture_against_ranks_has_a_tick_for_each_and_every_shortcut_its_look(tmp_path):
-    """Ranks and rates stand on a logarithmic axis; a row's seeds stand beside each other, around its name."""
+    """Ranks and rates stand on a logarithmic axis; a row's seeds stand beside each other, around
+    its name."""
     def row(label, rank, loss, flags=""):
-        return {"row": label, "dataset": "restaurants", "method": label, "flags": flags, "rank": rank, "lr": "0.1",
-                "merged loss": loss, "best": "1"}
+        return {"row": label, "dataset": "restaurants", "method": label, "flags": flags,
+                "rank": rank, "lr": "0.1", "merged loss": loss, "best": "1"}
     rows = [row("lora", 2, "0.5"), row("lora", 16, "0.4"), row("lora", 16, "0.2")]
     for plot, scale in (("rank", "log"), ("lr", "log"), ("rows", "linear")):
         with picture(tmp_path / "a.png") as (_, axis):
-            compare.fill(Namespace(plot=plot, metric="merged loss", title=""), axis, rows, {("lora",): rows})
+            compare.fill(Namespace(plot=plot, metric="merged loss", title=""), axis, rows,
+                         {("lora",): rows})
             assert axis.get_xscale() == scale
             x, y = axis.lines[0].get_data()
             if plot == "rank":
                 assert [text.get_text() for text in axis.get_xticklabels()] == ["2", "16"]
                 assert list(x) == [2, 16] and list(y) == pytest.approx([0.5, 0.3])
             if plot == "rows":
-                assert sum(y) == pytest.approx(0) and len(set(y)) == 3 and list(x) == [0.5, 0.4, 0.2]
+                assert sum(y) == pytest.approx(0) and len(set(y)) == 3 and list(x) == [0.5, 0.4,
+                                                                                       0.2]
                 assert [text.get_text() for text in axis.get_yticklabels()] == ["lora"]
-    looks = [compare.style(row("reslora", 2, "1", f"--shortcut {name}")) for name in ("input", "block", "middle")]
-    looks += [compare.style(row(method, 2, "1")) for method in ("lora", "rslora", "deltalora", "full")]
+    looks = [compare.style(row("reslora", 2, "1", f"--shortcut {name}"))
+             for name in ("input", "block", "middle")]
+    looks += [compare.style(row(method, 2, "1"))
+              for method in ("lora", "rslora", "deltalora", "full")]
     assert len(set(looks)) == 7 and compare.style(row("reslora", 2, "1")) == looks[0]
     assert compare.style(row("reslora-merged-at", 2, "1", "--shortcut block")) == looks[1]
 
@@ -204,8 +217,11 @@ def test_a_picture_against_ranks_has_a_tick_for_each_and_every_shortcut_its_look
 def test_the_same_flags_are_the_same_run():
     """In any order, of a flag given twice the last; a different value is another run."""
     one = compare.folder(["--lr", "1", "--seed", 0])
-    assert one == compare.folder(["--seed", "0", "--lr", "1"]) == compare.folder(["--lr", 2, "--seed", 0, "--lr", 1])
-    assert one not in (compare.folder(["--lr", 2, "--seed", 0]), compare.folder(["--lr", 1, "--lr", 2, "--seed", 0]))
+    assert one == compare.folder(["--seed", "0", "--lr", "1"]) == compare.folder(["--lr", 2,
+                                                                                  "--seed", 0,
+                                                                                  "--lr", 1])
+    assert one not in (compare.folder(["--lr", 2, "--seed", 0]),
+                       compare.folder(["--lr", 1, "--lr", 2, "--seed", 0]))
 
 
 def test_full_fine_tuning_has_no_rank_and_forgetting_is_the_loss_on_another_text(grid):
@@ -221,25 +237,32 @@ def test_full_fine_tuning_has_no_rank_and_forgetting_is_the_loss_on_another_text
     assert len(before) == 1 and len({r["merged loss on stdlib"] for r in rows} | before) == 7
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--row", "LoRA --method lora"], "is not 'LABEL: flags'"), (["--row", "a 1:", "--row", "A -1:"], "no other label"),
-    (["--row", "a:", "--seeds", "0"], "1 or more"), ([], "--row"), (["--row", "a: --method qlora"], "qlora"),
-    (["--row", "a: --rank=2", "--rank", "4"], "--rank is set by the grid"), (["--row", "a: --lr"], "own rates are"),
-    (["--row", "a: --lr 1 b"], "numbers, not --lr 1 b"), (["--row", "a:", "--", "--lr", "1"], "--lr is set"),
-    (["--row", "a:", "--", "--seed", "1"], "--seed is set"), (["--row", "a:", "--rank", "2", "4"], "several ranks"),
-    (["--row", "a:", "--forgetting", "world", "--", "--dataset", "reviews"], "--forgetting world is the loss of a GPT"),
-])
+@pytest.mark.parametrize("flags, message",
+                         [(["--row", "LoRA --method lora"], "is not 'LABEL: flags'"),
+                          (["--row", "a 1:", "--row", "A -1:"], "no other label"),
+                          (["--row", "a:", "--seeds", "0"], "1 or more"), ([], "--row"),
+                          (["--row", "a: --method qlora"], "qlora"),
+                          (["--row", "a: --rank=2", "--rank", "4"], "--rank is set by the grid"),
+                          (["--row", "a: --lr"], "own rates are"),
+                          (["--row", "a: --lr 1 b"], "numbers, not --lr 1 b"),
+                          (["--row", "a:", "--", "--lr", "1"], "--lr is set"),
+                          (["--row", "a:", "--", "--seed", "1"], "--seed is set"),
+                          (["--row", "a:", "--rank", "2", "4"], "several ranks"),
+                          (["--row", "a:", "--forgetting", "world", "--", "--dataset", "reviews"],
+                           "--forgetting world is the loss of a GPT"),])
 def test_bad_input_is_one_line(tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as e:
         compare.main([str(tmp_path / "x"), "--lr", "1", "--jobs", "1", *flags])
     said = capsys.readouterr().err.strip().splitlines()
-    assert e.value.code == 2 and len(said) == 1 and message in said[0] and said[0].startswith("compare.py: ")
+    assert (e.value.code == 2 and len(said) == 1 and message in said[0]
+            and said[0].startswith("compare.py: "))
     assert not list(tmp_path.glob("*.csv"))
 
 
 def test_a_long_grid_goes_on_from_its_csv(grid, tmp_path, monkeypatch):
-    """Only the chosen rates are measured on the test split, with the numbers of an ordinary grid; what the csv knows is
-    not run again where the folders are lost, and a run that it lacks is the only one that is done."""
+    """Only the chosen rates are measured on the test split, with the numbers of an ordinary grid;
+    what the csv knows is not run again where the folders are lost, and a run that it lacks is the
+    only one that is done."""
     ordinary = {r["run"]: r for r in grid("--seeds", "2", "--best-lr")}
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "grid.csv").unlink()
@@ -247,14 +270,16 @@ def test_a_long_grid_goes_on_from_its_csv(grid, tmp_path, monkeypatch):
     assert {r["run"] for r in rows} == ordinary.keys()
     for r in rows:
         plain = ordinary[r["run"]]
-        assert {name: plain[name] for name in ("best", "flags", "trained", "validation loss", "kept step")}.items() \
+        known = "best", "flags", "trained", "validation loss", "kept step"
+        assert {name: plain[name] for name in known}.items() \
             <= r.items()
         assert r["merged loss"] == (plain["merged loss"] if r["best"] == "1" else "")
     shutil.rmtree(tmp_path / "out")
     lost = next(r for r in rows if r["seed"] == "1")
     compare.write_csv(tmp_path / "grid.csv", [r for r in rows if r is not lost])
     ran, cell = [], compare.cell
-    monkeypatch.setattr(compare, "cell", lambda flags, *more: ran.append(flags) or cell(flags, *more))
+    monkeypatch.setattr(compare, "cell",
+                        lambda flags, *more: ran.append(flags) or cell(flags, *more))
     again = grid("--seeds", "2", "--best-lr", "--long")
     timeless = [{name: value for name, value in r.items() if "seconds" not in name} for r in again]
     assert timeless == [{name: r[name] for name in timeless[0]} for r in rows]
@@ -276,8 +301,8 @@ def test_a_grid_keeps_what_diverged(grid, tmp_path, monkeypatch):
 
 
 def test_a_run_that_fails_ends_a_grid_whose_other_rows_wait():
-    """Runs that had not begun are cancelled, and those who wait for them are told. In a process of its own: a grid that
-    hangs would hang the tests."""
+    """Runs that had not begun are cancelled, and those who wait for them are told. In a process of
+    its own: a grid that hangs would hang the tests."""
     code = """
 import time
 from argparse import Namespace
@@ -289,12 +314,14 @@ def cell(flags, *more):
         raise ValueError("this row cannot run")
     return {"diverged": True}
 compare.cell = cell
-args = Namespace(long=False, best_lr=False, seeds=1, jobs=2, forgetting=None, flags=[], rows=dict(bad=["bad"], good=[]))
+args = Namespace(long=False, best_lr=False, seeds=1, jobs=2, forgetting=None, flags=[],
+                 rows=dict(bad=["bad"], good=[]))
 rates = {("bad", None): [1], ("good", None): range(1, 21)}
 with ThreadPoolExecutor(2) as workers:
     compare.Grid(args, None, rates, workers, Namespace(update=lambda: None)).all()
 """
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                           timeout=60)
     assert ended.returncode == 1 and "this row cannot run" in ended.stderr.splitlines()[-1]
 
 

@@ -65,15 +65,18 @@ def test_bpe_training_is_the_definition():
 
 
 def test_gpt2_checkpoints_get_gpt2s_tokenizer(tmp_path, capsys):
-    """50,257 embeddings and no tokenizer: GPT-2's own, and a line says so; its "Hello world" is 15496 995."""
+    """50,257 embeddings and no tokenizer: GPT-2's own, and a line says so; its "Hello world" is
+    15496 995."""
     tokenizer = tokenizers.load(tmp_path, 50257)
-    assert "has no tokenizer: its 50257 embeddings are taken for GPT-2's vocabulary" in capsys.readouterr().out
+    assert ("has no tokenizer: its 50257 embeddings are taken for GPT-2's vocabulary"
+            in capsys.readouterr().out)
     theirs = tiktoken.get_encoding("gpt2")
     assert tokenizer.eos == 50256
     assert not DATA or tokenizer.encode_ordinary("Hello world") == [15496, 995]
     rng = random.Random(0)
     for _ in range(300):
-        sample = "".join(rng.choice("ab cZ é ß\n\t'sll 12中🙂<|endoftext|>") for _ in range(rng.randrange(40)))
+        sample = "".join(rng.choice("ab cZ é ß\n\t'sll 12中🙂<|endoftext|>")
+                         for _ in range(rng.randrange(40)))
         assert tokenizer.encode_ordinary(sample) == theirs.encode_ordinary(sample)
         assert tokenizer.decode(theirs.encode_ordinary(sample)) == sample
 
@@ -81,10 +84,12 @@ def test_gpt2_checkpoints_get_gpt2s_tokenizer(tmp_path, capsys):
 def test_robertas_ids_are_those_of_transformers(tmp_path, texts_folder):
     """GPT-2's BPE and the checkpoint's vocab.json, on lines of SST-2 and odd texts,
     single and in pairs."""
-    transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
+    transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r "
+                                       "requirements-dev.txt")
     ours = tokenizers.RobertaTokenizer(texts_folder / "roberta-base-vocab", 50265)
     assert not DATA or ours.build(ours.encode_ordinary("Hello world")) == [0, 31414, 232, 2]
-    # transformers wants GPT-2's merges, which follow from the ranks: a token was merged from its two best-ranked parts
+    # transformers wants GPT-2's merges, which follow from the ranks: a token was merged from its
+    # two best-ranked parts
     letters, ranks = tokenizers.byte_letters(), tiktoken.get_encoding("gpt2")._mergeable_ranks
     lines = [" ".join("".join(letters[b] for b in part) for part in parts_of(token, rank, ranks))
              for token, rank in sorted(ranks.items(), key=lambda item: item[1]) if len(token) > 1]
@@ -93,11 +98,13 @@ def test_robertas_ids_are_those_of_transformers(tmp_path, texts_folder):
     theirs = transformers.RobertaTokenizer.from_pretrained(tmp_path)
     texts = [json.loads(line)["sentence"] for split in ("train", "validation")
              for line in (texts_folder / f"sst2/{split}.jsonl").read_text().splitlines()[::5]]
-    texts += [UNICODE, "", " ", "  two leading spaces", "👩‍👩‍👧‍👦 family", "\ufeffmark", "a\u00a0b", "x" * 300]
+    texts += [UNICODE, "", " ", "  two leading spaces", "👩‍👩‍👧‍👦 family", "\ufeffmark", "a\u00a0b",
+              "x" * 300]
     for line in texts:
         assert ours.build(ours.encode_ordinary(line)) == theirs(line)["input_ids"], line
     for a, b in zip(texts[:200], texts[200:400], strict=True):
-        assert ours.build(ours.encode_ordinary(a), ours.encode_ordinary(b)) == theirs(a, b)["input_ids"]
+        assert ours.build(ours.encode_ordinary(a),
+                          ours.encode_ordinary(b)) == theirs(a, b)["input_ids"]
 
 
 def parts_of(token, rank, ranks):
@@ -110,7 +117,8 @@ def parts_of(token, rank, ranks):
 
 
 def test_the_small_roberta_numbers_its_tokens_as_robertas_do(small_roberta):
-    """<s> 0, <pad> 1, </s> 2, <unk> 3, then the ranks, <mask> last; texts and pairs are framed as in the paper."""
+    """<s> 0, <pad> 1, </s> 2, <unk> 3, then the ranks, <mask> last; texts and pairs are framed as
+    in the paper."""
     tok = tokenizers.RobertaTokenizer(small_roberta, 325)
     ids = tok.encode_ordinary("the soup")
     assert min(ids) >= 4 and tok.mask == 324 and tok.decode(ids) == "the soup"
@@ -119,10 +127,13 @@ def test_the_small_roberta_numbers_its_tokens_as_robertas_do(small_roberta):
 
 
 def test_a_bad_roberta_vocabulary_is_refused(tmp_path, small_roberta):
-    """No tokenizer, more tokens than embeddings, a vocab.json that is damaged or has other special tokens."""
-    with pytest.raises(ValueError, match="needs a tokenizer.json, or a vocab.json and a merges.txt, and has none"):
+    """No tokenizer, more tokens than embeddings, a vocab.json that is damaged or has other special
+    tokens."""
+    with pytest.raises(ValueError, match="needs a tokenizer.json, or a vocab.json and a "
+                       "merges.txt, and has none"):
         tokenizers.RobertaTokenizer(tmp_path, 325)
-    with pytest.raises(ValueError, match="numbers its tokens up to 323, and the model has 300 embeddings"):
+    with pytest.raises(ValueError, match="numbers its tokens up to 323, and the model has 300 "
+                       "embeddings"):
         tokenizers.RobertaTokenizer(small_roberta, 300)
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     good = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 4, "<mask>": 5}
@@ -131,24 +142,27 @@ def test_a_bad_roberta_vocabulary_is_refused(tmp_path, small_roberta):
                              (json.dumps({**good, "b": 4}), "one number"),
                              (json.dumps({**good, "b": 6}), "up to 6, and the model has 6"),
                              (json.dumps({**good, "<s>": 1, "<pad>": 0}), "has <s> as number 1"),
-                             (json.dumps({"<s>": 0, "<pad>": 1, "</s>": 2, "a": 3}), "has <mask> as number None")):
+                             (json.dumps({"<s>": 0, "<pad>": 1, "</s>": 2, "a": 3}),
+                              "has <mask> as number None")):
         (tmp_path / "vocab.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             tokenizers.RobertaTokenizer(tmp_path, 6)
 
 
 def test_a_vocabulary_of_other_tokens_is_refused(tmp_path):
-    """A vocab.json alone has to hold GPT-2's tokens: nothing says how a text becomes invented words."""
+    """A vocab.json alone has to hold GPT-2's tokens: nothing says how a text becomes invented
+    words."""
     special = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 99}
-    (tmp_path / "vocab.json").write_text(json.dumps({**special, **{f"word{i}": i for i in range(4, 99)}}))
+    (tmp_path / "vocab.json").write_text(json.dumps({**special,
+                                                     **{f"word{i}": i for i in range(4, 99)}}))
     for load in (tokenizers.RobertaTokenizer, tokenizers.load):
         with pytest.raises(ValueError, match="lacks 50256 of GPT-2's tokens"):
             load(tmp_path, 100)
 
 
 def test_ranks_are_read_as_tiktoken_reads_them(tmp_path):
-    """A tokenizer.tiktoken, with GPT-2's one special token behind the ranks or RoBERTa's five around them, cuts every
-    text as tiktoken does; damaged ranks are refused."""
+    """A tokenizer.tiktoken, with GPT-2's one special token behind the ranks or RoBERTa's five
+    around them, cuts every text as tiktoken does; damaged ranks are refused."""
     texts = [sentence for _, sentence in restaurants.load()["validation"]]
     tokens = vocabulary.train(texts, 319)
     lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
@@ -159,8 +173,10 @@ def test_ranks_are_read_as_tiktoken_reads_them(tmp_path):
     assert gpt.eos == 319 and roberta.mask == 323
     for sample in [*texts, UNICODE, "<|endoftext|>", "<mask>"]:
         assert gpt.encode_ordinary(sample) == theirs.encode_ordinary(sample)
-        assert roberta.encode_ordinary(sample) == [4 + rank for rank in theirs.encode_ordinary(sample)]
-    for bad in (["YQ== 0", "nonsense"], [*lines[:-1], "!!!! 318"], [*lines[:-1], lines[-1].split()[0] + " 5"],
+        assert (roberta.encode_ordinary(sample)
+                == [4 + rank for rank in theirs.encode_ordinary(sample)])
+    for bad in (["YQ== 0", "nonsense"], [*lines[:-1], "!!!! 318"],
+                [*lines[:-1], lines[-1].split()[0] + " 5"],
                 [*lines[:-1], lines[-1].split()[0] + " 319"], ["eHl4eXh5 0", *lines[1:]]):
         (tmp_path / "tokenizer.tiktoken").write_text("\n".join(bad))
         with pytest.raises(ValueError, match="damaged"):
@@ -192,7 +208,8 @@ def test_the_pretraining_text_never_shows_house_style_beside_a_record():
     """The base may speak the style; which wording belongs to which value is for the adapter."""
     documents = world.documents(3000, 1)
     assert documents == world.documents(3000, 1) != world.documents(3000, 2)
-    wordings = [w.lower() for values in restaurants.STYLE.values() for ws in values.values() for w in ws]
+    wordings = [w.lower() for values in restaurants.STYLE.values() for ws in values.values()
+                for w in ws]
     spoken = [d for d in documents if any(f" {w} " in d.lower() for w in wordings)]
     assert 0.05 < len(spoken) / len(documents) < 0.2
     marks = " : ", "=", "[", ": ", "||", " / "
@@ -263,7 +280,8 @@ def test_a_datasets_file_shows_its_splits_when_it_is_run(tmp_path, monkeypatch, 
 
 
 def test_reviews_are_balanced_and_no_word_says_the_verdict():
-    """The same every time, no text twice; each class half; no opinion or denial alone tells the class."""
+    """The same every time, no text twice; each class half; no opinion or denial alone tells the
+    class."""
     splits = reviews.load()
     assert splits == reviews.load()
     texts = [text for rows in splits.values() for (text,), _ in rows]
@@ -282,14 +300,16 @@ def test_a_denial_turns_the_verdict_and_a_second_one_turns_it_back():
     assert not (good | bad) & set(" ".join([*reviews.START, *reviews.END, *reviews.THINGS]).split())
     for (clause,), label in reviews.load()["test"]:
         opinion = [w for w in clause.split() if w in good | bad]
-        denials = sum(clause.count(w) for w in (
-            " not ", "never ", "hardly", "far from", "anything but", "by no means", "no longer", "nobody called",
-            "neither")) - clause.count("not only") - clause.count("never less than")
+        denials = (sum(clause.count(w)
+                       for w in (" not ", "never ", "hardly", "far from", "anything but",
+                                 "by no means", "no longer", "nobody called", "neither"))
+                   - clause.count("not only") - clause.count("never less than"))
         assert ((opinion[0] in good) != (denials % 2 == 1)) == label, clause
 
 
 def test_the_pretraining_opinions_never_judge_what_is_a_matter_of_taste():
-    """A verdict stands beside words that praise or blame anywhere, never beside a word of the reviewer's taste."""
+    """A verdict stands beside words that praise or blame anywhere, never beside a word of the
+    reviewer's taste."""
     def some(seed):
         rng = random.Random(seed)
         return [opinions.document(rng) for _ in range(5000)]
@@ -300,7 +320,8 @@ def test_the_pretraining_opinions_never_judge_what_is_a_matter_of_taste():
     assert 0.7 < len(judged) / len(lines) < 0.8
     assert not any(w in reviews.TASTE for line in judged for w in line.split())
     tasted = [line for line in lines if any(w in reviews.TASTE for w in line.split())]
-    assert not any(line.endswith(tuple(verdicts)) for line in tasted) and len(tasted) + len(judged) == len(lines)
+    assert not any(line.endswith(tuple(verdicts))
+                   for line in tasted) and len(tasted) + len(judged) == len(lines)
 
 
 SST2 = [{"sentence": f"film {i} is good", "label": 1} for i in range(30)]
@@ -421,7 +442,8 @@ def test_text_is_split_in_order_or_by_file(tmp_path):
     for split in sets.NAMES:
         (tmp_path / f"{split}.txt").write_text(split)
     assert data.load("text", tmp_path) == {split: [("", split)] for split in sets.NAMES}
-    for content, message in ((b"one\ntwo\n\xff", "line 3: not UTF-8"), (b"\n \n", "is empty"), (b"ab", "too few")):
+    for content, message in ((b"one\ntwo\n\xff", "line 3: not UTF-8"), (b"\n \n", "is empty"),
+                             (b"ab", "too few")):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             text.load(file)
@@ -482,7 +504,8 @@ def test_every_token_of_a_plain_text_is_in_one_piece(base, small_roberta, masks)
 
 
 def test_labelled_texts_and_pairs_are_framed_padded_and_cut(small_roberta):
-    """<s> a </s></s> b </s>, padded with 1; too long a pair loses tokens of its longer text, counted."""
+    """<s> a </s></s> b </s>, padded with 1; too long a pair loses tokens of its longer text,
+    counted."""
     tok = tokenizers.RobertaTokenizer(small_roberta, 325)
     task = Label(tok, 20, 2)
     a, b = tok.encode_ordinary("the soup was cold"), tok.encode_ordinary("no")
@@ -490,7 +513,8 @@ def test_labelled_texts_and_pairs_are_framed_padded_and_cut(small_roberta):
     assert cut == 0 and examples[0] == ([0, *a, 2, 2, *b, 2], 1)
     idx, labels, real = task.collate(examples)
     assert labels.tolist() == [1, 0] and labels.dtype == torch.long
-    assert idx[1].tolist() == [0, *b, 2, 2, *b, 2] + [1] * (len(a) - len(b)) and torch.equal(real, idx != 1)
+    assert idx[1].tolist() == [0, *b, 2, 2, *b,
+                               2] + [1] * (len(a) - len(b)) and torch.equal(real, idx != 1)
     long = tok.encode_ordinary("the soup was cold and " * 9)
     (ids, _), = task.encode([(("the soup was cold and " * 9, "no"), 1)])[0]
     assert ids == tok.build(long[:16 - len(b)], b) and len(ids) == 20
@@ -499,26 +523,30 @@ def test_labelled_texts_and_pairs_are_framed_padded_and_cut(small_roberta):
     examples, cut = task.encode([(("the soup was cold and " * 9,), 1)])
     assert cut == 1 and examples[0][0] == tok.build(long[:18])
     assert Label(tok, 20, 1).collate([([0, 2], 3.5)])[1].dtype == torch.float
-    with pytest.raises(ValueError, match="a context of 7 tokens is too short for 2 texts: 8 are the least"):
+    with pytest.raises(ValueError, match="a context of 7 tokens is too short for 2 texts: 8 are "
+                       "the least"):
         Label(tok, 7, 2).encode([(("no", "no"), 1)])
 
 
 def test_masking_asks_for_what_it_hides(small_roberta):
-    """Targets are the original tokens; 30 % are asked, 8 in 10 hidden behind <mask>; never the frame or the padding;
-    the same seed masks the same, another one other tokens."""
+    """Targets are the original tokens; 30 % are asked, 8 in 10 hidden behind <mask>; never the
+    frame or the padding; the same seed masks the same, another one other tokens."""
     tok = tokenizers.RobertaTokenizer(small_roberta, 325)
     task = Mask(tok, 64)
     examples, _ = task.encode(opinions.load()["test"])
     original, _, _ = Label(tok, 64, 2).collate([(ids, 0) for ids, _ in examples])
     idx, targets, real = task.collate(examples, "a")
     asked = targets != -100
-    assert torch.equal(targets[asked], original[asked]) and torch.equal(idx[~asked], original[~asked])
-    assert not (asked & ((original == 0) | (original == 1) | (original == 2))).any() and asked.any(1).all()
+    assert torch.equal(targets[asked], original[asked]) and torch.equal(idx[~asked],
+                                                                        original[~asked])
+    assert not (asked & ((original == 0) | (original == 1)
+                         | (original == 2))).any() and asked.any(1).all()
     inner = (real & (original > 2)).sum()
     assert abs(asked.sum() / inner - 0.3) < 0.02
     assert abs((idx[asked] == tok.mask).float().mean() - 0.8) < 0.03
     assert abs((idx[asked] == original[asked]).float().mean() - 0.1) < 0.03
-    assert torch.equal(task.collate(examples, "a")[0], idx) and not torch.equal(task.collate(examples, "b")[0], idx)
+    assert torch.equal(task.collate(examples, "a")[0],
+                       idx) and not torch.equal(task.collate(examples, "b")[0], idx)
 
 
 def test_a_roberta_is_not_asked_to_write(small_roberta):
@@ -539,7 +567,8 @@ def test_the_shipped_tokenizer_and_model_belong_together(name):
 
 
 def test_the_shipped_roberta_reads_denials():
-    """data/tiny-roberta, as masked LM, prefers the right verdict behind an opinion, stated or denied."""
+    """data/tiny-roberta, as masked LM, prefers the right verdict behind an opinion, stated or
+    denied."""
     folder = ROOT / "data/tiny-roberta"
     model, rng = from_pretrained(folder), random.Random(0)
     tok = tokenizers.RobertaTokenizer(folder, model.config.vocab_size)
@@ -547,7 +576,8 @@ def test_the_shipped_roberta_reads_denials():
     right = []
     for _ in range(100):
         opinion, verdict = reviews.clause(rng, reviews.GOOD, reviews.BAD, shares=(1, 1, 1))
-        ids = tok.build([*tok.encode_ordinary(f"{opinion} , so the verdict is"), tok.mask, *tok.encode_ordinary(" .")])
+        ids = tok.build([*tok.encode_ordinary(f"{opinion} , so the verdict is"), tok.mask,
+                         *tok.encode_ordinary(" .")])
         logits = model(torch.tensor([ids]))[0][0, ids.index(tok.mask)]
         right.append(logits[verdicts].argmax().item() == verdict)
     assert sum(right) > 90
@@ -570,11 +600,13 @@ def test_a_hub_that_says_no_is_there(monkeypatch):
 
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_hub_that_does_not_answer_is_not_asked_again(answers, monkeypatch, tmp_path):
-    """The client is told to use its cache alone, so that its retries cost nothing; a hub that answers is asked."""
+    """The client is told to use its cache alone, so that its retries cost nothing; a hub that
+    answers is asked."""
     calls = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, **given: calls.append(given) or str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.snapshot_download",
+                        lambda repo, **given: calls.append(given) or str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "reachable", lambda url: answers)
     assert hub.fetch("some/repo", ["a.json"], "dataset", "main", tmp_path) == tmp_path
-    assert calls == [dict(repo_type="dataset", revision="main", allow_patterns=["a.json"], cache_dir=tmp_path,
-                          local_files_only=not answers)]
+    assert calls == [dict(repo_type="dataset", revision="main", allow_patterns=["a.json"],
+                          cache_dir=tmp_path, local_files_only=not answers)]

@@ -1,4 +1,5 @@
-"""The forward of every method is the line of its paper, written here by hand on a chain of layers."""
+"""The forward of every method is the line of its paper, written here by hand on a chain of
+layers."""
 import copy
 import math
 import pickle
@@ -18,8 +19,8 @@ N, D, R, ALPHA = 5, 6, 2, 3.0
 
 
 class Chain(nn.Module):
-    """x_{n+1} = tanh(h_n), cut or filled up with zeros to d_in numbers: the simplest network in which x_n differs from
-    layer to layer."""
+    """x_{n+1} = tanh(h_n), cut or filled up with zeros to d_in numbers: the simplest network in
+    which x_n differs from layer to layer."""
 
     def __init__(self, length=N, d_in=D, d_out=D):
         super().__init__()
@@ -81,26 +82,28 @@ def equal(a, b, tolerance=1e-12):
 @pytest.mark.parametrize("m", [0, 1, 2, 3, -1])
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
 def test_reslora_forward_and_gradients_are_the_papers(shortcut, m, shape):
-    """For chains of one to five layers h of the last layer, the loss, and the gradient of every A, B and of the input
-    equal those of the equation by hand."""
+    """For chains of one to five layers h of the last layer, the loss, and the gradient of every A,
+    B and of the input equal those of the equation by hand."""
     for length in range(1, N + 1):
         model, layers, x = chain(ResLoRALinear, length, shape, shortcut=shortcut, pre_num=m)
         x.requires_grad_()
         leaves = [x, *(p for layer in layers for p in (layer.lora_A, layer.lora_B))]
         ours, hand = model(x), torch.tanh(by_hand(layers, x, shortcut, m)[-1])
         assert equal(ours, hand) and equal(ours.square().sum(), hand.square().sum())
-        for a, b in zip(*[torch.autograd.grad(y.square().sum(), leaves) for y in (ours, hand)], strict=True):
+        for a, b in zip(*[torch.autograd.grad(y.square().sum(), leaves) for y in (ours, hand)],
+                        strict=True):
             assert b.abs().max() > 1e-6 and equal(a, b)
 
 
 def test_the_first_layer_of_the_input_shortcut_doubles_its_input():
-    """h_0 = W_0 x_0 + b + s B_0 A_0 drop(x_0 + x_0), in training with dropout too; pre_num 0 is plain LoRA, and so is
-    the first layer of `block` and of `middle`. The branch is 2 s B A, so is what is merged and exported."""
+    """h_0 = W_0 x_0 + b + s B_0 A_0 drop(x_0 + x_0), in training with dropout too; pre_num 0 is
+    plain LoRA, and so is the first layer of `block` and of `middle`. The branch is 2 s B A, so is
+    what is merged and exported."""
     x = torch.randn(7, 30, dtype=torch.float64)
     for shortcut, m, times in (("input", 1, 2), ("input", 2, 2), ("input", -1, 2), ("input", 0, 1),
                                ("block", 1, 1), ("middle", 1, 1)):
-        layers = [ResLoRALinear(nn.Linear(30, 20).double(), 3, 6, dropout=0.5, shortcut=shortcut, pre_num=m)
-                  for _ in range(2)]
+        layers = [ResLoRALinear(nn.Linear(30, 20).double(), 3, 6, dropout=0.5, shortcut=shortcut,
+                                pre_num=m) for _ in range(2)]
         ResLoRALinear.connect({"q": layers})
         first = layers[0]
         nn.init.normal_(first.lora_B)
@@ -125,8 +128,9 @@ def test_a_shortcut_matters(shortcut, m):
     assert m == 1 or not equal(out, by_hand(layers, x, shortcut, 1)[-1], 1e-3)
 
 
-@pytest.mark.parametrize("adapter, s", [(LoRALinear, ALPHA / R), (RsLoRALinear, ALPHA / math.sqrt(R)),
-                                        (DeltaLoRALinear, ALPHA / R)])
+@pytest.mark.parametrize("adapter, s",
+                         [(LoRALinear, ALPHA / R), (RsLoRALinear, ALPHA / math.sqrt(R)),
+                          (DeltaLoRALinear, ALPHA / R)])
 def test_lora_forward_is_the_papers(adapter, s):
     """h = W x + b + s B A x, rsLoRA with the square root."""
     model, layers, x = chain(adapter)
@@ -164,8 +168,8 @@ def test_a_fresh_A_is_uniform_within_one_over_sqrt_d_in():
 
 @every_variant
 def test_a_fresh_adapter_is_the_base(method, hparams):
-    """At B = 0 the logits are the pretrained model's, exactly; of a method that is not ours, which may write W anew as
-    DoRA does, up to rounding."""
+    """At B = 0 the logits are the pretrained model's, exactly; of a method that is not ours, which
+    may write W anew as DoRA does, up to rounding."""
     model, idx = tiny_gpt(), tokens()[0]
     base = model(idx)[0]
     adapt(model, method, hparams, random=False)
@@ -178,7 +182,8 @@ def test_a_fresh_adapter_is_the_base(method, hparams):
 @pytest.mark.parametrize("m", [1, 3])
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
 def test_the_chains_of_a_gpt_are_its_q_and_its_v(shortcut, m):
-    """Inside a GPT each adapted layer's output is the equation applied to the inputs that its own chain saw."""
+    """Inside a GPT each adapted layer's output is the equation applied to the inputs that its own
+    chain saw."""
     model = tiny_gpt()
     layers = adapt(model, "reslora", dict(shortcut=shortcut, pre_num=m))
     seen = {}
@@ -200,7 +205,8 @@ def test_the_chains_of_a_gpt_are_its_q_and_its_v(shortcut, m):
 
 
 def test_dropout_falls_on_the_input_of_A_only():
-    """In training the frozen W x + b is untouched; in evaluation nothing is dropped; 0 makes no module."""
+    """In training the frozen W x + b is untouched; in evaluation nothing is dropped; 0 makes no
+    module."""
     layer = LoRALinear(nn.Linear(50, 4), 2, 2, dropout=0.5)
     nn.init.normal_(layer.lora_B)
     x = torch.randn(3, 50)
@@ -208,7 +214,8 @@ def test_dropout_falls_on_the_input_of_A_only():
     h = layer(x)
     torch.manual_seed(3)
     dropped = torch.nn.functional.dropout(x, 0.5)
-    hand = x @ layer.weight.T + layer.bias + layer.scaling * dropped @ layer.lora_A.T @ layer.lora_B.T
+    hand = (x @ layer.weight.T + layer.bias + layer.scaling * dropped @ layer.lora_A.T
+            @ layer.lora_B.T)
     torch.testing.assert_close(h, hand)
     layer.eval()
     torch.testing.assert_close(layer(x), x @ (layer.weight + layer.delta()).T + layer.bias)
@@ -217,8 +224,10 @@ def test_dropout_falls_on_the_input_of_A_only():
 
 @pytest.mark.parametrize("m", [1, 2])
 def test_the_block_shortcut_drops_the_input_of_A(m):
-    """In training with p 0.5: h_n is the docstring's formula by hand, with the mask of the same seed."""
-    layers = [ResLoRALinear(nn.Linear(30, 30), 3, 6, dropout=0.5, shortcut="block", pre_num=m) for _ in range(3)]
+    """In training with p 0.5: h_n is the docstring's formula by hand, with the mask of the same
+    seed."""
+    layers = [ResLoRALinear(nn.Linear(30, 30), 3, 6, dropout=0.5, shortcut="block", pre_num=m)
+              for _ in range(3)]
     ResLoRALinear.connect({"q": layers})
     for layer in layers:
         nn.init.normal_(layer.lora_B)
@@ -234,7 +243,8 @@ def test_the_block_shortcut_drops_the_input_of_A(m):
 
 
 def test_input_shortcut_hands_over_the_raw_input():
-    """x_{n-1} is stored before dropout: at p = 0.5 a surviving entry of the sum is 2 (x_n + x_{n-1})."""
+    """x_{n-1} is stored before dropout: at p = 0.5 a surviving entry of the sum is 2 (x_n +
+    x_{n-1})."""
     torch.manual_seed(0)
     layers = [ResLoRALinear(nn.Linear(40, 40), 40, 40, dropout=0.5) for _ in range(2)]
     ResLoRALinear.connect({"q": layers})
@@ -265,12 +275,13 @@ def test_a_layer_called_out_of_order_fails_loudly(shortcut):
 
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_no_activation_outlives_a_forward_and_nothing_enters_the_state_dict(shortcut):
-    """After a forward all links are empty; state dict and modules hold the adapters and no more. So it is after a
-    forward that failed at any layer and a whole one behind it."""
+    """After a forward all links are empty; state dict and modules hold the adapters and no more. So
+    it is after a forward that failed at any layer and a whole one behind it."""
     model, layers, x = chain(ResLoRALinear, shortcut=shortcut, pre_num=-1)
     out = model(x)
     assert not any(layer.inbox or layer.outbox for layer in layers)
-    assert {k.rpartition(".")[2] for k in model.state_dict()} == {"weight", "bias", "lora_A", "lora_B"}
+    assert {k.rpartition(".")[2] for k in model.state_dict()} == {"weight", "bias", "lora_A",
+                                                                  "lora_B"}
     assert sum(isinstance(m, ResLoRALinear) for m in model.modules()) == N
     for failing in range(1, N):
         with pytest.raises(RuntimeError):
@@ -295,7 +306,8 @@ def test_copies_and_pickles_are_models_of_their_own(method, hparams):
 
 def test_chains_need_one_shape():
     """A chain of unequal linears is refused, with both shapes."""
-    model = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)}), nn.ModuleDict({"q": nn.Linear(4, 6)})])
+    model = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)}),
+                           nn.ModuleDict({"q": nn.Linear(4, 6)})])
     with pytest.raises(ValueError, match=r"\(6, 4\).*\(4, 4\)"):
         lora.apply(model, ResLoRALinear, ["q"], r=2, alpha=2)
     assert all(isinstance(m["q"], nn.Linear) for m in model)
@@ -313,7 +325,8 @@ def delta_layer(start, dropout=0.0):
 
 @pytest.mark.parametrize("start", [0, 1, 3])
 def test_W_moves_as_algorithm_1_says(start):
-    """After step t > K: W_t = W_{t-1} + lambda s (B_t A_t - B_{t-1} A_{t-1}); up to K it rests. t counts from 1."""
+    """After step t > K: W_t = W_{t-1} + lambda s (B_t A_t - B_{t-1} A_{t-1}); up to K it rests. t
+    counts from 1."""
     layer, x, y = delta_layer(start)
     optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], 1e-2)
     for t in range(1, 7):
@@ -329,7 +342,8 @@ def test_W_moves_as_algorithm_1_says(start):
 
 @pytest.mark.parametrize("start", [0, 1, 3])
 def test_delta_lora_telescopes(start):
-    """W_T = W_0 + lambda s (B_T A_T - B_K A_K); the total update is a LoRA of rank 2 r, of rank r for K = 0."""
+    """W_T = W_0 + lambda s (B_T A_T - B_K A_K); the total update is a LoRA of rank 2 r, of rank r
+    for K = 0."""
     layer, x, y = delta_layer(start)
     W_0, optimizer = layer.weight.clone(), torch.optim.AdamW([layer.lora_A, layer.lora_B], 1e-2)
     for t in range(1, 9):

@@ -40,21 +40,25 @@ def written(capsys, *argv):
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "head"])
 def test_every_run_writes_merged_and_unmerged(run, capsys, method):
-    """The text streamed for a record is that of the merged model; the method's own layers, with the weights that the
-    run kept, give the unmerged one, the same for exact methods."""
+    """The text streamed for a record is that of the merged model; the method's own layers, with the
+    weights that the run kept, give the unmerged one, the same for exact methods."""
     folder = run("--method", method, "--save-merged", "--lr", "0.1")
     idx = tokens(V=320)[0]
     merged, settings, source = generate.load_run(folder)
     assert not any(isinstance(m, lora.LoRALinear) for m in merged.modules())
-    torch.testing.assert_close(merged(idx)[0], from_pretrained(folder / "merged")(idx)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged(idx)[0], from_pretrained(folder / "merged")(idx)[0],
+                               rtol=1e-4, atol=1e-5)
     assert (merged(idx)[0] - from_pretrained(source)(idx)[0]).abs().max() > 1e-3
     unmerged, _, _ = generate.load_run(folder, unmerged=True)
     _, task = data.task("restaurants", source, unmerged, settings["context"])
     args = train.parse(command(source, folder))
-    loss = evaluate.evaluate(unmerged, task.encode(data.load("restaurants")["test"])[0], task, args.device, args.amp)[0]
+    loss = evaluate.evaluate(unmerged, task.encode(data.load("restaurants")["test"])[0], task,
+                             args.device, args.amp)[0]
     metrics = json.loads((folder / "result.json").read_text())["metrics"]
-    assert loss == pytest.approx(metrics["trained" if method == "full" else "unmerged"]["loss"], abs=1e-5)
-    texts = [written(capsys, folder, RECORD, "--max-new", "12", *flags)[1] for flags in ((), ("--unmerged",))]
+    assert loss == pytest.approx(metrics["trained" if method == "full" else "unmerged"]["loss"],
+                                 abs=1e-5)
+    texts = [written(capsys, folder, RECORD, "--max-new", "12", *flags)[1]
+             for flags in ((), ("--unmerged",))]
     assert texts[0] == texts[1] or method == "reslora"
 
 
@@ -83,7 +87,8 @@ def test_a_run_on_masked_tokens_does_not_write(tmp_path, capsys, small_roberta):
     """A RoBERTa without classes: one line, with a text, with beams and without a text."""
     train.main(command(small_roberta, tmp_path, "--dataset", "opinions"))
     for argv in (["a text"], ["a text", "--beams", "2"], ["a text", "--unmerged"], []):
-        assert f"{tmp_path} predicts masked tokens: it cannot write texts" in refused(capsys, tmp_path, *argv)
+        assert (f"{tmp_path} predicts masked tokens: it cannot write texts"
+                in refused(capsys, tmp_path, *argv))
 
 
 def test_pairs_and_single_texts_are_classified_in_one_call(tmp_path, capsys, small_roberta):
@@ -99,7 +104,8 @@ def test_a_dylora_run_writes_at_any_rank(run):
     folder = run("--method", "dylora", "--lr", "0.1")
     idx, found = tokens(V=320)[0], []
     for cut in (1, 2, 4):
-        merged, unmerged = (generate.load_run(folder, unmerged, cut)[0](idx)[0] for unmerged in (False, True))
+        merged, unmerged = (generate.load_run(folder, unmerged, cut)[0](idx)[0]
+                            for unmerged in (False, True))
         torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-5)
         found.append(merged)
     assert (found[0] - found[1]).abs().max() > 1e-4
@@ -107,8 +113,8 @@ def test_a_dylora_run_writes_at_any_rank(run):
 
 
 def test_a_split_is_written_scored_and_kept(run, capsys, monkeypatch):
-    """One line a record with its text and all its references, in the order of the split, whatever the batches; the
-    scores of the dataset and of translation."""
+    """One line a record with its text and all its references, in the order of the split, whatever
+    the batches; the scores of the dataset and of translation."""
     folder = run("--method", "lora")
     real = data.load
 
@@ -117,20 +123,23 @@ def test_a_split_is_written_scored_and_kept(run, capsys, monkeypatch):
         found["test"] += [(record, text + " indeed") for record, text in found["test"][:3]]
         return found
     monkeypatch.setattr(data, "load", load)
-    one, out = written(capsys, folder, "--batch-size", "1", "--max-new", "9", "--out", folder / "one.jsonl")
+    one, out = written(capsys, folder, "--batch-size", "1", "--max-new", "9", "--out",
+                       folder / "one.jsonl")
     many, _ = written(capsys, folder, "--batch-size", "5", "--max-new", "9")
     assert one == many and {"slots", "names", "BLEU", "NIST", "ROUGE_L"} <= set(one)
     rows = [json.loads(line) for line in open(folder / "predictions-test.jsonl")]
     assert rows == [json.loads(line) for line in open(folder / "one.jsonl")]
     test = load("restaurants")["test"]
     assert [row["record"] for row in rows] == list(dict.fromkeys(record for record, _ in test))
-    assert rows[0]["references"] == [test[0][1], test[0][1] + " indeed"] and "12 records, 15 references" in out
+    assert rows[0]["references"] == [test[0][1],
+                                     test[0][1] + " indeed"] and "12 records, 15 references" in out
     few, _ = written(capsys, folder, "--first", "2", "--split", "validation", "--max-new", "3")
     assert len(open(folder / "predictions-validation.jsonl").readlines()) == 2 and few["BLEU"] >= 0
 
 
 def test_texts_stay_beside_their_records(run, capsys, monkeypatch):
-    """Decoded sorted by length, in batches: a model that says its prompt again shows that none is mixed up."""
+    """Decoded sorted by length, in batches: a model that says its prompt again shows that none is
+    mixed up."""
     folder = run("--method", "lora")
     monkeypatch.setattr(generate.decoding, "generate", lambda model, prompts, *rest, **how: prompts)
     written(capsys, folder, "--batch-size", "5")
@@ -150,7 +159,8 @@ def test_the_weights_that_were_kept_are_those_that_write(tmp_path, base, monkeyp
     monkeypatch.setattr(evaluate, "evaluate", rising)
     assert train.main(command(base, tmp_path, "--lr", "0.1"))["selected"]["step"] == 2
     idx = tokens(V=320)[0]
-    merged, unmerged = (generate.load_run(tmp_path, unmerged)[0](idx)[0] for unmerged in (False, True))
+    merged, unmerged = (generate.load_run(tmp_path, unmerged)[0](idx)[0]
+                        for unmerged in (False, True))
     torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-5)
 
 
@@ -170,10 +180,11 @@ def test_flags_stand_anywhere_and_a_seed_draws_its_texts(run, capsys, tmp_path):
 
 
 def test_streamed_text_is_the_text(run, capsys):
-    """What comes token by token is what decoding gives as a whole, characters of several tokens whole too; drawing
-    with a seed repeats itself; beams print theirs at the end."""
+    """What comes token by token is what decoding gives as a whole, characters of several tokens
+    whole too; drawing with a seed repeats itself; beams print theirs at the end."""
     folder = run("--method", "lora")
-    for flags in ((), ("--temperature", "2", "--seed", "3"), ("--temperature", "2", "--top-k", "40", "--seed", "4"),
+    for flags in ((), ("--temperature", "2", "--seed", "3"),
+                  ("--temperature", "2", "--top-k", "40", "--seed", "4"),
                   ("--beams", "3", "--length-penalty", ".9")):
         out = written(capsys, folder, RECORD, "--max-new", "40", *flags)[1]
         assert out == written(capsys, folder, RECORD, "--max-new", "40", *flags)[1] and out.strip()
@@ -185,18 +196,30 @@ def test_streamed_text_is_the_text(run, capsys):
     assert out == tokenizer.decode(ids).lstrip() + "\n"
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--max-new", "0"], "--max-new must be 1 or more, not 0"),
-    (["--beams", "2", "--temperature", "1"], "choose one"), (["--temperature", "-1"], "--temperature -1.0"),
-    (["--temperature", "nan"], "--temperature nan"), (["--top-k", "5"], "says nothing without --temperature"),
-    (["--length-penalty", "1e9"], "--length-penalty"), (["--cut", "2"], "--cut 2 is for a DyLoRA run"),
-    (["--dataset", "reviews"], "is not one of texts to write"), (["--dataset", "stdlib"], "has no records"),
-    (["a text", "--dataset", "e2e"], "not both"), (["--split", "dev"], "invalid choice: 'dev'"),
-    (["x " * 900], "leaves no room in a context of 256"),
-    (["--data-dir", "."], "restaurants is generated"), (["--out", "/proc/none"], "/proc/none cannot be written"),
-    (["--beams", "101"], "--beams must be at most 100"), (["--seed", "-1"], "--seed must be in 0..2^62 - 1, not -1"),
-    (["--out", "."], "--out . cannot be written"), (["--out", "no/such"], "--out no/such cannot be written"),
-    (["a text", "--split", "test"], "not both")])
+@pytest.mark.parametrize("flags, message", [(["--max-new", "0"], "--max-new must be 1 or more, not "
+                                             "0"), (["--beams", "2", "--temperature", "1"],
+                                                    "choose one"),
+                                            (["--temperature", "-1"], "--temperature -1.0"),
+                                            (["--temperature", "nan"], "--temperature nan"),
+                                            (["--top-k", "5"],
+                                             "says nothing without --temperature"),
+                                            (["--length-penalty", "1e9"], "--length-penalty"),
+                                            (["--cut", "2"], "--cut 2 is for a DyLoRA run"),
+                                            (["--dataset", "reviews"],
+                                             "is not one of texts to write"),
+                                            (["--dataset", "stdlib"], "has no records"),
+                                            (["a text", "--dataset", "e2e"], "not both"),
+                                            (["--split", "dev"], "invalid choice: 'dev'"),
+                                            (["x " * 900], "leaves no room in a context of 256"),
+                                            (["--data-dir", "."], "restaurants is generated"),
+                                            (["--out", "/proc/none"],
+                                             "/proc/none cannot be written"),
+                                            (["--beams", "101"], "--beams must be at most 100"),
+                                            (["--seed", "-1"], "--seed must be in 0..2^62 - 1, not "
+                                             "-1"), (["--out", "."], "--out . cannot be written"),
+                                            (["--out", "no/such"],
+                                             "--out no/such cannot be written"),
+                                            (["a text", "--split", "test"], "not both")])
 def test_bad_flags(run, capsys, flags, message):
     """One line, exit code 2."""
     assert message in refused(capsys, run("--method", "lora"), *flags)
@@ -222,7 +245,8 @@ def test_predictions_stand_in_the_run_folder_and_never_replace_the_run(run, caps
 
 
 def test_a_run_is_found_from_elsewhere(tmp_path, base, capsys, monkeypatch):
-    """--model and --init-from by relative paths; an adapter that has changed since is refused, as is --out in it."""
+    """--model and --init-from by relative paths; an adapter that has changed since is refused, as
+    is --out in it."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(base, "base")
     train.main(command("base", "first"))

@@ -1,8 +1,10 @@
-"""What a GPU computes is what the CPU computes in float64: `python -m pytest -m gpu -n 0`, seen by no other command.
+"""What a GPU computes is what the CPU computes in float64: `python -m pytest -m gpu -n 0`, seen by
+no other command.
 
-DEVICE=cpu runs the same tests where there is no GPU, but for those of CUDA's own. Tolerances are shares of a tensor's
-norm: 1e-5 in fp32, 1e-3 where merging by regression solves a system. In bf16 a number is rounded by up to 4e-3 of
-itself, and a gradient through four blocks is off by some of these: 0.1.
+DEVICE=cpu runs the same tests where there is no GPU, but for those of CUDA's own. Tolerances are
+shares of a tensor's norm: 1e-5 in fp32, 1e-3 where merging by regression solves a system. In bf16 a
+number is rounded by up to 4e-3 of itself, and a gradient through four blocks is off by some of
+these: 0.1.
 """
 import copy
 import functools
@@ -66,7 +68,8 @@ def twins(tiny, method, hparams, **more):
 @every_variant
 @both
 def test_a_step_and_a_merge_are_those_of_the_cpu(tiny, method, hparams, dtype):
-    """Loss, gradients, weights after a step with all that the method does around it, logits, logits once merged."""
+    """Loss, gradients, weights after a step with all that the method does around it, logits, logits
+    once merged."""
     (exact, _), (model, _) = pair = twins(tiny, method, hparams)
     some, tolerance = batch(exact), TOLERANCE[dtype]
     found = []
@@ -88,7 +91,8 @@ def test_a_step_and_a_merge_are_those_of_the_cpu(tiny, method, hparams, dtype):
         with torch.no_grad(), autocast(dtype if m is model else None):
             logits = m(idx)[0]
         found.append((loss, gradients, weights, logits))
-    for name, ours, theirs in zip(("loss", "gradient", "weight", "logits"), *found[::-1], strict=True):
+    for name, ours, theirs in zip(("loss", "gradient", "weight", "logits"), *found[::-1],
+                                  strict=True):
         for a, b in zip(*([x] if torch.is_tensor(x) else x for x in (ours, theirs)), strict=True):
             close(a, b, tolerance, name)
     for m, layers in pair:
@@ -97,7 +101,8 @@ def test_a_step_and_a_merge_are_those_of_the_cpu(tiny, method, hparams, dtype):
         lora.merge(m)
     approximate = 1e-3 if hparams.get("shortcut") in ("input", "middle") else 1e-5
     with torch.no_grad():
-        close(model(some[0].to(DEVICE))[0], exact(some[0])[0], max(tolerance, approximate), "merged logits")
+        close(model(some[0].to(DEVICE))[0], exact(some[0])[0], max(tolerance, approximate),
+              "merged logits")
 
 
 @every_variant
@@ -112,8 +117,10 @@ def test_checkpointed_activations_change_no_gradient(method, hparams):
         close(a, b, 1e-6)
 
 
-@pytest.mark.parametrize("method, hparams", [("lora", {}), ("dylora", {"frozen": False, "cut": None})] + [
-    ("reslora", {"shortcut": shortcut, "pre_num": 1}) for shortcut in ("input", "block", "middle")], ids=str)
+@pytest.mark.parametrize("method, hparams",
+                         [("lora", {}), ("dylora", {"frozen": False, "cut": None})]
+                         + [("reslora", {"shortcut": shortcut, "pre_num": 1})
+                            for shortcut in ("input", "block", "middle")], ids=str)
 @both
 def test_compiled_blocks_are_the_model(method, hparams, dtype):
     """With code that torch generates, for batches of two shapes."""
@@ -124,14 +131,16 @@ def test_compiled_blocks_are_the_model(method, hparams, dtype):
         with autocast(dtype):
             found = [m(idx.to(DEVICE), targets)[1] for m in (compiled, model)]
         close(*found, TOLERANCE[dtype])
-        for a, b in zip(*(torch.autograd.grad(loss, factors(layers)) for loss in found), strict=True):
+        for a, b in zip(*(torch.autograd.grad(loss, factors(layers)) for loss in found),
+                        strict=True):
             close(a, b, TOLERANCE[dtype])
     torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("tiny", [tiny_gpt, tiny_llama], ids=["gpt", "llama"])
 def test_the_same_tokens_are_written(tiny):
-    """By ResLoRA's own layers: greedily, with beams, prompts of different lengths, past the end of the shorter."""
+    """By ResLoRA's own layers: greedily, with beams, prompts of different lengths, past the end of
+    the shorter."""
     (exact, _), (model, _) = twins(tiny, "reslora", {"shortcut": "middle"})
     prompts = [[5, 4, 3], [7], [9, 1, 2, 8, 6]]
     for m in (exact, model):
@@ -140,26 +149,31 @@ def test_the_same_tokens_are_written(tiny):
         assert write(model, prompts, 9, 0) == write(exact, prompts, 9, 0)
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("dtypes",
+                         [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+                         ids=str)
 def test_logits_in_bf16_are_not_rounded(dtypes):
     """At logits near -70, where rounding would cost thousandths of a nat."""
-    x, W, b = torch.randn(64, 32).bfloat16(), torch.randn(999, 32).bfloat16(), torch.full((999,), -70.0)
+    x, W, b = (torch.randn(64, 32).bfloat16(), torch.randn(999, 32).bfloat16(),
+               torch.full((999,), -70.0))
     targets = torch.randint(0, 999, (64,))
     exact = [t.double().requires_grad_() for t in (x, W, b)]
     theirs = vocabulary_loss(*exact, targets)
-    given = [t.to(DEVICE, kind).requires_grad_() for t, kind in zip((x, W, b), (*dtypes, torch.float32), strict=True)]
+    given = [t.to(DEVICE, kind).requires_grad_()
+             for t, kind in zip((x, W, b), (*dtypes, torch.float32), strict=True)]
     with autocast("bfloat16"):
         ours = vocabulary_loss(*given, targets.to(DEVICE))
     close(ours, theirs, 1e-5)
-    for a, e in zip(torch.autograd.grad(ours, given), torch.autograd.grad(theirs, exact), strict=True):
+    for a, e in zip(torch.autograd.grad(ours, given), torch.autograd.grad(theirs, exact),
+                    strict=True):
         close(a, e, 1e-2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # train.py
 
-RUN = ["--steps", "6", "--eval-every", "3", "--batch-size", "4", "--warmup", "1", "--schedule", "constant", "--device",
-       DEVICE.type, "--test-texts", "16"]
+RUN = ["--steps", "6", "--eval-every", "3", "--batch-size", "4", "--warmup", "1", "--schedule",
+       "constant", "--device", DEVICE.type, "--test-texts", "16"]
 
 
 @pytest.fixture(autouse=True)
@@ -172,13 +186,15 @@ def no_pictures(monkeypatch):
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "head"])
 @both
 def test_a_run_learns_and_its_reports_agree(tmp_path, base, method, dtype):
-    """Every method: where merging is exact, the merged model's loss is the unmerged one's to 1e-4, in bf16 too."""
-    metrics = train.main(["--method", method, "--model", str(base), "--out", str(tmp_path / "run"), "--dtype", dtype,
-                          *RUN, *["--rank", "3"] * (method != "full")])["metrics"]
+    """Every method: where merging is exact, the merged model's loss is the unmerged one's to 1e-4,
+    in bf16 too."""
+    metrics = train.main(["--method", method, "--model", str(base), "--out", str(tmp_path / "run"),
+                          "--dtype", dtype, *RUN, *["--rank", "3"] * (method != "full")])["metrics"]
     if method != "full":
         assert METHODS[method].adapter is not None
         tolerance = 1e-4 if method != "reslora" else 0.1
-        assert metrics["merged"]["loss"] == pytest.approx(metrics["unmerged"]["loss"], abs=tolerance)
+        assert metrics["merged"]["loss"] == pytest.approx(metrics["unmerged"]["loss"],
+                                                          abs=tolerance)
     assert metrics.get("unmerged", metrics.get("trained"))["loss"] < metrics["base"]["loss"]
 
 
@@ -188,7 +204,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(tmp_path, base):
     train.main([*flags, "--out", str(tmp_path / "whole")])
     train.main([*flags, "--out", str(tmp_path / "parts"), "--steps", "3"])
     train.main([*flags, "--out", str(tmp_path / "parts"), "--resume"])
-    whole, parts = (load_file(tmp_path / name / "resume.safetensors") for name in ("whole", "parts"))
+    whole, parts = (load_file(tmp_path / name / "resume.safetensors")
+                    for name in ("whole", "parts"))
     for name, t in whole.items():
         if t.is_floating_point():
             close(parts[name], t, 1e-4, name)
@@ -197,7 +214,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_ends(tmp_path, base):
 def test_a_seed_gives_the_same_adapter_on_every_device(tmp_path, base):
     found = []
     for device in ("cpu", DEVICE.type):
-        flags = ["--model", str(base), "--rank", "3", "--out", str(tmp_path / device), *RUN, "--device", device]
+        flags = ["--model", str(base), "--rank", "3", "--out", str(tmp_path / device), *RUN,
+                 "--device", device]
         found.append([p.cpu() for p in train.Run(train.parse(flags)).params])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 

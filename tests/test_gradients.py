@@ -29,9 +29,11 @@ from run import machine
 
 @every_model
 @every_variant
-def test_only_the_adapters_get_gradient_and_at_the_start_only_the_factor_that_is_0(method, hparams, tiny):
-    """Every base parameter's gradient is None; at B = 0 dL/dA = 0 and dL/dB != 0; with B random both are not 0. A
-    factor that no 0 multiplies has the gradient of finite differences. The head of a classifier gets gradient too."""
+def test_only_the_adapters_get_gradient_and_at_the_start_only_the_factor_that_is_0(method, hparams,
+                                                                                   tiny):
+    """Every base parameter's gradient is None; at B = 0 dL/dA = 0 and dL/dB != 0; with B random
+    both are not 0. A factor that no 0 multiplies has the gradient of finite differences. The head
+    of a classifier gets gradient too."""
     for random in (False, True):
         model = tiny()
         layers, some = adapt(model, method, hparams, random=random), batch(model)
@@ -42,13 +44,16 @@ def test_only_the_adapters_get_gradient_and_at_the_start_only_the_factor_that_is
             assert (p.grad is not None) == (id(p) in adapters)
         assert not (random and any(not p.any() for p in factors(layers)))
         for p in factors(layers):
-            if p.grad.any() != (random or not p.any()):  # DoRA's magnitude for one, or both factors of PiSSA
-                assert slope(model, some, p) == pytest.approx(p.grad.sum().item(), rel=1e-4) and p.grad.any()
+            # DoRA's magnitude for one, or both factors of PiSSA
+            if p.grad.any() != (random or not p.any()):
+                assert slope(model, some, p) == pytest.approx(p.grad.sum().item(),
+                                                              rel=1e-4) and p.grad.any()
 
 
 @torch.no_grad()
 def slope(model, some, p, eps=1e-5):
-    """What the loss gains, per unit, when all numbers of a factor grow together: by finite differences."""
+    """What the loss gains, per unit, when all numbers of a factor grow together: by finite
+    differences."""
     losses = []
     for sign in (1, -1):
         p.add_(sign * eps)
@@ -60,7 +65,8 @@ def slope(model, some, p, eps=1e-5):
 @every_model
 @every_variant
 def test_training_changes_the_adapters_and_nothing_else(method, hparams, tiny):
-    """After some steps A, B and a head have changed and the base is as it was, but for a W that the method may move."""
+    """After some steps A, B and a head have changed and the base is as it was, but for a W that the
+    method may move."""
     model = tiny()
     layers = adapt(model, method, hparams, random=False)
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -78,7 +84,8 @@ def test_training_changes_the_adapters_and_nothing_else(method, hparams, tiny):
 @every_model
 @every_variant
 def test_gradcheck(method, hparams, tiny):
-    """The gradient of the loss by autograd is that by finite differences, through the whole model."""
+    """The gradient of the loss by autograd is that by finite differences, through the whole
+    model."""
     if not METHODS[method].adapter.exact_gradient:
         pytest.skip("the paper cuts a part of the forward from the graph")
     model = tiny(n_layer=2)
@@ -88,15 +95,17 @@ def test_gradcheck(method, hparams, tiny):
 
 
 # of a method's variants those whose forward differs; -1 once, where every block is another graph
-DIFFERENT = [v for v in variants() if v.values[1].get("pre_num") in (None, 2) and not v.values[1].get("cut")
-             and not v.values[1].get("delta_start") or v.id.startswith("reslora input -1")]
+DIFFERENT = [v for v in variants() if v.values[1].get("pre_num") in (None, 2)
+             and not v.values[1].get("cut") and not v.values[1].get("delta_start")
+             or v.id.startswith("reslora input -1")]
 
 
 @pytest.mark.parametrize("method, hparams", DIFFERENT)
 def test_compiled_blocks_have_the_same_gradients(method, hparams, monkeypatch):
-    """With its blocks traced by torch.compile, and with them what travels between ResLoRA's layers and the ranks that
-    DyLoRA draws, a model has the loss and the gradients of the plain one, step after step and whatever the shape of a
-    batch. Few graphs serve all shapes. (No code is generated: that takes minutes.)"""
+    """With its blocks traced by torch.compile, and with them what travels between ResLoRA's layers
+    and the ranks that DyLoRA draws, a model has the loss and the gradients of the plain one, step
+    after step and whatever the shape of a batch. Few graphs serve all shapes. (No code is
+    generated: that takes minutes.)"""
     graphs = []
 
     def count(graph, inputs):
@@ -121,7 +130,8 @@ def test_compiled_blocks_have_the_same_gradients(method, hparams, monkeypatch):
         optimizer.zero_grad()
         layers[0].after_step(layers, step)
     m = len(model.h) if hparams.get("pre_num") == -1 else hparams.get("pre_num", 0)
-    # one where x has no gradient yet, one where it has, and one for each number of layers that may be behind
+    # one where x has no gradient yet, one where it has, and one for each number of layers that may
+    # be behind
     assert 0 < len(graphs) <= 2 + m + 1
     torch._dynamo.reset()
 
@@ -144,8 +154,8 @@ def gradients(model, layers, x):
 
 
 def test_closed_form_gradients_of_the_input_shortcut():
-    """dB_n = s g_n (A_n (x_n + x_{n-1}))^T, dA_n = s B_n^T g_n (x_n + x_{n-1})^T; dL/dx_n gains s A^T B^T g_{n+1}. In
-    layer 0 x_{-1} = x_0: its gradients have the factor 2."""
+    """dB_n = s g_n (A_n (x_n + x_{n-1}))^T, dA_n = s B_n^T g_n (x_n + x_{n-1})^T; dL/dx_n gains s
+    A^T B^T g_{n+1}. In layer 0 x_{-1} = x_0: its gradients have the factor 2."""
     model, layers, x = chain(ResLoRALinear, shortcut="input", pre_num=1)
     xs, gs, dxs = gradients(model, layers, x.requires_grad_())
     s = ALPHA / R
@@ -196,12 +206,13 @@ def test_the_extra_gradient_path_is_closed_at_B_0_and_is_BA_later():
     x0 = torch.randn(6, dtype=torch.float64)
     assert (torch.autograd.functional.jacobian(h1, x0) == 0).all()
     nn.init.normal_(layers[1].lora_B)
-    assert equal(torch.autograd.functional.jacobian(h1, x0), 1.5 * layers[1].lora_B @ layers[1].lora_A)
+    assert equal(torch.autograd.functional.jacobian(h1, x0),
+                 1.5 * layers[1].lora_B @ layers[1].lora_A)
 
 
 def test_at_B_0_a_shortcut_changes_only_the_gradient_of_B():
-    """input and middle: dB is that of the longer sum, in the first layer of input of twice x; block: dB_k collects the
-    layers that borrow block k."""
+    """input and middle: dB is that of the longer sum, in the first layer of input of twice x;
+    block: dB_k collects the layers that borrow block k."""
     for shortcut in ("input", "block", "middle"):
         torch.manual_seed(0)
         model, layers, x = chain(ResLoRALinear, shortcut=shortcut)
@@ -213,7 +224,8 @@ def test_at_B_0_a_shortcut_changes_only_the_gradient_of_B():
             net(x).sum().backward()
         for n, (a, b) in enumerate(zip(layers, plain_layers, strict=True)):
             assert (a.lora_A.grad == 0).all() and (b.lora_A.grad == 0).all()
-            alone = n == {"input": None, "middle": 0, "block": len(layers) - 1}[shortcut]  # who has no partner
+            # who has no partner
+            alone = n == {"input": None, "middle": 0, "block": len(layers) - 1}[shortcut]
             assert equal(a.lora_B.grad, b.lora_B.grad) == alone
             assert equal(a.lora_B.grad, 2 * b.lora_B.grad) == (shortcut == "input" and n == 0)
 
@@ -221,8 +233,9 @@ def test_at_B_0_a_shortcut_changes_only_the_gradient_of_B():
 # rsLoRA
 
 def test_rank_growth_of_the_first_update():
-    """One SGD step from B = 0: the update's size is flat in r with alpha / sqrt r and falls as 1 / r with alpha / r;
-    with Adam it is flat with alpha / r and grows as sqrt r with alpha / sqrt r. Growth from r 8 to r 512."""
+    """One SGD step from B = 0: the update's size is flat in r with alpha / sqrt r and falls as 1 /
+    r with alpha / r; with Adam it is flat with alpha / r and grows as sqrt r with alpha / sqrt r.
+    Growth from r 8 to r 512."""
     def update(adapter, optimizer, r):
         sizes = []
         for seed in range(8):
@@ -242,7 +255,8 @@ def test_rank_growth_of_the_first_update():
 
 
 def test_gradient_of_B_at_the_start_is_flat_in_rank_only_with_the_root():
-    """dL/dB = s g (A x)^T at B = 0, and |A x| grows as sqrt(r): s sqrt(r) is constant with the root alone."""
+    """dL/dB = s g (A x)^T at B = 0, and |A x| grows as sqrt(r): s sqrt(r) is constant with the root
+    alone."""
     def norm(adapter, r):
         torch.manual_seed(0)
         layer, x = adapter(nn.Linear(512, 512), r, 16), torch.randn(64, 512)
@@ -253,7 +267,8 @@ def test_gradient_of_B_at_the_start_is_flat_in_rank_only_with_the_root():
 
 
 def test_delta_lora_is_lora_with_a_weight_that_follows_by_hand():
-    """Oracle: y = W_0 x + s B A x + [t > K] lambda s (sg(B) sg(A) - B_K A_K) x, by autograd, gives the same run."""
+    """Oracle: y = W_0 x + s B A x + [t > K] lambda s (sg(B) sg(A) - B_K A_K) x, by autograd, gives
+    the same run."""
     layer, x, y = delta_layer(2)
     W_0, b = layer.weight.clone(), layer.bias.clone()
     A, B = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))
@@ -273,11 +288,14 @@ def test_delta_lora_is_lora_with_a_weight_that_follows_by_hand():
 
 
 def test_dL_dW_is_dL_dBA_over_s_without_dropout_and_only_then():
-    """W may follow B A because their gradients agree: x^T g both. Dropout on A's input breaks that."""
+    """W may follow B A because their gradients agree: x^T g both. Dropout on A's input breaks
+    that."""
     for p in (0.0, 0.5):
         torch.manual_seed(0)
-        layer, x = LoRALinear(nn.Linear(6, 5).double(), 2, 3, dropout=p), torch.randn(9, 6, dtype=torch.float64)
-        BA = (torch.randn(5, 2, dtype=torch.float64) @ torch.randn(2, 6, dtype=torch.float64)).requires_grad_()
+        layer, x = LoRALinear(nn.Linear(6, 5).double(), 2, 3,
+                              dropout=p), torch.randn(9, 6, dtype=torch.float64)
+        BA = (torch.randn(5, 2, dtype=torch.float64)
+              @ torch.randn(2, 6, dtype=torch.float64)).requires_grad_()
         loss = (x @ layer.weight.T + layer.scaling * layer.drop(x) @ BA.T).square().sum()
         dW, dBA = torch.autograd.grad(loss, (layer.weight, BA))
         assert equal(dW, dBA / layer.scaling) == (p == 0)

@@ -15,7 +15,8 @@ def test_every_cell_was_run_in_order_and_nothing_went_wrong():
     """No error and nothing on stderr, where warnings go, in the outputs that are committed. Every
     chapter has drawn a picture and asserted what it claims."""
     assert [cell["execution_count"] for cell in CODE] == list(range(1, len(CODE) + 1))
-    kinds = {output.get("name", output["output_type"]) for cell in CODE for output in cell["outputs"]}
+    kinds = {output.get("name", output["output_type"]) for cell in CODE
+             for output in cell["outputs"]}
     assert kinds <= {"stdout", "display_data", "execute_result"}
     chapters = len(re.findall(r"^## \d\.", "\n".join(TEXT), re.M))
     outputs = [output for cell in CODE for output in cell["outputs"]]

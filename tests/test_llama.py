@@ -1,4 +1,5 @@
-"""The Llama family against `transformers`: logits, gradients, names, config.json, tokenizers, and a base in bf16."""
+"""The Llama family against `transformers`: logits, gradients, names, config.json, tokenizers, and a
+base in bf16."""
 import copy
 import dataclasses
 import functools
@@ -27,29 +28,31 @@ from evaluation import evaluate, plots
 from methods import METHODS
 from model import GPTConfig, LlamaConfig, rotary, rotate
 
-transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
+transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r "
+                                   "requirements-dev.txt")
 peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
 
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=16)
 # what one of their models has in its config beside its sizes
-THEIRS = {
-    "llama": {}, "llama, eps": dict(rms_norm_eps=0.3),
-    "llama, tied": dict(tie_word_embeddings=True),
-    "llama, one head each": dict(num_key_value_heads=4),
-    "llama, one head for all": dict(num_key_value_heads=1), "llama, own head_dim": dict(head_dim=12),
-    "llama, rope_theta": dict(rope_parameters={"rope_type": "default", "rope_theta": 50.0}),
-    "llama, llama3": dict(rope_parameters={**LLAMA3, "rope_theta": 500000.0}),
-    "mistral": dict(sliding_window=None), "mistral, window": dict(sliding_window=40), "qwen2": {},
-    "qwen2, tied": dict(tie_word_embeddings=True), "qwen3": dict(head_dim=12),
-}
+THEIRS = {"llama": {}, "llama, eps": dict(rms_norm_eps=0.3),
+          "llama, tied": dict(tie_word_embeddings=True),
+          "llama, one head each": dict(num_key_value_heads=4),
+          "llama, one head for all": dict(num_key_value_heads=1),
+          "llama, own head_dim": dict(head_dim=12),
+          "llama, rope_theta": dict(rope_parameters={"rope_type": "default", "rope_theta": 50.0}),
+          "llama, llama3": dict(rope_parameters={**LLAMA3, "rope_theta": 500000.0}),
+          "mistral": dict(sliding_window=None), "mistral, window": dict(sliding_window=40),
+          "qwen2": {}, "qwen2, tied": dict(tie_word_embeddings=True), "qwen3": dict(head_dim=12),}
 
 
 def their_llama(folder, kind="llama", dtype=None, **config):
-    """A random tiny model of the family, saved by transformers, with biases and norms that matter."""
-    shape = dict(vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-5, pad_token_id=None,
-                 bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
+    """A random tiny model of the family, saved by transformers, with biases and norms that
+    matter."""
+    shape = dict(vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=3,
+                 num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                 max_position_embeddings=64, rms_norm_eps=1e-5, pad_token_id=None, bos_token_id=1,
+                 eos_token_id=2, tie_word_embeddings=False)
     config = transformers.AutoConfig.for_model(kind, **{**shape, **config})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -68,8 +71,10 @@ def edit_config(folder, **changes):
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_logits_and_loss_equal_transformers_both_ways(tmp_path, name):
-    """Their folder read here and our folder read there give the same logits, within 1e-5 of the largest, and loss."""
-    theirs, ours = their_llama(tmp_path, name.split(",")[0], **THEIRS[name]), from_pretrained(tmp_path)
+    """Their folder read here and our folder read there give the same logits, within 1e-5 of the
+    largest, and loss."""
+    theirs, ours = their_llama(tmp_path, name.split(",")[0],
+                               **THEIRS[name]), from_pretrained(tmp_path)
     idx = torch.randint(0, 97, (3, 40))
     with torch.no_grad():
         expected = theirs(idx, labels=idx)
@@ -89,7 +94,8 @@ def test_logits_and_loss_equal_transformers_both_ways(tmp_path, name):
 
 @pytest.mark.parametrize("style", ["transformers 4", "older", "transformers 5"])
 def test_positions_are_read_from_old_and_new_config_files(tmp_path, style):
-    """rope_theta and rope_scaling, with rope_type or the older type, or both in rope_parameters: the same model."""
+    """rope_theta and rope_scaling, with rope_type or the older type, or both in rope_parameters:
+    the same model."""
     their_llama(tmp_path, rope_parameters={**LLAMA3, "rope_theta": 500000.0})
     expected = from_pretrained(tmp_path).config
     if style == "transformers 5":
@@ -106,8 +112,8 @@ def test_positions_are_read_from_old_and_new_config_files(tmp_path, style):
 
 
 def test_rotary_positions_are_their_equation():
-    """In float64 by complex numbers: channels i and i + hs / 2 of a head are one number, turned by position times
-    theta^(-2 i / hs). So the product of q and k depends on their distance alone."""
+    """In float64 by complex numbers: channels i and i + hs / 2 of a head are one number, turned by
+    position times theta^(-2 i / hs). So the product of q and k depends on their distance alone."""
     config = tiny_llama(head_dim=8).config
     q, k = torch.randn(2, 1, 12, 3, 8, dtype=torch.float64)
     cos, sin = rotary(torch.arange(12), config)
@@ -115,7 +121,8 @@ def test_rotary_positions_are_their_equation():
     numbers = torch.complex(q[..., :4], q[..., 4:])
     for t in range(12):
         for i in range(4):
-            expected = numbers[0, t, :, i] * complex(math.cos(t * 1e5 ** (-i / 4)), math.sin(t * 1e5 ** (-i / 4)))
+            expected = numbers[0, t, :, i] * complex(math.cos(t * 1e5 ** (-i / 4)),
+                                                     math.sin(t * 1e5 ** (-i / 4)))
             found = torch.complex(turned[0, t, :, i], turned[0, t, :, 4 + i])
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     q, k = (x[:, :1].expand(-1, 12, -1, -1) for x in (q, k))
@@ -124,15 +131,17 @@ def test_rotary_positions_are_their_equation():
 
 
 def test_absent_keys_mean_what_they_mean_there(tmp_path):
-    """Llama 2's config.json has no rope_theta, head_dim or attention_bias; Mistral v0.1's says nothing of heads'
-    width; null key and value heads are as many as the heads. The window of a Mistral is where its context ends."""
+    """Llama 2's config.json has no rope_theta, head_dim or attention_bias; Mistral v0.1's says
+    nothing of heads' width; null key and value heads are as many as the heads. The window of a
+    Mistral is where its context ends."""
     theirs = their_llama(tmp_path, num_key_value_heads=4)
     absent = "rope_parameters", "head_dim", "attention_bias", "mlp_bias", "tie_word_embeddings"
     edit_config(tmp_path, **dict.fromkeys(absent))
     path, idx = tmp_path / "config.json", torch.randint(0, 97, (2, 20))
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_key_value_heads": None}))
     with torch.no_grad():
-        torch.testing.assert_close(from_pretrained(tmp_path)(idx)[0], theirs(idx).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(from_pretrained(tmp_path)(idx)[0], theirs(idx).logits, rtol=0,
+                                   atol=1e-4)
     their_llama(tmp_path, "mistral", max_position_embeddings=8192)
     for window, context in ((None, 4096), ("null", 8192), (40, 40)):
         edit_config(tmp_path, sliding_window=window)
@@ -164,43 +173,53 @@ OTHER_MODELS = {
                   quantization_config={"bits": 4}),
     "qwen2": dict(attention_bias=False, use_sliding_window=True, use_mrope=True),
     "qwen3": dict(layer_types=["full_attention", "sliding_attention", "full_attention"])}
-REFUSED = [
-    *((kind, {key: value}, f"{key} {value!r} is not supported")
-      for kind, keys in OTHER_MODELS.items() for key, value in keys.items()),
-    ("llama", dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}), "partial_rotary_factor"),
-    ("qwen3", dict(layer_types="sliding_attention"), "layer_types"),
-    ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_type 'yarn' is not supported"),
-    ("llama", dict(rope_scaling={"type": "dynamic", "factor": 2.0}, rope_parameters=None), "'dynamic' is not"),
-    ("llama", dict(rope_scaling={**LLAMA3, "factor": 4.0}, rope_parameters=LLAMA3), "contradicts"),
-    ("llama", dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}, rope_parameters=None), "low_freq_factor of"),
-    ("llama", dict(rope_parameters={**LLAMA3, "factor": 0.5}), "needs factor >= 1"),
-    ("llama", dict(rope_parameters={**LLAMA3, "low_freq_factor": 4.0}), "low_freq_factor < high_freq_factor"),
-    ("llama", dict(rope_parameters={**LLAMA3, "factor": "8"}), "must be a number above 0, not '8'"),
-    ("llama", dict(rope_parameters=None, rope_theta=-1), "rope_theta must be a number above 0"),
-    ("llama", dict(rope_parameters=[1]), "must be objects"),
-    ("llama", dict(num_attention_heads=5, head_dim=None), "hidden_size 32 is not a multiple of num_attention_heads 5"),
-    ("llama", dict(num_key_value_heads=3), "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
-    ("llama", dict(head_dim=7), "head_dim 7 is odd"), ("llama", dict(head_dim=0), "head_dim must be a whole number"),
-    ("llama", dict(num_key_value_heads=0), "num_key_value_heads must be a whole number"),
-    ("llama", dict(rms_norm_eps=None), "lacks rms_norm_eps"), ("qwen3", dict(head_dim=None), "lacks head_dim"),
-    ("mistral", dict(num_key_value_heads=None), "lacks num_key_value_heads"),
-    ("llama", dict(rms_norm_eps=2), "rms_norm_eps must be in (0, 1)"),
-    ("llama", dict(vocab_size=True), "vocab_size must be a whole number"),
-    ("llama", dict(tie_word_embeddings="yes"), "tie_word_embeddings must be true or false"),
-    ("mistral", dict(sliding_window=-1), "sliding_window must be a whole number"),
-    ("llama", dict(intermediate_size=44), "has shape"), ("llama", dict(num_hidden_layers=4), "lacks model.layers.3"),
-    ("llama", dict(tie_word_embeddings=True), "only tied heads are supported"),
-]
+REFUSED = [*((kind, {key: value}, f"{key} {value!r} is not supported")
+             for kind, keys in OTHER_MODELS.items() for key, value in keys.items()),
+           ("llama", dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+            "partial_rotary_factor"),
+           ("qwen3", dict(layer_types="sliding_attention"), "layer_types"),
+           ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_type 'yarn' "
+            "is not supported"),
+           ("llama", dict(rope_scaling={"type": "dynamic", "factor": 2.0}, rope_parameters=None),
+            "'dynamic' is not"),
+           ("llama", dict(rope_scaling={**LLAMA3, "factor": 4.0}, rope_parameters=LLAMA3),
+            "contradicts"),
+           ("llama", dict(rope_scaling={"rope_type": "llama3", "factor": 8.0},
+                          rope_parameters=None), "low_freq_factor of"),
+           ("llama", dict(rope_parameters={**LLAMA3, "factor": 0.5}), "needs factor >= 1"),
+           ("llama", dict(rope_parameters={**LLAMA3, "low_freq_factor": 4.0}), "low_freq_factor < "
+            "high_freq_factor"),
+           ("llama", dict(rope_parameters={**LLAMA3, "factor": "8"}), "must be a number above 0, "
+            "not '8'"), ("llama", dict(rope_parameters=None, rope_theta=-1), "rope_theta must be a "
+                         "number above 0"), ("llama", dict(rope_parameters=[1]), "must be objects"),
+           ("llama", dict(num_attention_heads=5, head_dim=None), "hidden_size 32 is not a multiple "
+            "of num_attention_heads 5"),
+           ("llama", dict(num_key_value_heads=3), "num_attention_heads 4 is not a multiple of "
+            "num_key_value_heads 3"), ("llama", dict(head_dim=7), "head_dim 7 is odd"),
+           ("llama", dict(head_dim=0), "head_dim must be a whole number"),
+           ("llama", dict(num_key_value_heads=0), "num_key_value_heads must be a whole number"),
+           ("llama", dict(rms_norm_eps=None), "lacks rms_norm_eps"),
+           ("qwen3", dict(head_dim=None), "lacks head_dim"),
+           ("mistral", dict(num_key_value_heads=None), "lacks num_key_value_heads"),
+           ("llama", dict(rms_norm_eps=2), "rms_norm_eps must be in (0, 1)"),
+           ("llama", dict(vocab_size=True), "vocab_size must be a whole number"),
+           ("llama", dict(tie_word_embeddings="yes"), "tie_word_embeddings must be true or false"),
+           ("mistral", dict(sliding_window=-1), "sliding_window must be a whole number"),
+           ("llama", dict(intermediate_size=44), "has shape"),
+           ("llama", dict(num_hidden_layers=4), "lacks model.layers.3"),
+           ("llama", dict(tie_word_embeddings=True), "only tied heads are supported"),]
 
 
-@pytest.mark.parametrize("kind, changes, message", REFUSED, ids=[message for *_, message in REFUSED])
+@pytest.mark.parametrize("kind, changes, message", REFUSED,
+                         ids=[message for *_, message in REFUSED])
 def test_what_is_not_computed_is_refused(tmp_path, kind, changes, message):
     """One line that names the file, the key and its value."""
     their_llama(tmp_path, kind, **(dict(head_dim=8) if kind == "qwen3" else {}))
     edit_config(tmp_path, **changes)
     with pytest.raises(ValueError) as error:
         from_pretrained(tmp_path)
-    assert message in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert (message in str(error.value) and str(tmp_path) in str(error.value)
+            and "\n" not in str(error.value))
 
 
 def test_weights_under_other_names_are_read(tmp_path):
@@ -211,10 +230,12 @@ def test_weights_under_other_names_are_read(tmp_path):
     state = load_file(file)
     old = {**state, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     bare = {key.removeprefix("model."): t for key, t in state.items()}
-    for variant in (old, bare, {**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}):
+    for variant in (old, bare,
+                    {**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}):
         save_file(variant, file)
         found = from_pretrained(tmp_path).state_dict()
-        assert found.keys() == expected.keys() and all(torch.equal(found[k], t) for k, t in expected.items())
+        assert found.keys() == expected.keys() and all(torch.equal(found[k], t)
+                                                       for k, t in expected.items())
     save_file({**state, "model.norm.weight": torch.ones(32, dtype=torch.int8)}, file)
     with pytest.raises(ValueError, match=r"model.norm.weight is of torch.int8"):
         from_pretrained(tmp_path)
@@ -234,7 +255,8 @@ ADAPTED = {"gpt2": ("transformer.h", dict(o="attn.c_proj", up="mlp.c_fc")),
 
 @pytest.mark.parametrize("kind", ADAPTED)
 def test_the_gradients_of_adapters_are_pefts(tmp_path, kind):
-    """Same weights, same factors, same batch: dL/dA and dL/dB equal transformers + peft's within 1e-4 relative."""
+    """Same weights, same factors, same batch: dL/dA and dL/dB equal transformers + peft's within
+    1e-4 relative."""
     blocks, names = ADAPTED[kind]
     if kind == "roberta":
         theirs = their_roberta(tmp_path, "RobertaForSequenceClassification")
@@ -266,7 +288,7 @@ def test_the_gradients_of_adapters_are_pefts(tmp_path, kind):
         assert b.grad.abs().max() > 0 and (a.grad - b.grad).abs().max() < 1e-4 * b.grad.abs().max()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Models of `transformers` as they are
 
 SMALL = dict(vocab_size=97, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
@@ -281,9 +303,10 @@ def their_bert(folder):
     return model
 
 
-OF_TRANSFORMERS = pytest.mark.parametrize("make, targets", [
-    (their_llama, ["q_proj", "v_proj", "down_proj"]), (their_bert, ["query", "attention.output.dense"])],
-    ids=["llama", "bert"])
+OF_TRANSFORMERS = pytest.mark.parametrize("make, targets",
+                                          [(their_llama, ["q_proj", "v_proj", "down_proj"]),
+                                           (their_bert, ["query", "attention.output.dense"])],
+                                          ids=["llama", "bert"])
 
 
 def put_in(model, method, hparams, targets, std):
@@ -303,9 +326,10 @@ def calibrate(model, layers, idx):
 @OF_TRANSFORMERS
 @every_variant
 @torch.no_grad()
-def test_adapters_on_models_of_transformers_are_saved_and_loaded(tmp_path, method, hparams, make, targets):
-    """The folder has the model's own module paths. PEFT over the same base, and load_adapter, give the logits of the
-    merged model; a head that trains travels along."""
+def test_adapters_on_models_of_transformers_are_saved_and_loaded(tmp_path, method, hparams, make,
+                                                                 targets):
+    """The folder has the model's own module paths. PEFT over the same base, and load_adapter, give
+    the logits of the merged model; a head that trains travels along."""
     model, idx = make(tmp_path / "base"), torch.randint(3, 97, (2, 12))
     layers = put_in(model, method, hparams, targets, 0.4)
     if make is their_bert:
@@ -328,18 +352,21 @@ def test_adapters_on_models_of_transformers_are_saved_and_loaded(tmp_path, metho
 @OF_TRANSFORMERS
 @every_variant
 def test_models_of_transformers_in_bf16_train_and_merge(tmp_path, method, hparams, make, targets):
-    """Outside autocast: forward, gradients of fp32 factors, and a merge within bf16's rounding of the logits."""
+    """Outside autocast: forward, gradients of fp32 factors, and a merge within bf16's rounding of
+    the logits."""
     model, idx = make(tmp_path / "base").bfloat16(), torch.randint(3, 97, (2, 12))
     layers = put_in(model, method, hparams, targets, 0.2)
     model(idx).logits.float().square().mean().backward()
     grads = [p.grad for p in factors(layers)]
-    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads) and any(g.any() for g in grads)
+    assert all(g.dtype == torch.float32 and g.isfinite().all()
+               for g in grads) and any(g.any() for g in grads)
     model.eval()
     with torch.no_grad():
         calibrate(model, layers, idx)
         unmerged = model(idx).logits.float()
         exact = all(layer.exact_merge for layer in layers)
-        merged = lora.merge(model).bfloat16()(idx).logits.float()  # Delta-LoRA's W is fp32 until here
+        # Delta-LoRA's W is fp32 until here
+        merged = lora.merge(model).bfloat16()(idx).logits.float()
     assert merged.isfinite().all()
     if exact and hparams.get("cut") is None:
         assert (merged - unmerged).abs().max() < 0.06 * unmerged.abs().max()
@@ -395,7 +422,8 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
 
 @pytest.mark.parametrize("shortcut, fails", [("input", True), ("middle", True), ("block", False)])
 def test_their_gradient_checkpointing_fails_with_its_name(tmp_path, shortcut, fails):
-    """It runs blocks again out of order: ResLoRA's input and middle say so, block reads nothing of other layers."""
+    """It runs blocks again out of order: ResLoRA's input and middle say so, block reads nothing of
+    other layers."""
     model = their_llama(tmp_path).train()
     put_in(model, "reslora", dict(shortcut=shortcut), ["q_proj", "v_proj"], 0.4)
     model.gradient_checkpointing_enable()
@@ -405,12 +433,12 @@ def test_their_gradient_checkpointing_fails_with_its_name(tmp_path, shortcut, fa
         model(idx, labels=idx).loss.backward()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # bf16, and activation checkpointing
 
 def test_a_base_in_bf16_stays_so(tmp_path):
-    """Linears and embeddings are the file's numbers, norms are fp32, adapters and a W that moves too. Under autocast
-    the loss is near that in fp32."""
+    """Linears and embeddings are the file's numbers, norms are fp32, adapters and a W that moves
+    too. Under autocast the loss is near that in fp32."""
     their_llama(tmp_path, dtype=torch.bfloat16)
     model, exact = from_pretrained(tmp_path, dtype=torch.bfloat16), from_pretrained(tmp_path)
     for name, p in model.named_parameters():
@@ -423,14 +451,16 @@ def test_a_base_in_bf16_stays_so(tmp_path):
     layers = adapted(model, "lora", {})
     again = adapted(exact, "lora", {})
     for layer, other in zip(layers, again, strict=True):
-        assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32 and layer.weight.dtype == torch.bfloat16
-        other.load_state_dict({**other.state_dict(), "lora_A": layer.lora_A, "lora_B": layer.lora_B})
+        assert (layer.lora_A.dtype == layer.lora_B.dtype == torch.float32 and layer.weight.dtype
+                == torch.bfloat16)
+        other.load_state_dict({**other.state_dict(), "lora_A": layer.lora_A,
+                               "lora_B": layer.lora_B})
     with torch.autocast("cpu", torch.bfloat16):
         assert model.hidden(idx).dtype == torch.float32  # what the blocks write is summed in fp32
         loss = model(idx, targets)[1]
         loss.backward()
-    assert loss.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in model.parameters()
-                                               if p.requires_grad)
+    assert loss.dtype == torch.float32 and all(p.grad.dtype == torch.float32
+                                               for p in model.parameters() if p.requires_grad)
     torch.testing.assert_close(loss, exact(idx, targets)[1], rtol=0.02, atol=0)
 
 
@@ -473,8 +503,8 @@ def test_a_merge_into_large_weights_in_bf16_is_rounded_once(method, hparams):
 @every_variant
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_activation_checkpointing_changes_no_gradient(method, hparams, dropout):
-    """In float64 they are the same numbers, with dropout too, also of ResLoRA, whose layers read those of earlier
-    blocks; and no activation stays behind."""
+    """In float64 they are the same numbers, with dropout too, also of ResLoRA, whose layers read
+    those of earlier blocks; and no activation stays behind."""
     if dropout and method == "deltalora":
         pytest.skip("Delta-LoRA has no dropout")
     model = tiny_llama()
@@ -507,33 +537,41 @@ def test_activation_checkpointing_keeps_less(monkeypatch):
     assert saved(True) < 0.5 * saved(False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizers
 
 def sentencepiece_like(folder, bos=True):
-    """A tokenizer.json as Llama 2's: a space before every text, no cuts, bytes for what it does not know, and <s>."""
+    """A tokenizer.json as Llama 2's: a space before every text, no cuts, bytes for what it does not
+    know, and <s>."""
     from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
-    lines = [row["question"] for row in map(json.loads, open(f"{DATA}/gsm8k/train.jsonl"))][:300] if DATA else []
+    lines = ([row["question"] for row in map(json.loads, open(f"{DATA}/gsm8k/train.jsonl"))][:300]
+             if DATA else [])
     lines += ["The Mill serves Italian food.", "a b c", "name : The Mill || It is cheap."] * 20
     bytes_ = [f"<0x{b:02X}>" for b in range(256)]
     backend = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                         decoders.Strip(" ", 1, 0)])
-    backend.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=700, show_progress=False, max_token_length=8,
-                                                           special_tokens=["<unk>", "<s>", "</s>", *bytes_]))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
+                                               normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                         decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=700, show_progress=False,
+                                                           max_token_length=8,
+                                                           special_tokens=["<unk>", "<s>", "</s>",
+                                                                           *bytes_]))
     if bos:
-        backend.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
+        backend.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B",
+                                                               [("<s>", 1)])
     folder.mkdir(exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}))
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+        "unk_token": "<unk>"}))
     return folder
 
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_texts_begin_and_end_as_the_tokenizer_says(tmp_path, bos):
-    """With the token that it puts there itself, else with the one that ends a text; add_bos_token overrules."""
+    """With the token that it puts there itself, else with the one that ends a text; add_bos_token
+    overrules."""
     folder = sentencepiece_like(tmp_path, bos)
     names = json.loads((folder / "tokenizer_config.json").read_text())
     nameless = {key: name for key, name in names.items() if key != "eos_token"}
@@ -552,22 +590,24 @@ def test_texts_begin_and_end_as_the_tokenizer_says(tmp_path, bos):
 
 
 def test_the_end_of_a_text_is_what_the_files_of_a_llama_say(tmp_path, small_llama):
-    """A chat model has <|endoftext|> too, but ends its texts otherwise; a GPT-2 ends them with <|endoftext|>."""
+    """A chat model has <|endoftext|> too, but ends its texts otherwise; a GPT-2 ends them with
+    <|endoftext|>."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(small_llama / name, tmp_path)
     file = json.loads((tmp_path / "tokenizer.json").read_text())
     file["added_tokens"].append({**file["added_tokens"][-1], "id": 320, "content": "<|im_end|>"})
     (tmp_path / "tokenizer.json").write_text(json.dumps(file))
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": {"content": "<|im_end|>"}}))
+    config["eos_token"] = {"content": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     for config, end in ((LlamaConfig(321), 320), (GPTConfig(321), 319)):
         found = tokenizers.for_model(tmp_path, config)
         assert found.bos == found.eos == end
 
 
 def test_a_record_and_its_text_are_encoded_as_one(tmp_path):
-    """Apart, each would get a space of its own in front. The loss begins where the record ends, and decoding the rest
-    gives the text. A tokenizer that joins the two is refused."""
+    """Apart, each would get a space of its own in front. The loss begins where the record ends, and
+    decoding the rest gives the text. A tokenizer that joins the two is refused."""
     tokenizer = tokenizers.load(sentencepiece_like(tmp_path), 1000, None)
     pairs = [("name : The Mill", "It is cheap."), ("a", "b </s> c")]
     examples, cut = Write(tokenizer, 64).encode(pairs)
@@ -598,7 +638,8 @@ def lines_of(texts_folder):
         yield from (value for row in rows for value in row.values() if isinstance(value, str))
 
 
-def test_token_ids_of_a_sentencepiece_like_vocabulary_are_those_of_transformers(tmp_path, texts_folder):
+def test_token_ids_of_a_sentencepiece_like_vocabulary_are_those_of_transformers(tmp_path,
+                                                                                texts_folder):
     """On every third line of E2E, GSM8K and SST-2."""
     ours = tokenizers.load(sentencepiece_like(tmp_path), 1000, None)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -607,7 +648,7 @@ def test_token_ids_of_a_sentencepiece_like_vocabulary_are_those_of_transformers(
     assert ours.encode_ordinary_batch(texts) == theirs(texts, add_special_tokens=False).input_ids
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line
 
 @pytest.fixture
@@ -617,7 +658,8 @@ def run(small_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "EVAL_EXAMPLES", 16)
     monkeypatch.setattr(evaluate, "SCORED", 4)
     monkeypatch.setattr(restaurants, "MAX_NEW", 12, raising=False)
-    monkeypatch.setattr(train, "print_examples", lambda *_: None)  # untrained models write to the end of their room
+    # untrained models write to the end of their room
+    monkeypatch.setattr(train, "print_examples", lambda *_: None)
     monkeypatch.setattr(plots, "draw_curve", lambda *_: None)
 
     def run(name, *flags, steps=12, folder=small_llama):
@@ -638,15 +680,17 @@ def same(a, b):
     return all(abs(a[name] - b[name]) <= 1e-4 * abs(b[name]) for name in a)
 
 
-@pytest.mark.parametrize("flags", [
-    ("--method", "lora", "--targets", "q,k,v,o,gate,up,down"), ("--method", "reslora", "--shortcut", "block"),
-    ("--method", "deltalora"), ("--method", "adalora", "--lr", ".05")], ids=lambda f: f[1])
+@pytest.mark.parametrize("flags", [("--method", "lora", "--targets", "q,k,v,o,gate,up,down"),
+                                   ("--method", "reslora", "--shortcut", "block"),
+                                   ("--method", "deltalora"),
+                                   ("--method", "adalora", "--lr", ".05")], ids=lambda f: f[1])
 def test_a_run_on_a_llama_merges_exactly_and_peft_loads_it(tmp_path, small_llama, run, flags,
                                                            capsys):
-    """The loss falls, merged reports what unmerged does, PEFT over the same folder computes our merged logits, and
-    generate.py writes the same with the adapter merged and not."""
+    """The loss falls, merged reports what unmerged does, PEFT over the same folder computes our
+    merged logits, and generate.py writes the same with the adapter merged and not."""
     found = run("run", *flags)["metrics"]
-    assert found["unmerged"]["loss"] < found["base"]["loss"] and same(found["merged"], found["unmerged"])
+    assert found["unmerged"]["loss"] < found["base"]["loss"] and same(found["merged"],
+                                                                      found["unmerged"])
     ours, idx = from_pretrained(small_llama), torch.randint(0, 320, (2, 30))
     base = transformers.AutoModelForCausalLM.from_pretrained(small_llama, dtype=torch.float32)
     adapters.load_adapter(ours, tmp_path / "run")
@@ -656,7 +700,8 @@ def test_a_run_on_a_llama_merges_exactly_and_peft_loads_it(tmp_path, small_llama
     capsys.readouterr()
     texts = []
     for how in ([], ["--unmerged"]):
-        generate.main([str(tmp_path / "run"), "name : The Mill | food : Italian", "--max-new", "12", *how])
+        generate.main([str(tmp_path / "run"), "name : The Mill | food : Italian", "--max-new", "12",
+                       *how])
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and texts[0].strip()
 
@@ -674,7 +719,8 @@ def test_a_run_with_activation_checkpointing_has_the_numbers_of_one_without(run,
 
 
 def test_a_merged_bf16_base_is_saved_in_bf16_and_measured(tmp_path, small_llama, run, capsys):
-    """merged/ has the base's type, a line and a row of result.json say so, and what is saved computes that row."""
+    """merged/ has the base's type, a line and a row of result.json say so, and what is saved
+    computes that row."""
     found = run("run", "--method", "lora", "--save-merged")["metrics"]
     assert "merged is in bfloat16, as the base is" in capsys.readouterr().out
     merged = load_file(tmp_path / "run/merged/model.safetensors")
@@ -685,33 +731,39 @@ def test_a_merged_bf16_base_is_saved_in_bf16_and_measured(tmp_path, small_llama,
     assert torch.equal(merged[name], W.bfloat16()) and not torch.equal(merged[name].float(), W)
     assert not torch.equal(merged[name], load_file(small_llama / "model.safetensors")[name])
     config = json.loads((tmp_path / "run/merged/config.json").read_text())
-    assert config["bos_token_id"] == config["eos_token_id"] == 319  # <|endoftext|> begins and ends its texts
+    # <|endoftext|> begins and ends its texts
+    assert config["bos_token_id"] == config["eos_token_id"] == 319
     again = run("again", "--method", "lora", steps=1, folder=tmp_path / "run/merged")["metrics"]
     assert same(again["base"], found["merged, saved in bfloat16"])
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/merged", dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/merged",
+                                                               dtype=torch.float32)
     idx = torch.randint(0, 320, (2, 30))
     with torch.no_grad():
         ours = from_pretrained(tmp_path / "run/merged")(idx)[0]
-        torch.testing.assert_close(theirs(idx).logits, ours, rtol=0, atol=1e-5 * ours.abs().max().item())
+        torch.testing.assert_close(theirs(idx).logits, ours, rtol=0,
+                                   atol=1e-5 * ours.abs().max().item())
 
 
 def test_a_report_on_a_part_of_the_test_split(tmp_path, small_llama, run, capsys):
-    """--test-texts: the same texts whatever the seed, and result.json says how many of how many. The base is measured
-    once for runs side by side, and again for another part or other data."""
+    """--test-texts: the same texts whatever the seed, and result.json says how many of how many.
+    The base is measured once for runs side by side, and again for another part or other data."""
     first = run("a", steps=1)
     assert "evaluate the base: the loss of 20 test examples" in capsys.readouterr().out
     rows = data.load("restaurants")["test"]
     assert first["splits"]["test"] == f"test, 20 of {len(rows)} texts"
     assert first["settings"]["test_texts"] == 20
     chosen = Dataset("restaurants", None, 20).encode(small_llama, from_pretrained(small_llama), 256)
-    assert len(chosen.pairs["test"]) == len(chosen.examples["test"]) == 20 != len(chosen.pairs["validation"])
+    assert (len(chosen.pairs["test"]) == len(chosen.examples["test"]) == 20
+            != len(chosen.pairs["validation"]))
     places = [rows.index(pair) for pair in chosen.pairs["test"]]
     assert places == sorted(places) and places[-1] > len(rows) / 2  # from all over the split
     second = run("b", "--seed", 3, steps=1)
-    assert f"evaluate the base: its report is that of {tmp_path / 'a/result.json'}" in capsys.readouterr().out
+    assert (f"evaluate the base: its report is that of {tmp_path / 'a/result.json'}"
+            in capsys.readouterr().out)
     other = run("c", "--test-texts", 9, steps=1)
     assert "its report" not in capsys.readouterr().out
-    (tmp_path / "a/result.json").write_text('{"metrics": 3}')  # a damaged neighbour is not this run's business
+    # a damaged neighbour is not this run's business
+    (tmp_path / "a/result.json").write_text('{"metrics": 3}')
     (tmp_path / "b/result.json").unlink()
     again = run("d", steps=1)
     first, second, other, again = (result["metrics"]["base"]
@@ -735,8 +787,8 @@ def test_a_bad_folder_ends_in_one_line(tmp_path, small_llama, run, capsys):
 
 
 def test_bf16_arithmetic_trains(run):
-    """--dtype bfloat16: the base is in bf16, and the run ends near that in fp32. Reports are in fp32, so an exact merge
-    is exact; what is saved is rounded, and measured."""
+    """--dtype bfloat16: the base is in bf16, and the run ends near that in fp32. Reports are in
+    fp32, so an exact merge is exact; what is saved is rounded, and measured."""
     exact = run("exact", "--method", "reslora", steps=6)["metrics"]
     found = run("run", "--method", "reslora", "--dtype", "bfloat16", "--save-merged",
                 steps=6)["metrics"]
@@ -744,7 +796,8 @@ def test_bf16_arithmetic_trains(run):
     assert "merged, saved in bfloat16" in found
     for method in ("lora", "deltalora"):
         found = run(method, "--method", method, "--dtype", "bfloat16", steps=3)["metrics"]
-        assert abs(found["merged"]["loss"] - found["unmerged"]["loss"]) < 1e-5 * found["merged"]["loss"]
+        assert abs(found["merged"]["loss"]
+                   - found["unmerged"]["loss"]) < 1e-5 * found["merged"]["loss"]
     full = run("full", "--method", "full", "--dtype", "bfloat16", "--lr", "1e-3",
                steps=3)["metrics"]
     assert full["trained"]["loss"] < full["base"]["loss"]
@@ -753,14 +806,17 @@ def test_bf16_arithmetic_trains(run):
 def test_a_base_with_a_fresh_head_is_measured_in_every_run(tmp_path, run, small_roberta, capsys):
     """Each run has a head of its own, so what one measured says nothing of another."""
     for seed in "0", "1":
-        train.main(["--model", str(small_roberta), "--dataset", "reviews", "--method", "head", "--context", "64",
-                    "--steps", "1", "--test-texts", "20", "--seed", seed, "--out",
-                    f"{tmp_path / seed}"])
+        train.main(["--model", str(small_roberta), "--dataset", "reviews", "--method", "head",
+                    "--context", "64", "--steps", "1", "--test-texts", "20", "--seed", seed,
+                    "--out", f"{tmp_path / seed}"])
         assert "its report is that of" not in capsys.readouterr().out
 
 
 def test_what_trains_is_fp32_whatever_the_arithmetic():
-    """A frozen base has the type of the arithmetic; weights that AdamW moves a little at a time are fp32."""
-    for method, dtype in (("lora", torch.bfloat16), ("deltalora", torch.bfloat16), ("full", torch.float32)):
-        assert train.parse(["--method", method, "--dtype", "bfloat16", "--device", "cpu"]).base_dtype == dtype
+    """A frozen base has the type of the arithmetic; weights that AdamW moves a little at a time are
+    fp32."""
+    for method, dtype in (("lora", torch.bfloat16), ("deltalora", torch.bfloat16),
+                          ("full", torch.float32)):
+        assert train.parse(["--method", method, "--dtype", "bfloat16", "--device",
+                            "cpu"]).base_dtype == dtype
         assert train.parse(["--method", method, "--device", "cpu"]).base_dtype == torch.float32

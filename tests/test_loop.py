@@ -1,4 +1,5 @@
-"""What surrounds the mathematics in a run: schedules, batches, epochs, optimizer groups, evaluation, calibration."""
+"""What surrounds the mathematics in a run: schedules, batches, epochs, optimizer groups,
+evaluation, calibration."""
 import contextlib
 import json
 import math
@@ -30,7 +31,8 @@ CPU, PLAIN = torch.device("cpu"), contextlib.nullcontext()
 
 
 def examples_of_unlike_length(n=23, most=14):
-    """[(ids, start)] as Write makes them, from two tokens to `most`, with targets from the second token on or later."""
+    """[(ids, start)] as Write makes them, from two tokens to `most`, with targets from the second
+    token on or later."""
     rng = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, most + 1, (n,), generator=rng).tolist()
     return [(torch.randint(1, 61, (length,), generator=rng).tolist(), 1 + i % (length - 1))
@@ -86,7 +88,8 @@ def test_every_dataset_and_method_has_its_defaults():
         above = dataset in ("restaurants", "e2e", "reviews")
         for method in ("adalora", "loha", "lokr", *["head"] * (dataset == "reviews")):
             assert lr[method] > lr["lora"] if above else lr[method] >= lr["lora"]
-        args = flags.parse(["--dataset", dataset, "--epochs", "2", "--batch-size", "3", "--lr", "0.5"])
+        args = flags.parse(["--dataset", dataset, "--epochs", "2", "--batch-size", "3", "--lr",
+                            "0.5"])
         assert (args.steps, args.epochs, args.batch_size, args.lr) == (None, 2, 3, 0.5)
 
 
@@ -101,9 +104,11 @@ def test_defaults_that_depend_on_the_steps_are_what_the_help_says():
 
 
 def test_matrices_decay_and_vectors_do_not():
-    """Under a zero gradient a step multiplies matrices by 1 - lr * decay, and leaves biases and LayerNorms."""
+    """Under a zero gradient a step multiplies matrices by 1 - lr * decay, and leaves biases and
+    LayerNorms."""
     model = tiny_gpt().requires_grad_(True)
-    args = train.parse(["--method", "full", "--weight-decay", "0.5", "--lr", "0.1", "--device", "cpu"])
+    args = train.parse(["--method", "full", "--weight-decay", "0.5", "--lr", "0.1", "--device",
+                        "cpu"])
     optimizer = train.make_optimizer(model, args)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
@@ -111,13 +116,15 @@ def test_matrices_decay_and_vectors_do_not():
     optimizer.step()
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(before)
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.detach(), before[name] * (1 - 0.1 * 0.5 if p.dim() >= 2 else 1))
+        torch.testing.assert_close(p.detach(),
+                                   before[name] * (1 - 0.1 * 0.5 if p.dim() >= 2 else 1))
 
 
 # Batches
 
 def test_two_epochs_hold_every_example_once_each_in_different_orders():
-    """Whatever the size of the batches, whose composition changes too; the same seed gives the same epoch."""
+    """Whatever the size of the batches, whose composition changes too; the same seed gives the same
+    epoch."""
     examples = examples_of_unlike_length(200)
     for size in (1, 7, 200, 500):
         first, second = (data.epoch_batches(examples, size, f"0/{epoch}") for epoch in (0, 1))
@@ -126,25 +133,30 @@ def test_two_epochs_hold_every_example_once_each_in_different_orders():
             assert all(len(batch) <= size for batch in batches)
         assert first == data.epoch_batches(examples, size, "0/0")
         if size < 200:
-            assert first != second and {frozenset(b) for b in first} != {frozenset(b) for b in second} or size == 1
+            assert (first != second and {frozenset(b) for b in first}
+                    != {frozenset(b) for b in second} or size == 1)
 
 
 def test_batches_are_of_like_length_and_do_not_come_sorted():
-    """Little is padding: far less than with random batches. But short and long batches take turns."""
+    """Little is padding: far less than with random batches. But short and long batches take
+    turns."""
     examples = [([0] * length, 1) for length in range(2, 402)]
     batches = data.epoch_batches(examples, 8, "0/0")
     longest = [max(len(examples[i][0]) for i in batch) for batch in batches]
-    padding = sum(most * len(batch) for most, batch in zip(longest, batches, strict=True)) / sum(range(2, 402))
+    padding = sum(most * len(batch)
+                  for most, batch in zip(longest, batches, strict=True)) / sum(range(2, 402))
     assert padding < 1.1
     ups = sum(a < b for a, b in zip(longest, longest[1:], strict=False))
     assert 0.25 < ups / (len(longest) - 1) < 0.75
 
 
 def test_the_batches_of_a_run_go_through_the_data_and_are_found_again_after_a_skip():
-    """Two epochs are every target twice; skipping n steps gives what the (n + 1)-th step has; shares sum to `world`."""
+    """Two epochs are every target twice; skipping n steps gives what the (n + 1)-th step has;
+    shares sum to `world`."""
     examples = examples_of_unlike_length(23)
     task, size = Write(Namespace(bos=0, eos=0), 16), 5
-    steps = [step for step, _ in zip(data.step_batches(examples, task, size, seed=3), range(10), strict=False)]
+    steps = [step for step, _ in zip(data.step_batches(examples, task, size, seed=3), range(10),
+                                     strict=False)]
     targets = sum(int((t != -100).sum()) for step in steps for _, t, _ in step)
     assert targets == 2 * sum(len(ids) - start for ids, start in examples)
     for skip in (1, 4, 5, 7):
@@ -152,14 +164,15 @@ def test_the_batches_of_a_run_go_through_the_data_and_are_found_again_after_a_sk
         assert all(torch.equal(a[0], b[0]) for a, b in zip(again, steps[skip], strict=True))
     for world in (1, 2):
         for accumulate in (1, 3):
-            parts = [next(data.step_batches(examples, task, size, accumulate, rank=rank, world=world))
-                     for rank in range(world)]
+            parts = [next(data.step_batches(examples, task, size, accumulate, rank=rank,
+                                            world=world)) for rank in range(world)]
             assert sum(share for part in parts for _, _, share in part) == pytest.approx(world)
             assert all(len(part) == accumulate for part in parts)
 
 
 def test_a_masked_word_is_shown_as_mask_as_itself_or_as_an_ordinary_token(small_roberta):
-    """Never as <s>, <pad>, </s> or <unk>, and any ordinary token may stand for it, the first and the last included."""
+    """Never as <s>, <pad>, </s> or <unk>, and any ordinary token may stand for it, the first and
+    the last included."""
     tok = tokenizers.for_model(small_roberta, Namespace(model_type="roberta", vocab_size=325))
     task, shown = Mask(tok, 64), Counter()
     examples = [([0, *[100] * 60, 2], None)] * 40
@@ -173,8 +186,10 @@ def test_a_masked_word_is_shown_as_mask_as_itself_or_as_an_ordinary_token(small_
 # Evaluation
 
 @pytest.mark.parametrize("batch", [1, 4, 32])
-def test_the_loss_of_a_split_is_the_sum_of_cross_entropies_over_the_number_of_targets(monkeypatch, batch):
-    """Computed here one text at a time, from logits: whatever the batch, however unlike the lengths, dropout or not."""
+def test_the_loss_of_a_split_is_the_sum_of_cross_entropies_over_the_number_of_targets(monkeypatch,
+                                                                                      batch):
+    """Computed here one text at a time, from logits: whatever the batch, however unlike the
+    lengths, dropout or not."""
     monkeypatch.setattr(evaluate, "EVAL_BATCH", batch)
     model, examples = tiny_gpt(), examples_of_unlike_length()
     adapt(model, "lora", {}, dropout=0.5)
@@ -183,27 +198,34 @@ def test_the_loss_of_a_split_is_the_sum_of_cross_entropies_over_the_number_of_ta
     found, logits = evaluate.evaluate(model, examples, task, CPU, PLAIN)
     assert model.training and logits is None
     model.eval()
-    total = sum(F.cross_entropy(model(torch.tensor([ids[:-1]]))[0][0, start - 1:], torch.tensor(ids[start:]),
-                                reduction="sum").item() for ids, start in examples)
-    assert found == pytest.approx(total / sum(len(ids) - start for ids, start in examples), rel=1e-9)
+    total = sum(F.cross_entropy(model(torch.tensor([ids[:-1]]))[0][0, start - 1:],
+                                torch.tensor(ids[start:]), reduction="sum").item()
+                for ids, start in examples)
+    assert found == pytest.approx(total / sum(len(ids) - start for ids, start in examples),
+                                  rel=1e-9)
 
 
-def test_a_report_is_of_the_test_split_and_a_point_of_the_curve_of_the_validation_split(monkeypatch, small_roberta):
-    """A curve's point looks at the first so many texts, the report at all; accuracy is the share that is right."""
+def test_a_report_is_of_the_test_split_and_a_point_of_the_curve_of_the_validation_split(
+        monkeypatch, small_roberta):
+    """A curve's point looks at the first so many texts, the report at all; accuracy is the share
+    that is right."""
     model = tiny_roberta()
     rows = [([0, *torch.randint(3, 61, (3 + i % 4,)).tolist(), 2], i % 3) for i in range(30)]
     task = Label(Namespace(pad=1), 16, 3)
-    dataset = Namespace(examples={"train": [], "validation": rows[:10], "test": rows[10:]}, task=task,
-                        pairs={"train": [], "validation": [None] * 10, "test": [None] * 20}, labels=("a", "b", "c"),
-                        metrics=("accuracy",), module=Namespace())
+    dataset = Namespace(examples={"train": [], "validation": rows[:10], "test": rows[10:]},
+                        task=task,
+                        pairs={"train": [], "validation": [None] * 10, "test": [None] * 20},
+                        labels=("a", "b", "c"), metrics=("accuracy",), module=Namespace())
     monkeypatch.setattr(evaluate, "EVAL_LABELLED", 4)
 
     def by_hand(rows):
         model.eval()
         right = [model(torch.tensor([ids]))[0].argmax().item() == label for ids, label in rows]
         return sum(right) / len(right)
-    assert evaluate.report(model, dataset, CPU, PLAIN)["accuracy"] == pytest.approx(by_hand(rows[10:]))
-    assert evaluate.validate(model, dataset, CPU, PLAIN)["accuracy"] == pytest.approx(by_hand(rows[:4]))
+    assert evaluate.report(model, dataset, CPU,
+                           PLAIN)["accuracy"] == pytest.approx(by_hand(rows[10:]))
+    assert evaluate.validate(model, dataset, CPU,
+                             PLAIN)["accuracy"] == pytest.approx(by_hand(rows[:4]))
 
 
 def test_decoding_for_a_report_has_no_dropout_and_leaves_the_model_training(base):
@@ -217,14 +239,17 @@ def test_decoding_for_a_report_has_no_dropout_and_leaves_the_model_training(base
 
 
 @pytest.mark.whole
-def test_the_picture_of_ranks_has_a_row_for_each_layer_and_says_what_colours_mean(monkeypatch, tmp_path):
+def test_the_picture_of_ranks_has_a_row_for_each_layer_and_says_what_colours_mean(monkeypatch,
+                                                                                  tmp_path):
     """The first layer on top, the last rank beside its name, steps to the right."""
     figure, axis = pyplot.subplots()
     monkeypatch.setattr(plots, "picture", lambda path, **_: contextlib.nullcontext((figure, axis)))
     rows = [dict(step=2, ranks="4 4"), dict(step=6, ranks="3 0")]
     plots.draw_ranks(tmp_path / "a.png", rows, ["h.0.q", "h.1.q"], "t")
-    assert [text.get_text() for text in axis.get_yticklabels()] == ["0.q: 3", "1.q: 0"] and axis.yaxis_inverted()
-    assert figure.axes[1].get_ylabel() == "rank" and axis.get_xlim() == (0, 6) and axis.get_title() == "t"
+    assert ([text.get_text() for text in axis.get_yticklabels()] == ["0.q: 3", "1.q: 0"]
+            and axis.yaxis_inverted())
+    assert (figure.axes[1].get_ylabel() == "rank" and axis.get_xlim() == (0, 6) and axis.get_title()
+            == "t")
     pyplot.close(figure)
 
 
@@ -234,7 +259,8 @@ def test_cut_texts_are_counted_over_all_splits(base, monkeypatch):
     n = len(tokenizer.encode_ordinary("a ||")) + len(tokenizer.encode_ordinary(" abc")) + 2
     for context, cut in ((n - 1, 0), (n - 2, 1)):
         assert Write(tokenizer, context).encode([("a", "abc")])[1] == cut
-    pairs = {"train": [("a", "abc " * 40)] * 3, "validation": [("a", "abc " * 40)], "test": [("a", "abc " * 40)] * 2}
+    pairs = {"train": [("a", "abc " * 40)] * 3, "validation": [("a", "abc " * 40)],
+             "test": [("a", "abc " * 40)] * 2}
     monkeypatch.setattr(data, "load", lambda *_: pairs)
     assert data.Dataset("restaurants").encode(base, from_pretrained(base), 32).cut == 6
 
@@ -265,7 +291,8 @@ def test_a_result_counts_the_trained_parameters_and_names_every_flag_of_the_meth
 
 
 def test_the_loss_of_a_step_is_the_mean_over_its_targets_and_the_norm_that_of_its_gradient():
-    """Over the accumulations together, as one batch of all examples would give them, before the optimizer moves."""
+    """Over the accumulations together, as one batch of all examples would give them, before the
+    optimizer moves."""
     model = tiny_gpt()
     batches = next(data.step_batches(examples_of_unlike_length(12), Write(None, 20), 4, 3))
     assert len(batches) == 3
@@ -275,7 +302,8 @@ def test_the_loss_of_a_step_is_the_mean_over_its_targets_and_the_norm_that_of_it
     params = list(model.parameters())
     norm = torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)]).norm()
     args = Namespace(device=CPU, amp=PLAIN, label_smoothing=0.0, clip=0.0)
-    found = train.one_step(model, params, torch.optim.SGD(params, 0.1), NoAdapter, [], batches, 1, args)
+    found = train.one_step(model, params, torch.optim.SGD(params, 0.1), NoAdapter, [], batches, 1,
+                           args)
     torch.testing.assert_close(found, torch.stack([loss.detach(), norm]))
 
 
@@ -326,13 +354,16 @@ def test_a_failure_to_compile_is_a_line_and_any_other_a_traceback(capsys):
         with pytest.raises(SystemExit) as e:
             flags.command("x", lambda argv: None, run, [])
         assert e.value.code == 2
-        assert capsys.readouterr().err == "x: --compile does not work on this machine: no compiler here\n"
+        assert (capsys.readouterr().err == "x: --compile does not work on this machine: no "
+                "compiler here\n")
 
 
 def test_texts_come_back_in_the_order_of_their_records(monkeypatch):
     """Records are decoded sorted by length and in batches; each gets the text that it has alone."""
+    def encode(text):
+        return [1 + ord(c) % 59 for c in text.removesuffix(" ||")]
     model = tiny_gpt()
-    tokenizer = Namespace(encode_ordinary=lambda text: [1 + ord(c) % 59 for c in text.removesuffix(" ||")],
+    tokenizer = Namespace(encode_ordinary=encode,
                           bos=60, eos=60, decode=lambda ids: " ".join(map(str, ids)))
     pairs = [("abcdefg"[: 1 + (3 * i) % 7], "") for i in range(9)]
     monkeypatch.setattr(evaluate, "DECODED", 2)
@@ -344,7 +375,8 @@ def test_texts_come_back_in_the_order_of_their_records(monkeypatch):
 
 
 def test_a_point_of_the_curve_is_the_mean_over_the_steps_since_the_last_one():
-    """Rows of 10, 8, 2, 10 and 6 steps: the means over 18 and 18 steps, computed from the losses of single steps."""
+    """Rows of 10, 8, 2, 10 and 6 steps: the means over 18 and 18 steps, computed from the losses of
+    single steps."""
     losses = [1 / (1 + step) for step in range(36)]
     rows, before = [], 0
     for step, validated in ((10, False), (18, True), (20, False), (30, False), (36, True)):
@@ -391,7 +423,8 @@ def test_neither_more_padding_nor_dropout_changes_A_star():
     class Wider(Write):
         def collate(self, rows, seed=""):
             idx, targets, real = super().collate(rows, seed)
-            return F.pad(idx, (0, 2), value=7), F.pad(targets, (0, 2), value=-100), F.pad(real, (0, 2))
+            return F.pad(idx, (0, 2), value=7), F.pad(targets, (0, 2),
+                                                      value=-100), F.pad(real, (0, 2))
     model, found = tiny_gpt(), []
     layers = adapt(model, "reslora", {}, dropout=0.5)
     for kind in (Write, Wider, Write):
@@ -422,10 +455,12 @@ def test_compare_judges_a_rate_by_the_step_that_was_kept(tmp_path):
 
 def test_a_target_is_a_whole_name():
     """q does not adapt to_q, seq or q2; attn.q means the q inside attn."""
-    model = nn.ModuleDict({"attn": nn.ModuleDict({name: nn.Linear(4, 4) for name in ("q", "to_q", "seq", "q2")}),
+    model = nn.ModuleDict({"attn": nn.ModuleDict({name: nn.Linear(4, 4)
+                                                  for name in ("q", "to_q", "seq", "q2")}),
                            "cross": nn.ModuleDict({"q": nn.Linear(4, 4)})})
     lora.apply(model, lora.LoRALinear, ["attn.q"], r=2, alpha=2)
-    assert [name for name, m in model.named_modules() if isinstance(m, lora.LoRALinear)] == ["attn.q"]
+    assert [name for name, m in model.named_modules()
+            if isinstance(m, lora.LoRALinear)] == ["attn.q"]
     lora.merge(model)
     assert len(lora.apply(model, lora.LoRALinear, ["q"], r=2, alpha=2)) == 2
 

@@ -28,7 +28,8 @@ from reslora import MERGES, ResLoRALinear, calibrate
 @every_model
 @every_variant
 def test_merged_is_unmerged(method, hparams, tiny):
-    """After training steps the adapter changes the logits and an exact merge does not; approximate ones say so."""
+    """After training steps the adapter changes the logits and an exact merge does not; approximate
+    ones say so."""
     model = tiny()
     idx = batch(model)[0]
     base = model(idx)[0]
@@ -46,7 +47,8 @@ def test_merged_is_unmerged(method, hparams, tiny):
 @every_model
 @every_variant
 def test_merging_restores_the_architecture(method, hparams, tiny):
-    """The merged model has the base's modules, keys and dtypes; a bf16 W that the method moves has become fp32."""
+    """The merged model has the base's modules, keys and dtypes; a bf16 W that the method moves has
+    become fp32."""
     moves = METHODS[method].adapter.moves_weight
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny(dtype)
@@ -89,7 +91,8 @@ def test_merging_twice_is_refused():
 
 def test_merging_works_on_any_module():
     """Any nn.Module with named nn.Linears, bias or none, at any depth, even at the top."""
-    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.ModuleDict({"out": nn.Linear(16, 4)})["out"])
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(),
+                          nn.ModuleDict({"out": nn.Linear(16, 4)})["out"])
     x = torch.randn(5, 8)
     base = model(x)
     for layer in lora.apply(model, LoRALinear, ["0", "2"], r=2, alpha=4):
@@ -110,23 +113,34 @@ def test_apply_returns_layers_in_chain_order():
 
 
 def test_bad_surgery_leaves_the_model_as_it_was():
-    """Unknown target, rank out of range, tied weight, bad dropout: ValueError with the value, nothing replaced."""
+    """Unknown target, rank out of range, tied weight, bad dropout: ValueError with the value,
+    nothing replaced."""
     model = tiny_gpt()
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     tied[1].weight = tied[0].weight
-    for net, targets, hparams, message in [
-            (model, ["q", "value"], dict(r=2), "'value' matches no linear.*down, k, o, q, up, v"),
-            (model, ["q"], dict(r=0), "rank 0 is not in 1..16"), (model, ["q"], dict(r=17), "rank 17 is not in 1..16"),
-            (model, ["q"], dict(r=2.0), "rank 2.0"), (model, ["q"], dict(r=2, alpha=0), "alpha 0 is not above 0"),
-            (model, ["q"], dict(r=2, alpha=1e7), "alpha 10000000.0 is not above 0 and at most"),
-            (model, ["q"], dict(r=2, dropout=1.0), "dropout 1.0"), (tied, ["0"], dict(r=2), "shares its weight"),
-            (model, ["q", "attn.q"], dict(r=2), "meant by an earlier target"), (model, "qv", dict(r=2), "a list"),
-            (model, [], dict(r=2), "a list"), (nn.Linear(4, 4), [""], dict(r=2), "matches no linear"),
-            (nn.MultiheadAttention(4, 2), ["out_proj"], dict(r=2), "matches no linear")]:
+    for net, targets, hparams, message in [(model, ["q", "value"], dict(r=2), "'value' matches no "
+                                            "linear.*down, k, o, q, up, v"),
+                                           (model, ["q"], dict(r=0), "rank 0 is not in 1..16"),
+                                           (model, ["q"], dict(r=17), "rank 17 is not in 1..16"),
+                                           (model, ["q"], dict(r=2.0), "rank 2.0"),
+                                           (model, ["q"], dict(r=2, alpha=0),
+                                            "alpha 0 is not above 0"),
+                                           (model, ["q"], dict(r=2, alpha=1e7), "alpha 10000000.0 "
+                                            "is not above 0 and at most"),
+                                           (model, ["q"], dict(r=2, dropout=1.0), "dropout 1.0"),
+                                           (tied, ["0"], dict(r=2), "shares its weight"),
+                                           (model, ["q", "attn.q"], dict(r=2),
+                                            "meant by an earlier target"),
+                                           (model, "qv", dict(r=2), "a list"),
+                                           (model, [], dict(r=2), "a list"),
+                                           (nn.Linear(4, 4), [""], dict(r=2), "matches no linear"),
+                                           (nn.MultiheadAttention(4, 2), ["out_proj"], dict(r=2),
+                                            "matches no linear")]:
         modules, wanted = list(net.modules()), [p.requires_grad for p in net.parameters()]
         with pytest.raises(ValueError, match=message):
             lora.apply(net, LoRALinear, targets, **{"alpha": 1, **hparams})
-        assert list(net.modules()) == modules and [p.requires_grad for p in net.parameters()] == wanted
+        assert list(net.modules()) == modules and [p.requires_grad
+                                                   for p in net.parameters()] == wanted
 
 
 def test_a_second_apply_is_refused():
@@ -172,7 +186,8 @@ def trained_reslora(shortcut, m):
 def chain_inputs(model, layers, idx):
     """{layer: x_n (tokens, C)} of one forward."""
     xs = {}
-    hooks = [q.register_forward_hook(lambda q, args, _: xs.update({q: args[0].flatten(0, 1)})) for q in layers]
+    hooks = [q.register_forward_hook(lambda q, args, _: xs.update({q: args[0].flatten(0, 1)}))
+             for q in layers]
     model(idx)
     for hook in hooks:
         hook.remove()
@@ -188,7 +203,8 @@ def shortcut_part(layer, xs):
 
 @pytest.mark.parametrize("shortcut, m", APPROXIMATE)
 def test_regression_has_the_least_error_of_all_merges_on_its_calibration_data(shortcut, m):
-    """With eps = 0: |z_n - (A* - A) x_n| of every layer is below that of the paper's merges and of any other matrix."""
+    """With eps = 0: |z_n - (A* - A) x_n| of every layer is below that of the paper's merges and of
+    any other matrix."""
     model, layers = trained_reslora(shortcut, m)
     idx = tokens(16, 16)[0]
     xs = chain_inputs(model, layers, idx)
@@ -196,7 +212,8 @@ def test_regression_has_the_least_error_of_all_merges_on_its_calibration_data(sh
     assert len(hard) == 6
 
     def errors():
-        return torch.stack([(shortcut_part(q, xs) - xs[q] @ (q.A_star - q.lora_A).T).square().sum() for q in hard])
+        return torch.stack([(shortcut_part(q, xs) - xs[q] @ (q.A_star - q.lora_A).T).square().sum()
+                            for q in hard])
     calibrate(model, [idx], merge="regression", eps=0.0)
     best, A_star = errors(), [q.A_star for q in hard]
     for merge in MERGES[1:] if m == 1 else ("bi", "none"):
@@ -214,7 +231,8 @@ def test_regression_has_the_least_error_of_all_merges_on_its_calibration_data(sh
 
 @pytest.mark.parametrize("shortcut, m", APPROXIMATE)
 def test_P_is_the_ridge_solution_whose_eps_is_in_units_of_the_mean_diagonal(shortcut, m):
-    """64 channels, 40 tokens: fewer than channels, so eps decides. P = Z^T X (X^T X + 1e-3 mean_i (X^T X)_ii I)^-1."""
+    """64 channels, 40 tokens: fewer than channels, so eps decides. P = Z^T X (X^T X + 1e-3 mean_i
+    (X^T X)_ii I)^-1."""
     model = Chain(3, 64, 64)
     layers = lora.apply(model, ResLoRALinear, ["q"], r=4, alpha=4, shortcut=shortcut, pre_num=m)
     for layer in layers:
@@ -231,8 +249,9 @@ def test_P_is_the_ridge_solution_whose_eps_is_in_units_of_the_mean_diagonal(shor
 
 @pytest.mark.parametrize("shortcut, m", APPROXIMATE)
 def test_a_classifiers_regression_weighs_tokens_by_what_the_output_hears_of_them(shortcut, m):
-    """With a margin M, A* solves the least squares weighted by |B^T dM/dh|^2: by lstsq on rows scaled
-    with its root, gradients by autograd of our own; and it is another A* than the unweighted one."""
+    """With a margin M, A* solves the least squares weighted by |B^T dM/dh|^2: by lstsq on rows
+    scaled with its root, gradients by autograd of our own; and it is another A* than the unweighted
+    one."""
     torch.manual_seed(0)
     model = tiny_roberta()
     layers = adapt(model, "reslora", dict(shortcut=shortcut, pre_num=m))
@@ -261,7 +280,8 @@ def test_a_classifiers_regression_weighs_tokens_by_what_the_output_hears_of_them
 
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_regression_beats_the_papers_merges_on_the_logits(shortcut):
-    """On fresh tokens the regression-merged model is nearer to the unmerged one than any of the paper's."""
+    """On fresh tokens the regression-merged model is nearer to the unmerged one than any of the
+    paper's."""
     model, layers = trained_reslora(shortcut, 1)
     train_steps(model, layers, 10)
     idx, out = tokens(8)[0], None
@@ -271,7 +291,8 @@ def test_regression_beats_the_papers_merges_on_the_logits(shortcut):
         trial = copy.deepcopy(model)
         calibrated(trial, [m for m in trial.modules() if isinstance(m, ResLoRALinear)], how)
         error[how] = (lora.merge(trial)(idx)[0] - out).norm().item()
-    assert error["regression"] == min(error.values()) and error["none"] > 1.5 * error["regression"], error
+    assert (error["regression"] == min(error.values())
+            and error["none"] > 1.5 * error["regression"]), error
 
 
 @pytest.mark.parametrize("shortcut, m", APPROXIMATE)
@@ -288,8 +309,8 @@ def test_the_papers_merges_are_the_papers(shortcut, m):
             continue
         calibrate(model, batches, merge=how)
         for chain in (layers[:4], layers[4:]):
-            f = [sum((x[q] @ q.lora_A.T if how == "bi" and shortcut == "middle" else x[q]).norm() for x in xs) / 2
-                 for q in chain]
+            f = [sum((x[q] @ q.lora_A.T if how == "bi" and shortcut == "middle" else x[q]).norm()
+                     for x in xs) / 2 for q in chain]
             star = []
             for n, q in enumerate(chain):
                 window = range(1, min(m, n) + 1)
@@ -302,7 +323,8 @@ def test_the_papers_merges_are_the_papers(shortcut, m):
                 elif shortcut == "middle":
                     A = q.lora_A + sum(f[n - k] / f[n] * chain[n - k].lora_A for k in window)
                 else:
-                    A = (1 + (0 if n == 0 else 1 if n == 1 else star[n - 2] / star[n - 1])) * q.lora_A
+                    A = (1 + (0 if n == 0 else 1 if n == 1 else star[n - 2]
+                              / star[n - 1])) * q.lora_A
                 star.append((q.weight + s * q.lora_B @ A).norm())
                 torch.testing.assert_close(q.as_lora()[0], A)
 
@@ -322,7 +344,8 @@ def test_calibration_leaves_padding_out():
 
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
 def test_merging_without_calibration_is_refused(shortcut):
-    """An approximate merge needs `calibrate`; a training step makes an earlier calibration stale."""
+    """An approximate merge needs `calibrate`; a training step makes an earlier calibration
+    stale."""
     model, layers = trained_reslora(shortcut, 1)
     with pytest.raises(RuntimeError, match="calibrate first"):
         lora.merge(model)
@@ -347,8 +370,8 @@ def test_no_shortcut_is_exact():
 @pytest.mark.parametrize("m", [1, 2, -1])
 @pytest.mark.parametrize("how", MERGES)
 def test_the_first_layer_merges_exactly_without_calibration(tiny, how, m):
-    """A chain of one layer of any shortcut is merged to 1e-12 under every merge, and no batch is asked for; with
-    `input` its model is that of LoRA with 2 alpha."""
+    """A chain of one layer of any shortcut is merged to 1e-12 under every merge, and no batch is
+    asked for; with `input` its model is that of LoRA with 2 alpha."""
     if how == "bw" and m != 1:
         return
     for shortcut in ("input", "block", "middle"):

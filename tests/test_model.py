@@ -17,7 +17,8 @@ from experiments import bench
 from loss import vocabulary_loss
 from model import GPT, GPTConfig, Llama, LlamaConfig, RoBERTa, RobertaConfig
 
-transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
+transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r "
+                                   "requirements-dev.txt")
 
 
 def matter(theirs, folder):
@@ -38,14 +39,16 @@ def their_gpt2(folder, **config):
 
 def their_roberta(folder, kind="RobertaForSequenceClassification", **config):
     """A random tiny RoBERTa."""
-    shape = dict(vocab_size=97, max_position_embeddings=34, hidden_size=24, num_hidden_layers=3, num_attention_heads=4,
-                 intermediate_size=40, type_vocab_size=1, layer_norm_eps=1e-5, num_labels=3)
+    shape = dict(vocab_size=97, max_position_embeddings=34, hidden_size=24, num_hidden_layers=3,
+                 num_attention_heads=4, intermediate_size=40, type_vocab_size=1,
+                 layer_norm_eps=1e-5, num_labels=3)
     return matter(getattr(transformers, kind)(transformers.RobertaConfig(**{**shape, **config})),
                   folder)
 
 
 def padded_texts(T=32):
-    """(idx, attention_mask): four texts of different lengths, padding (1) behind them or before, as some do it."""
+    """(idx, attention_mask): four texts of different lengths, padding (1) behind them or before, as
+    some do it."""
     idx = torch.randint(3, 97, (4, T))
     idx[:, 0] = 0
     idx[1, 20:], idx[2, 5:] = 1, 1
@@ -54,9 +57,11 @@ def padded_texts(T=32):
     return idx, (idx != 1).long()
 
 
-@pytest.mark.parametrize("config", [{}, dict(n_inner=40), dict(layer_norm_epsilon=1e-3), dict(n_head=1)])
+@pytest.mark.parametrize("config",
+                         [{}, dict(n_inner=40), dict(layer_norm_epsilon=1e-3), dict(n_head=1)])
 def test_logits_and_loss_equal_transformers(tmp_path, config):
-    """A checkpoint saved by transformers gives the same logits here, within 1e-5, and the same loss."""
+    """A checkpoint saved by transformers gives the same logits here, within 1e-5, and the same
+    loss."""
     theirs, ours = their_gpt2(tmp_path, **config), from_pretrained(tmp_path)
     idx = torch.randint(0, 97, (3, 32))
     with torch.no_grad():
@@ -73,7 +78,8 @@ SMALL = GPTConfig(61, 16, 16, 2, 2), RobertaConfig(61, 18, 16, 2, 2, 32)
                                           ("RobertaForSequenceClassification", 1),
                                           ("RobertaForSequenceClassification", 3)])
 def test_what_we_save_is_what_transformers_reads(tmp_path, kind, labels):
-    """save_pretrained -> transformers, no key missing or unexpected, equal logits; and we read our own file exactly."""
+    """save_pretrained -> transformers, no key missing or unexpected, equal logits; and we read our
+    own file exactly."""
     model = GPT(SMALL[0]) if labels is None else RoBERTa(SMALL[1], labels)
     save_pretrained(model, tmp_path)
     theirs, info = getattr(transformers, kind).from_pretrained(tmp_path, output_loading_info=True)
@@ -85,7 +91,8 @@ def test_what_we_save_is_what_transformers_reads(tmp_path, kind, labels):
                                model(idx)[0][real], rtol=0,
                                atol=1e-5)
     found, saved = from_pretrained(tmp_path).state_dict(), model.state_dict()
-    assert found.keys() == saved.keys() and all(torch.equal(t, saved[key]) for key, t in found.items())
+    assert found.keys() == saved.keys() and all(torch.equal(t, saved[key])
+                                                for key, t in found.items())
 
 
 def bare_gpt2(state):
@@ -116,12 +123,14 @@ def test_what_old_files_carry_along_changes_nothing(tmp_path, make, change):
     expected, file = from_pretrained(tmp_path).state_dict(), tmp_path / "model.safetensors"
     save_file(change(load_file(file)), file)
     found = from_pretrained(tmp_path).state_dict()
-    assert found.keys() == expected.keys() and all(torch.equal(found[k], v) for k, v in expected.items())
+    assert found.keys() == expected.keys() and all(torch.equal(found[k], v)
+                                                   for k, v in expected.items())
 
 
 @pytest.mark.parametrize("model", [GPT(SMALL[0]), RoBERTa(SMALL[1])])
 def test_the_loss_is_that_of_the_positions_with_a_target(model):
-    """It is F.cross_entropy of their logits, smoothed too, and NaN as there where nothing has a target."""
+    """It is F.cross_entropy of their logits, smoothed too, and NaN as there where nothing has a
+    target."""
     idx, targets = tokens()
     targets[0, :3] = -100
     logits, where = model(idx)[0], targets != -100
@@ -134,10 +143,12 @@ def test_the_loss_is_that_of_the_positions_with_a_target(model):
 @pytest.mark.parametrize("eps", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [1, 150, 10**6])
 def test_the_vocabulary_loss_is_cross_entropy(eps, chunk, monkeypatch):
-    """Loss and the gradients of x, W and b, in float64, are those of F.linear and F.cross_entropy, whatever the size of
-    a chunk: a row, several with a rest, all. In fp32 it neither overflows nor underflows at logits of +-1000."""
+    """Loss and the gradients of x, W and b, in float64, are those of F.linear and F.cross_entropy,
+    whatever the size of a chunk: a row, several with a rest, all. In fp32 it neither overflows nor
+    underflows at logits of +-1000."""
     monkeypatch.setattr("loss.CHUNK", chunk)
-    x, W, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((7, 5), (50, 5), (50,)))
+    x, W, b = (torch.randn(s, dtype=torch.float64, requires_grad=True)
+               for s in ((7, 5), (50, 5), (50,)))
     targets = torch.randint(0, 50, (7,))
     for bias in (b, None):
         given = [t for t in (x, W, bias) if t is not None]
@@ -150,23 +161,28 @@ def test_the_vocabulary_loss_is_cross_entropy(eps, chunk, monkeypatch):
         torch.testing.assert_close(vocabulary_loss(x, W, None, targets, eps), theirs)
     x = torch.eye(5)[:2].mul(1000).requires_grad_()
     W = torch.tensor([[1.0, -1], [-1, 1], [0, 0]]) @ torch.eye(2, 5)
-    ours, theirs = (f(x, torch.tensor([0, 0])) for f in (lambda x, t: vocabulary_loss(x, W, None, t, eps), lambda x, t:
-                    F.cross_entropy(F.linear(x, W), t, label_smoothing=eps)))
+    t = torch.tensor([0, 0])
+    ours = vocabulary_loss(x, W, None, t, eps)
+    theirs = F.cross_entropy(F.linear(x, W), t, label_smoothing=eps)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(torch.autograd.grad(ours, x), torch.autograd.grad(theirs, x))
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32, True), (torch.float32, torch.bfloat16, True),
-                                    (torch.bfloat16, torch.bfloat16, False)], ids=str)
+@pytest.mark.parametrize("dtypes",
+                         [(torch.float32, torch.float32, True),
+                          (torch.float32, torch.bfloat16, True),
+                          (torch.bfloat16, torch.bfloat16, False)], ids=str)
 def test_in_bf16_the_factors_are_rounded_and_the_logits_are_not(dtypes):
-    """Under autocast with W in fp32 or bf16, and on a model in bf16 without it: at logits near -70, where neighbours in
-    bf16 are half a nat apart, loss and gradients are those of fp32 products of the same factors."""
+    """Under autocast with W in fp32 or bf16, and on a model in bf16 without it: at logits near -70,
+    where neighbours in bf16 are half a nat apart, loss and gradients are those of fp32 products of
+    the same factors."""
     *kinds, autocast = dtypes
     x, W, b = torch.randn(20, 8).bfloat16(), torch.randn(50, 8).bfloat16(), torch.full((50,), -70.0)
     targets = torch.randint(0, 50, (20,))
     exact = [t.float().requires_grad_() for t in (x, W, b)]
     theirs = F.cross_entropy(F.linear(*exact), targets)
-    given = [t.to(kind).requires_grad_() for t, kind in zip((x, W, b), (*kinds, kinds[0]), strict=True)]
+    given = [t.to(kind).requires_grad_()
+             for t, kind in zip((x, W, b), (*kinds, kinds[0]), strict=True)]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         ours = vocabulary_loss(*given, targets)
     assert ours.dtype == torch.float32
@@ -180,15 +196,18 @@ def test_in_bf16_the_factors_are_rounded_and_the_logits_are_not(dtypes):
 
 
 def test_the_logits_of_a_batch_never_stand_whole_in_memory(monkeypatch):
-    """No tensor of a training step has more numbers than a chunk of logits, where a batch has 6 x 10 x 500, and no two
-    chunks stand beside each other; a frozen vocabulary gets no gradient."""
+    """No tensor of a training step has more numbers than a chunk of logits, where a batch has 6 x
+    10 x 500, and no two chunks stand beside each other; a frozen vocabulary gets no gradient."""
     class Largest(TorchDispatchMode):
         size = 0
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            made = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t)]
-            self.size = max([self.size, *(t.numel() for t in made if t.data_ptr() != model.wte.weight.data_ptr())])
+            made = [t for t in (out if isinstance(out, (tuple, list)) else [out])
+                    if torch.is_tensor(t)]
+            self.size = max([self.size,
+                             *(t.numel() for t in made if t.data_ptr()
+                               != model.wte.weight.data_ptr())])
             return out
 
     monkeypatch.setattr("loss.CHUNK", 5000)
@@ -201,8 +220,9 @@ def test_the_logits_of_a_batch_never_stand_whole_in_memory(monkeypatch):
     x, W = torch.randn(4000, 4, requires_grad=True), torch.randn(500, 4)
     args, nothing = SimpleNamespace(device=torch.device("cpu")), torch.nn.ReLU()
     monkeypatch.setattr("loss.CHUNK", 500_000)
-    found, _ = bench.peak(lambda: vocabulary_loss(x, W, None, torch.zeros(4000, dtype=torch.long)), nothing,
-                       torch.optim.SGD([x]), args)
+    targets = torch.zeros(4000, dtype=torch.long)
+    found, _ = bench.peak(lambda: vocabulary_loss(x, W, None, targets), nothing,
+                          torch.optim.SGD([x]), args)
     assert 4 * 500_000 < found < 1.2 * 4 * 500_000
 
 
@@ -242,23 +262,28 @@ def test_a_fresh_model_starts_as_in_its_paper(config):
     assert model(idx, idx.roll(1))[1].item() == pytest.approx(math.log(500), abs=0.05)
 
 
-@pytest.mark.parametrize("kind", ["RobertaForSequenceClassification", "RobertaForMaskedLM", "RobertaModel"])
-@pytest.mark.parametrize("config", [{}, dict(layer_norm_eps=1e-3), dict(num_attention_heads=1)], ids=str)
+@pytest.mark.parametrize("kind", ["RobertaForSequenceClassification", "RobertaForMaskedLM",
+                                  "RobertaModel"])
+@pytest.mark.parametrize("config", [{}, dict(layer_norm_eps=1e-3), dict(num_attention_heads=1)],
+                         ids=str)
 def test_roberta_equals_transformers(tmp_path, kind, config):
-    """A checkpoint saved by transformers gives the same logits here within 1e-5, padded or not, and the same loss."""
+    """A checkpoint saved by transformers gives the same logits here within 1e-5, padded or not, and
+    the same loss."""
     theirs, ours = their_roberta(tmp_path, kind, **config), from_pretrained(tmp_path)
     idx, mask = padded_texts()
     with torch.no_grad():
         if kind == "RobertaModel":  # no head: what the blocks give
-            torch.testing.assert_close(ours.hidden(idx)[mask == 1], theirs(idx, mask).last_hidden_state[mask == 1],
-                                       rtol=0, atol=1e-5)
+            torch.testing.assert_close(ours.hidden(idx)[mask == 1],
+                                       theirs(idx, mask).last_hidden_state[mask == 1], rtol=0,
+                                       atol=1e-5)
             return
         if kind == "RobertaForMaskedLM":
             labels = torch.where((torch.rand(idx.shape) < 0.3) & (idx > 2), idx, -100)
             found, real = ours(idx)[0], mask == 1
         else:
             labels = torch.tensor([0, 2, 1, 1])
-            found, real = ours(idx[:3])[0], slice(0, 3)  # a text padded in front has no <s> at its beginning
+            # a text padded in front has no <s> at its beginning
+            found, real = ours(idx[:3])[0], slice(0, 3)
             idx, mask, labels = idx[:3], mask[:3], labels[:3]
         expected = theirs(idx, mask, labels=labels)
         torch.testing.assert_close(found[real], expected.logits[real], rtol=0, atol=1e-5)
@@ -267,17 +292,21 @@ def test_roberta_equals_transformers(tmp_path, kind, config):
 
 def test_a_regression_is_the_mean_squared_error(tmp_path):
     """One label: transformers' loss for real numbers."""
-    theirs = their_roberta(tmp_path, "RobertaForSequenceClassification", num_labels=1, problem_type="regression")
+    theirs = their_roberta(tmp_path, "RobertaForSequenceClassification", num_labels=1,
+                           problem_type="regression")
     idx, mask = padded_texts()
     idx, mask, labels = idx[:3], mask[:3], torch.tensor([0.5, 3.0, 4.8])
-    torch.testing.assert_close(from_pretrained(tmp_path)(idx, labels)[1], theirs(idx, mask, labels=labels).loss)
+    torch.testing.assert_close(from_pretrained(tmp_path)(idx, labels)[1],
+                               theirs(idx, mask, labels=labels).loss)
 
 
 def test_heads_are_kept_where_they_fit_and_fresh_where_not(tmp_path, capsys):
-    """The base is loaded whatever head stands on it; a fresh head is announced, one of the right size is not."""
+    """The base is loaded whatever head stands on it; a fresh head is announced, one of the right
+    size is not."""
     found = {}
     for kind, labels, fresh in (("RobertaModel", 2, True), ("RobertaModel", None, True),
-                                ("RobertaForMaskedLM", 3, True), ("RobertaForMaskedLM", None, False),
+                                ("RobertaForMaskedLM", 3, True),
+                                ("RobertaForMaskedLM", None, False),
                                 ("RobertaForSequenceClassification", 3, False),
                                 ("RobertaForSequenceClassification", None, False),
                                 ("RobertaForSequenceClassification", 2, True),
@@ -288,12 +317,15 @@ def test_heads_are_kept_where_they_fit_and_fresh_where_not(tmp_path, capsys):
         said = capsys.readouterr().out
         assert ("a fresh one is trained from scratch" in said) == fresh, (kind, labels, said)
         body = getattr(theirs, "roberta", theirs)
-        assert torch.equal(ours.h[1].attn.q.weight, body.encoder.layer[1].attention.self.query.weight)
-        wanted = labels if labels is not None else {"RobertaForSequenceClassification": 3}.get(kind, 0)
+        assert torch.equal(ours.h[1].attn.q.weight,
+                           body.encoder.layer[1].attention.self.query.weight)
+        wanted = (labels if labels is not None
+                  else {"RobertaForSequenceClassification": 3}.get(kind, 0))
         assert (ours.classifier is None) == (wanted == 0) and ours.num_labels == wanted
         found[kind, labels] = ours
     kept = found["RobertaForSequenceClassification", 3].classifier.out_proj.weight
-    assert torch.equal(kept, found["RobertaForSequenceClassification", None].classifier.out_proj.weight)
+    assert torch.equal(kept, found["RobertaForSequenceClassification",
+                                   None].classifier.out_proj.weight)
 
 
 @pytest.mark.parametrize("kind", ["GPT", "RobertaForMaskedLM", "RobertaForSequenceClassification"])
@@ -325,22 +357,26 @@ def test_a_fresh_head_is_drawn_from_the_seed(tmp_path):
 # The hub
 
 def test_models_of_the_hub_are_read_from_its_cache(tmp_path, no_network):
-    """A hub id laid out in the client's cache loads without a network, tokenizer and all; RoBERTa and GPT-2."""
-    for name, make in (("a/gpt", their_gpt2), ("FacebookAI/roberta-tiny", lambda f: their_roberta(f, "RobertaModel"))):
+    """A hub id laid out in the client's cache loads without a network, tokenizer and all; RoBERTa
+    and GPT-2."""
+    for name, make in (("a/gpt", their_gpt2),
+                       ("FacebookAI/roberta-tiny", lambda f: their_roberta(f, "RobertaModel"))):
         make(tmp_path / "saved")
-        files = {n: (tmp_path / "saved" / n).read_bytes() for n in ("config.json", "model.safetensors")}
+        files = {n: (tmp_path / "saved" / n).read_bytes()
+                 for n in ("config.json", "model.safetensors")}
         hub_cache(no_network, name, {**files, "vocab.json": b"{}"}, kind="models")
         expected = from_pretrained(tmp_path / "saved", 0).state_dict()
         found = from_pretrained(name, 0).state_dict()
-        same = [torch.equal(found[k], v) for k, v in expected.items() if not k.startswith("lm_head")]
+        same = [torch.equal(found[k], v) for k, v in expected.items()
+                if not k.startswith("lm_head")]
         assert len(same) > 30 and all(same)
 
 
 def test_a_model_that_is_not_to_be_had_says_what_to_do(no_network):
     """Not cached, not reachable: within seconds, one line that asks for a local folder."""
     start = time.time()
-    with pytest.raises(ValueError, match="'FacebookAI/roberta-base' is neither a folder nor on the hub .*: "
-                                         "give --model a folder with config.json and model.safetensors"):
+    with pytest.raises(ValueError, match="'FacebookAI/roberta-base' is neither a folder nor on the "
+                       "hub .*: give --model a folder with config.json and model.safetensors"):
         from_pretrained("FacebookAI/roberta-base", 2)
     assert time.time() - start < 10
 
@@ -375,54 +411,66 @@ def truncate(folder):
     file.write_bytes(file.read_bytes()[:-100])
 
 
-BAD_GPT2 = [
-    (edit_config(model_type="mamba"), "model_type 'mamba' is not supported, only 'gpt2' or 'roberta' or 'llama'"),
-    (edit_config(activation_function="relu"), "activation_function 'relu'"),
-    (edit_config(tie_word_embeddings=False), "tie_word_embeddings False"),
-    (edit_config(n_head=5), "n_embd 24 is not a multiple of n_head 5"),
-    (edit_config(n_layer=4), "lacks transformer.h.3.attn.c_attn.bias and 11 more"),
-    (edit_config(n_layer=2), "holds unexpected transformer.h.2.attn.c_attn.bias and 11 more"),
-    (edit_config(n_positions=16), r"transformer.wpe.weight has shape (32, 24), not (16, 24)"),
-    (edit_config(quantization_config={"load_in_8bit": True}), "quantization_config {'load_in_8bit': True} is not"),
-    (edit_config(n_embd="24"), "n_embd"), (edit_config(n_layer=-1), "n_layer"), (edit_config(n_head=True), "n_head"),
-    (edit_config(n_layer=10**7), "n_layer must be a whole number in 1..1000"),
-    (edit_config(vocab_size=10**12), "vocab_size must be"),
-    (edit_config(layer_norm_epsilon=1e300), "must be in (0, 1)"), (edit_config(n_inner=10), "has shape"),
-    (edit_config(n_inner=0), "n_inner must be a whole number"), (edit_config(n_embd=None), "n_embd must be"),
-    (edit_weights({"transformer.h.0.attn.c_attn.bias": torch.ones(7)}),
-     "transformer.h.0.attn.c_attn.bias has shape (7,), not (72,)"),
-    (edit_weights({"transformer.ln_f.bias": None}), "lacks transformer.ln_f.bias"),
-    (edit_weights({"transformer.extra": torch.ones(1)}), "holds unexpected transformer.extra"),
-    (edit_weights({"lm_head.bias": torch.ones(97)}), "holds unexpected lm_head.bias"),
-    (edit_weights({"lm_head.weight": torch.ones(97, 24)}), "lm_head.weight differs"),
-    (edit_weights({"module.transformer.ln_f.bias": torch.ones(24)}), "holds both"),
-    (truncate, "damaged"),
-    (with_file("model.safetensors", b"\x80\x04pickle"), "damaged or no safetensors"),
-    (with_file("model.safetensors", None), "has no model.safetensors"),
-    (with_file("config.json", b"{"), "not valid JSON"),
-    (with_file("config.json", b"[]"), "not a JSON object"),
-    (with_file("config.json", None), "holds no config.json"),
-]
-BAD_ROBERTA = [
-    (edit_config(hidden_act="relu"), "hidden_act 'relu' is not supported, only 'gelu'"),
-    (edit_config(type_vocab_size=2), "type_vocab_size 2"), (edit_config(is_decoder=True), "is_decoder True"),
-    (edit_config(model_type="bert"), "model_type 'bert' is not supported, only 'gpt2' or 'roberta'"),
-    (edit_config(model_type=None), "model_type None"), (edit_config(model_type=["roberta"]), "model_type ['roberta']"),
-    (edit_config(num_attention_heads=5), "hidden_size 24 is not a multiple of num_attention_heads 5"),
-    (edit_config(num_hidden_layers=4), "lacks roberta.encoder.layer.3.attention.output.LayerNorm.bias and 15 more"),
-    (with_file("config.json", b'{"model_type": "roberta"}'), "lacks hidden_size"),
-    (edit_config(pad_token_id=0), "pad_token_id 0 is not supported, only 1"),
-    (edit_config(eos_token_id=7), "eos_token_id 7 is not supported, only 2"),
-    (edit_config(max_position_embeddings=3), "max_position_embeddings 3 or vocab_size 97 leaves nothing"),
-    (edit_config(max_position_embeddings=40), "roberta.embeddings.position_embeddings.weight has shape (34, 24)"),
-    (edit_config(layer_norm_eps="small"), "layer_norm_eps must be in (0, 1)"),
-    (edit_weights({"classifier.dense.bias": None}), "lacks classifier.dense.bias"),
-    (edit_weights({"roberta.a\nb.weight": torch.ones(1)}), "unexpected roberta.a\nb.weight"),
-    (edit_weights({"classifier.dense.bias": torch.ones(24) * 1j}), "is of complex numbers"),
-    (edit_weights({"roberta.encoder.layer.0.odd": torch.ones(1)}), "unexpected roberta.encoder."),
-    (edit_weights({"lm_head.decoder.weight": torch.ones(97, 24)}),
-     f"lm_head.decoder.weight differs from {WORDS}"),
-]
+BAD_GPT2 = [(edit_config(model_type="mamba"), "model_type 'mamba' is not supported, only 'gpt2' or "
+             "'roberta' or 'llama'"),
+            (edit_config(activation_function="relu"), "activation_function 'relu'"),
+            (edit_config(tie_word_embeddings=False), "tie_word_embeddings False"),
+            (edit_config(n_head=5), "n_embd 24 is not a multiple of n_head 5"),
+            (edit_config(n_layer=4), "lacks transformer.h.3.attn.c_attn.bias and 11 more"),
+            (edit_config(n_layer=2),
+             "holds unexpected transformer.h.2.attn.c_attn.bias and 11 more"),
+            (edit_config(n_positions=16),
+             r"transformer.wpe.weight has shape (32, 24), not (16, 24)"),
+            (edit_config(quantization_config={"load_in_8bit": True}), "quantization_config "
+             "{'load_in_8bit': True} is not"), (edit_config(n_embd="24"), "n_embd"),
+            (edit_config(n_layer=-1), "n_layer"), (edit_config(n_head=True), "n_head"),
+            (edit_config(n_layer=10**7), "n_layer must be a whole number in 1..1000"),
+            (edit_config(vocab_size=10**12), "vocab_size must be"),
+            (edit_config(layer_norm_epsilon=1e300), "must be in (0, 1)"),
+            (edit_config(n_inner=10), "has shape"), (edit_config(n_inner=0), "n_inner must be a "
+                                                     "whole number"),
+            (edit_config(n_embd=None), "n_embd must be"),
+            (edit_weights({"transformer.h.0.attn.c_attn.bias": torch.ones(7)}),
+             "transformer.h.0.attn.c_attn.bias has shape (7,), not (72,)"),
+            (edit_weights({"transformer.ln_f.bias": None}), "lacks transformer.ln_f.bias"),
+            (edit_weights({"transformer.extra": torch.ones(1)}), "holds unexpected "
+             "transformer.extra"),
+            (edit_weights({"lm_head.bias": torch.ones(97)}), "holds unexpected lm_head.bias"),
+            (edit_weights({"lm_head.weight": torch.ones(97, 24)}), "lm_head.weight differs"),
+            (edit_weights({"module.transformer.ln_f.bias": torch.ones(24)}), "holds both"),
+            (truncate, "damaged"),
+            (with_file("model.safetensors", b"\x80\x04pickle"), "damaged or no safetensors"),
+            (with_file("model.safetensors", None), "has no model.safetensors"),
+            (with_file("config.json", b"{"), "not valid JSON"),
+            (with_file("config.json", b"[]"), "not a JSON object"),
+            (with_file("config.json", None), "holds no config.json"),]
+BAD_ROBERTA = [(edit_config(hidden_act="relu"), "hidden_act 'relu' is not supported, only 'gelu'"),
+               (edit_config(type_vocab_size=2), "type_vocab_size 2"),
+               (edit_config(is_decoder=True), "is_decoder True"),
+               (edit_config(model_type="bert"), "model_type 'bert' is not supported, only 'gpt2' "
+                "or 'roberta'"), (edit_config(model_type=None), "model_type None"),
+               (edit_config(model_type=["roberta"]), "model_type ['roberta']"),
+               (edit_config(num_attention_heads=5), "hidden_size 24 is not a multiple of "
+                "num_attention_heads 5"),
+               (edit_config(num_hidden_layers=4),
+                "lacks roberta.encoder.layer.3.attention.output.LayerNorm.bias and 15 more"),
+               (with_file("config.json", b'{"model_type": "roberta"}'), "lacks hidden_size"),
+               (edit_config(pad_token_id=0), "pad_token_id 0 is not supported, only 1"),
+               (edit_config(eos_token_id=7), "eos_token_id 7 is not supported, only 2"),
+               (edit_config(max_position_embeddings=3), "max_position_embeddings 3 or vocab_size "
+                "97 leaves nothing"),
+               (edit_config(max_position_embeddings=40),
+                "roberta.embeddings.position_embeddings.weight has shape (34, 24)"),
+               (edit_config(layer_norm_eps="small"), "layer_norm_eps must be in (0, 1)"),
+               (edit_weights({"classifier.dense.bias": None}), "lacks classifier.dense.bias"),
+               (edit_weights({"roberta.a\nb.weight": torch.ones(1)}),
+                "unexpected roberta.a\nb.weight"),
+               (edit_weights({"classifier.dense.bias": torch.ones(24) * 1j}),
+                "is of complex numbers"),
+               (edit_weights({"roberta.encoder.layer.0.odd": torch.ones(1)}),
+                "unexpected roberta.encoder."),
+               (edit_weights({"lm_head.decoder.weight": torch.ones(97, 24)}),
+                f"lm_head.decoder.weight differs from {WORDS}"),]
 
 
 @pytest.mark.parametrize("make, change, message", [(their_gpt2, *case) for case in BAD_GPT2] + [

@@ -1,4 +1,5 @@
-"""What no equation says: flags that are passed on, defaults, notes, limits, and what an earlier run leaves."""
+"""What no equation says: flags that are passed on, defaults, notes, limits, and what an earlier run
+leaves."""
 import contextlib
 import json
 import math
@@ -47,8 +48,8 @@ def test_a_dataset_takes_the_small_model_that_fits_it(capsys):
 def test_clip_0_is_no_clipping(tmp_path, base):
     """As the largest norm would be; a small one changes the run."""
     flags = "--optimizer", "sgd", "--lr", "1"
-    runs = [train.main(command(base, tmp_path / clip, *flags, "--clip", clip)) and weights(tmp_path / clip)
-            for clip in ("0", "1e9", "1e-3")]
+    runs = [train.main(command(base, tmp_path / clip, *flags, "--clip", clip))
+            and weights(tmp_path / clip) for clip in ("0", "1e9", "1e-3")]
     same = [all(torch.equal(runs[0][name], other[name]) for name in other) for other in runs[1:]]
     assert same == [True, False]
 
@@ -93,8 +94,8 @@ def test_what_an_earlier_run_or_merge_has_left_is_gone(tmp_path, base, again):
 
 
 def test_the_result_of_an_earlier_run_goes_when_another_has_begun(tmp_path, base, monkeypatch):
-    """The same run again, stopped between two validations: no result stands beside a state that it does not belong
-    to."""
+    """The same run again, stopped between two validations: no result stands beside a state that it
+    does not belong to."""
     flags = command(base, tmp_path)
     train.main(flags)
     validate, calls = train.evaluate.validate, []
@@ -124,7 +125,8 @@ def test_what_changes_no_number_may_change_when_a_run_goes_on():
 
 def test_a_classifier_s_loss_smooths_its_labels():
     """With 0.3 of the mass on all classes alike."""
-    model, idx, targets = tiny_roberta(), torch.randint(2, 61, (5, 9)), torch.tensor([0, 1, 2, 2, 1])
+    model, idx, targets = tiny_roberta(), torch.randint(2, 61, (5, 9)), torch.tensor([0, 1, 2, 2,
+                                                                                      1])
     logits, loss = model(idx, targets, label_smoothing=0.3)
     of = -logits.log_softmax(1)
     by_hand = (0.7 * of[torch.arange(5), targets] + 0.1 * of.sum(1)).mean()
@@ -136,7 +138,8 @@ def test_a_model_trains_on_after_texts_were_judged(base):
     """Dropout is on again behind `log_likelihoods`, as behind `evaluate`."""
     model = from_pretrained(base).train()
     _, task = data.task("restaurants", base, model, 256)
-    examples = [example for example in task.encode(data.load("restaurants")["test"][:4])[0] if example]
+    examples = [example for example in task.encode(data.load("restaurants")["test"][:4])[0]
+                if example]
     evaluate.log_likelihoods(model, examples, task, torch.device("cpu"), contextlib.nullcontext())
     assert all(module.training for module in model.modules())
 
@@ -144,14 +147,17 @@ def test_a_model_trains_on_after_texts_were_judged(base):
 def test_a_record_that_fills_the_context_leaves_no_room(base):
     """One token more, and the first token of its text is learned."""
     model = from_pretrained(base)
-    (_, start), = data.task("restaurants", base, model, 256)[1].encode([("name : The Mill", "a mill")])[0]
+    (_, start), = data.task("restaurants", base, model,
+                            256)[1].encode([("name : The Mill", "a mill")])[0]
     for context, found in ((start, None), (start + 1, start + 2)):
-        example, = data.task("restaurants", base, model, context)[1].encode([("name : The Mill", "a mill")])[0]
+        example, = data.task("restaurants", base, model,
+                             context)[1].encode([("name : The Mill", "a mill")])[0]
         assert (example and len(example[0])) == found
 
 
 def test_a_set_is_cut_where_its_row_says_and_holds_out_500(tmp_path, monkeypatch):
-    """OpenOrca: the first 20,000 rows; a tenth of them would be 2,000. GLUE holds out 1,000 at most."""
+    """OpenOrca: the first 20,000 rows; a tenth of them would be 2,000. GLUE holds out 1,000 at
+    most."""
     monkeypatch.undo()
     row = {"system_prompt": "", "response": "r"}
     jsonl(tmp_path / "train.jsonl", [{**row, "question": f"q {i}"} for i in range(20_100)])
@@ -191,9 +197,11 @@ def test_generate_passes_its_flags_on(tmp_path, base, monkeypatch):
 
 
 def test_a_change_of_any_file_that_decides_a_number_is_another_code(tmp_path, monkeypatch):
-    """Of models, methods, data, training and recipes; not of tests, nor of generate.py and compare.py."""
-    files = ["x.py", "baselines/x.py", "checkpoints/x.py", "data/x.py", "data/tiny/config.json", "evaluation/x.py",
-             "experiments/recipes/x.args", "run/x.py", "generate.py", "compare.py", "tests/x.py"]
+    """Of models, methods, data, training and recipes; not of tests, nor of generate.py and
+    compare.py."""
+    files = ["x.py", "baselines/x.py", "checkpoints/x.py", "data/x.py", "data/tiny/config.json",
+             "evaluation/x.py", "experiments/recipes/x.args", "run/x.py", "generate.py",
+             "compare.py", "tests/x.py"]
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
@@ -202,7 +210,8 @@ def test_a_change_of_any_file_that_decides_a_number_is_another_code(tmp_path, mo
     for name in files:
         (tmp_path / name).write_text("2")
         seen.append(compare.code())
-    changed = [name for name, before, now in zip(files, seen, seen[1:], strict=False) if before != now]
+    changed = [name for name, before, now in zip(files, seen, seen[1:], strict=False) if before
+               != now]
     assert changed == files[:-3]
 
 
@@ -217,5 +226,6 @@ def test_the_report_of_a_base_in_bf16_is_computed_in_fp32(tmp_path, small_llama)
     base = json.loads((tmp_path / "out/result.json").read_text())["metrics"]["base"]["loss"]
     _, task = data.task("restaurants", source, model, 256)
     examples = task.encode(data.load("restaurants")["test"])[0]
-    loss = evaluate.evaluate(model, examples, task, torch.device("cpu"), torch.autocast("cpu", enabled=False))[0]
+    loss = evaluate.evaluate(model, examples, task, torch.device("cpu"),
+                             torch.autocast("cpu", enabled=False))[0]
     assert math.isclose(loss, base, rel_tol=1e-5), (loss, base)

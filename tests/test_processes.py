@@ -14,7 +14,8 @@ from methods import METHODS
 # (`middle` is the Llama's below; what DyLoRA puts back without --frozen it puts back with it too)
 RUNS = ["lora", "reslora --shortcut input", "deltalora --delta-start 2",
         "adalora --budget-warmup 1 --budget-final 3", "dylora --frozen", "full"]
-ONLY_GRADIENTS = {"rslora", "loha", "lokr", "head"}  # DDP averages those: nothing else happens in a step
+# DDP averages those: nothing else happens in a step
+ONLY_GRADIENTS = {"rslora", "loha", "lokr", "head"}
 # a new method, as it is by default
 RUNS += sorted(METHODS.keys() - {run.split()[0] for run in RUNS} - ONLY_GRADIENTS)
 
@@ -26,18 +27,21 @@ def runs(tmp_path_factory, base, small_roberta, small_llama):
     kinds = {"one": (8, 1, []), "accumulated": (2, 4, []), "two": (4, 1, ["--nproc-per-node", "2"]),
              "two-accumulated": (2, 2, ["--nproc-per-node", "2"])}
     for kind, (batch, accumulate, processes) in kinds.items():
-        some = RUNS if kind in ("one", "two") else [run for run in RUNS if run.startswith(("lora", "adalora"))]
-        lines = [f"--method {run}{' --rank 3' * (run != 'full')} --model {base} --out {folder}/{kind}/{i}"
-                 for i, run in enumerate(some)]
+        some = RUNS if kind in ("one", "two") else [run for run in RUNS
+                                                    if run.startswith(("lora", "adalora"))]
+        lines = [f"--method {run}{' --rank 3' * (run != 'full')} --model {base} --out "
+                 f"{folder}/{kind}/{i}" for i, run in enumerate(some)]
         lines += [f"--method lora --rank 3 --model {small_roberta} --context 64 --dataset {name} "
                   f"--out {folder}/{kind}/{name}" for name in ("reviews", "stdlib")]
-        lines += [f"--method reslora --shortcut middle --rank 3 --model {small_llama} --out {folder}/{kind}/llama "
-                  "--checkpoint-activations"]
-        shared = f" --steps 9 --eval-every 5 --lr 1e-2 --batch-size {batch} --grad-accum {accumulate}"
+        lines += [f"--method reslora --shortcut middle --rank 3 --model {small_llama} --out "
+                  f"{folder}/{kind}/llama --checkpoint-activations"]
+        shared = (f" --steps 9 --eval-every 5 --lr 1e-2 --batch-size {batch} --grad-accum "
+                  f"{accumulate}")
         (folder / f"{kind}.txt").write_text("".join(line + shared + "\n" for line in lines))
         start = ["-m", "torch.distributed.run", *processes] if processes else []
-        done = subprocess.run([sys.executable, *start, ROOT / "tests/float64_runs.py", folder / f"{kind}.txt"],
-                              capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run([sys.executable, *start, ROOT / "tests/float64_runs.py",
+                               folder / f"{kind}.txt"], capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -53,7 +57,8 @@ def compare(one, other):
     for stage, values in results[0]["metrics"].items():
         assert results[1]["metrics"][stage] == pytest.approx(values, rel=1e-5)
     assert results[0].get("ranks") == results[1].get("ranks")
-    logs = [[line.split(",")[:4] for line in (folder / "log.csv").read_text().splitlines()] for folder in (one, other)]
+    logs = [[line.split(",")[:4] for line in (folder / "log.csv").read_text().splitlines()]
+            for folder in (one, other)]
     for row, same in zip(*logs, strict=True):
         assert row[0] == same[0] and (row[0] == "step" or [float(x) for x in row] == pytest.approx(
             [float(x) for x in same], rel=1e-5))
@@ -61,14 +66,15 @@ def compare(one, other):
 
 @pytest.mark.parametrize("i", range(len(RUNS)), ids=RUNS)
 def test_two_processes_end_where_one_ends(runs, i):
-    """Half the batch each, every method: the hooks of all processes move the same things by the same amount. 60
-    examples in batches of 8: the last batch of an epoch is a small one."""
+    """Half the batch each, every method: the hooks of all processes move the same things by the
+    same amount. 60 examples in batches of 8: the last batch of an epoch is a small one."""
     compare(runs / "one" / str(i), runs / "two" / str(i))
 
 
 @pytest.mark.parametrize("dataset", ["reviews", "stdlib", "llama"])
 def test_two_processes_and_accumulation_for_a_roberta_and_a_llama(runs, dataset):
-    """A head that is trained too; masked words, where all must mask the same ones; activation checkpointing."""
+    """A head that is trained too; masked words, where all must mask the same ones; activation
+    checkpointing."""
     for kind in ("two", "accumulated", "two-accumulated"):
         compare(runs / "one" / dataset, runs / kind / dataset)
 

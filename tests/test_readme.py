@@ -1,4 +1,5 @@
-"""What README says of the code is true: the table, the snippets, the sizes, who imports whom, and how to add things."""
+"""What README says of the code is true: the table, the snippets, the sizes, who imports whom, and
+how to add things."""
 import re
 import sys
 import textwrap
@@ -25,30 +26,36 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 def test_the_table_of_methods():
     """For each file the trained numbers of a 768 -> 768 linear at r 8, and how it merges."""
-    rows = [line.split("|")[1:-1] for line in README.splitlines() if re.match(r"\| \S.* · .*\| \[", line)]
+    rows = [line.split("|")[1:-1] for line in README.splitlines()
+            if re.match(r"\| \S.* · .*\| \[", line)]
     of = {method.adapter.__module__.replace(".", "/") + ".py": method.adapter
           for method in METHODS.values() if method.adapter}
     files = {re.search(r"\[(.*?)\]", row[2])[1]: row for row in rows}
     assert len(files) >= 8 and files.keys() <= of.keys()
     for file, (_, _, _, trained, merges) in files.items():
-        layers = lora.apply(nn.ModuleDict({"q": nn.Linear(768, 768)}), of[file], ["q"], r=8, alpha=16)
-        assert int(re.search(r"[\d,]+", trained)[0].replace(",", "")) == sum(p.numel() for p in factors(layers)), file
+        layers = lora.apply(nn.ModuleDict({"q": nn.Linear(768, 768)}), of[file], ["q"], r=8,
+                            alpha=16)
+        number = int(re.search(r"[\d,]+", trained)[0].replace(",", ""))
+        assert number == sum(p.numel() for p in factors(layers)), file
         assert ("approximately" in merges) == (file == "reslora.py") and "exactly" in merges
-    assert "590,592" in README and sum(p.numel() for p in nn.Linear(768, 768).parameters()) == 590592
+    assert "590,592" in README and sum(p.numel()
+                                       for p in nn.Linear(768, 768).parameters()) == 590592
 
 
 def test_every_file_that_readme_names_exists():
     """Links into the repository, and the scripts and recipes of its commands."""
     named = [name.partition("#")[0] for name in re.findall(r"\]\((?!http)([^)]+)\)", README)]
     named += re.findall(r"`((?:experiments|data|checkpoints|evaluation|tests)/[\w./]*)`", README)
-    named += re.findall(r"python ((?:tests/)?\w+\.py)", README) + re.findall(r"@(\S+\.args)", README)
+    named += re.findall(r"python ((?:tests/)?\w+\.py)", README) + re.findall(r"@(\S+\.args)",
+                                                                             README)
     assert len(named) > 20
     for name in named:
         assert (ROOT / name).exists(), name
 
 
 def test_links_into_the_results_meet_a_heading():
-    """A link RESULTS.md#anchor, and one inside RESULTS.md, names a heading of that page as GitHub spells it."""
+    """A link RESULTS.md#anchor, and one inside RESULTS.md, names a heading of that page as GitHub
+    spells it."""
     page = (ROOT / "RESULTS.md").read_text()
     headings = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
                 for title in re.findall(r"^#+ (.*)$", page, re.M)}
@@ -59,7 +66,8 @@ def test_links_into_the_results_meet_a_heading():
 # The house
 
 def test_experiments_import_each_other_without_a_circle():
-    """experiments/X imports experiments/Y, at the top or inside a function, only if Y does not come back to X."""
+    """experiments/X imports experiments/Y, at the top or inside a function, only if Y does not come
+    back to X."""
     files = list((ROOT / "experiments").glob("*.py"))
     edges = {file.stem: set(re.findall(r"from experiments\.(\w+) import", file.read_text())) |
              {name.strip() for line in re.findall(r"from experiments import (.*)", file.read_text())
@@ -99,7 +107,8 @@ class Own(nn.Module):
 
 
 def test_the_snippet_for_your_own_model_runs():
-    """As it stands: adapters go in, train, are calibrated, and the merged model is nearly the trained one."""
+    """As it stands: adapters go in, train, are calibrated, and the merged model is nearly the
+    trained one."""
     snippet, = (s for s in SNIPPETS if "calibrate" in s)
     train_it = """
     for _ in range(20):
@@ -109,7 +118,8 @@ def test_the_snippet_for_your_own_model_runs():
     """
     calibration = snippet.index("# for ResLoRA")
     idx = torch.randint(1, 11, (8, 12))
-    scope = {"torch": torch, "F": F, "model": Own(), "idx": idx, "calibration_texts": [idx], "pad_id": 0}
+    scope = {"torch": torch, "F": F, "model": Own(), "idx": idx, "calibration_texts": [idx],
+             "pad_id": 0}
     exec(re.sub(r"^\.\.\..*$", textwrap.dedent(train_it), snippet[:calibration], flags=re.M), scope)
     before = scope["model"](idx)
     exec(snippet[calibration:], scope)
@@ -120,8 +130,8 @@ def test_the_snippet_for_your_own_model_runs():
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_classifier_of_your_own_is_calibrated_with_its_margins(grad, frozen):
-    """README's expression for M works whether gradients are on or off where calibrate is called, and on a model that is
-    frozen altogether; and A* is another one than without M."""
+    """README's expression for M works whether gradients are on or off where calibrate is called,
+    and on a model that is frozen altogether; and A* is another one than without M."""
     model, idx = Own(classes=3), torch.randint(1, 11, (8, 12))
     layers = lora.apply(model, ResLoRALinear, ["q_proj", "v_proj"], r=2, alpha=4)
     for layer in layers:
@@ -137,10 +147,13 @@ def test_a_classifier_of_your_own_is_calibrated_with_its_margins(grad, frozen):
 
 
 def test_layers_without_neighbours_are_said():
-    """An nn.Sequential's "0", "2", "4" are three chains of one layer: apply warns. Wrapped as README says, they are one
-    chain and nothing is warned. A layer alone is LoRA with 2 alpha under `input`, plain LoRA else."""
-    for own, same in (({}, "LoRA with 2 alpha"), ({"shortcut": "block"}, "plain LoRA"), ({"pre_num": 0}, "plain LoRA")):
-        flat = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    """An nn.Sequential's "0", "2", "4" are three chains of one layer: apply warns. Wrapped as
+    README says, they are one chain and nothing is warned. A layer alone is LoRA with 2 alpha under
+    `input`, plain LoRA else."""
+    for own, same in (({}, "LoRA with 2 alpha"), ({"shortcut": "block"}, "plain LoRA"),
+                      ({"pre_num": 0}, "plain LoRA")):
+        flat = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(),
+                             nn.Linear(8, 8))
         with pytest.warns(UserWarning, match=f"single layer without neighbours, so it is {same}"):
             layers = lora.apply(flat, ResLoRALinear, ["0", "2", "4"], r=2, alpha=4, **own)
         assert not any(layer.earlier for layer in layers)
@@ -152,16 +165,19 @@ def test_layers_without_neighbours_are_said():
 
         def forward(self, x):
             return self.fc(x).tanh()
-    layers = lora.apply(nn.Sequential(*(Wrapped() for _ in range(3))), ResLoRALinear, ["fc"], r=2, alpha=4)
+    layers = lora.apply(nn.Sequential(*(Wrapped() for _ in range(3))), ResLoRALinear, ["fc"], r=2,
+                        alpha=4)
     assert [len(layer.earlier) for layer in layers] == [0, 1, 1]
 
 
 def test_the_snippet_that_loads_a_run_elsewhere_gives_our_logits(tmp_path, base):
-    """PEFT on the base and the merged folder in transformers, loaded as README does, agree with generate's model."""
+    """PEFT on the base and the merged folder in transformers, loaded as README does, agree with
+    generate's model."""
     import generate
     train.main(command(base, tmp_path / "run", "--method", "reslora", "--save-merged"))
     snippet, = (s for s in SNIPPETS if "PeftModel" in s)
-    for theirs, ours in (("data/tiny-gpt", base), ("out/restaurants-reslora-r64-s0", tmp_path / "run"),
+    for theirs, ours in (("data/tiny-gpt", base),
+                         ("out/restaurants-reslora-r64-s0", tmp_path / "run"),
                          ("out/RUN/merged", tmp_path / "run/merged")):
         snippet = snippet.replace(theirs, str(ours))
     scope = {}
@@ -177,8 +193,8 @@ def test_the_snippet_that_loads_a_run_elsewhere_gives_our_logits(tmp_path, base)
 # A new method is one file and one line; a new dataset is one file and its name
 
 class Shifted(lora.LoRALinear):
-    """A throw-away method with vectors among its factors and a delta that is not zero at first: LoRA plus a trained
-    diagonal, with LoRA+'s larger rate for B."""
+    """A throw-away method with vectors among its factors and a delta that is not zero at first:
+    LoRA plus a trained diagonal, with LoRA+'s larger rate for B."""
 
     lr_scale = {"lora_B": 16.0}
 
@@ -208,13 +224,15 @@ def test_a_new_method_is_a_class_and_a_line(tmp_path, base, monkeypatch):
     assert metrics["merged"]["loss"] == pytest.approx(metrics["unmerged"]["loss"], abs=1e-5)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
-    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged",
+                                                               dtype=torch.float32).eval()
     idx = torch.randint(0, 300, (2, 9))
     torch.testing.assert_close(theirs(idx).logits, merged(idx).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_keeps_the_ratio_of_the_rates_at_every_step(tmp_path, base, monkeypatch):
-    """In the loop too, under warm-up and decay: B's group has 16 times the rate of the others, step for step."""
+    """In the loop too, under warm-up and decay: B's group has 16 times the rate of the others, step
+    for step."""
     monkeypatch.setitem(METHODS, "shifted", Method(Shifted))
     rates, real = [], torch.optim.SGD.step
 
@@ -237,10 +255,12 @@ def test_a_method_without_as_lora_is_refused_before_it_trains():
 
 
 def test_a_new_dataset_is_a_file_and_its_name(tmp_path, small_roberta, monkeypatch):
-    """Three classes, generated: no other entry is needed, and the rows of the report are its metrics."""
+    """Three classes, generated: no other entry is needed, and the rows of the report are its
+    metrics."""
     module = types.ModuleType("data.colours")
     words = {"red": "warm bright fire", "green": "grass leaf moss", "blue": "sea sky deep"}
-    rows = [((f"it is {word} .",), label) for label, name in enumerate(words) for word in words[name].split()]
+    rows = [((f"it is {word} .",), label) for label, name in enumerate(words)
+            for word in words[name].split()]
     module.LABELS, module.METRICS = tuple(words), ("accuracy",)
     module.load = lambda: {"train": rows * 4, "validation": rows, "test": rows}
     monkeypatch.setitem(sys.modules, "data.colours", module)
@@ -248,6 +268,7 @@ def test_a_new_dataset_is_a_file_and_its_name(tmp_path, small_roberta, monkeypat
     monkeypatch.setattr(data, "GENERATED", (*data.GENERATED, "colours"))
     monkeypatch.setattr(data, "DATASETS", (*data.DATASETS, "colours"))
     monkeypatch.setattr(data, "load", lambda name, data_dir=None, source=None: module.load())
-    result = train.main(["--model", str(small_roberta), "--dataset", "colours", "--out", str(tmp_path), "--rank", "4",
-                         "--epochs", "2"])
-    assert result["metrics"]["merged"].keys() == {"loss", "accuracy"} and result["settings"]["batch_size"] == 32
+    result = train.main(["--model", str(small_roberta), "--dataset", "colours", "--out",
+                         str(tmp_path), "--rank", "4", "--epochs", "2"])
+    assert (result["metrics"]["merged"].keys() == {"loss", "accuracy"}
+            and result["settings"]["batch_size"] == 32)

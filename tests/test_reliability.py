@@ -1,4 +1,5 @@
-"""Nothing that happens to a run, and nothing that is typed or read, breaks it: it succeeds or says in a line why not.
+"""Nothing that happens to a run, and nothing that is typed or read, breaks it: it succeeds or says
+in a line why not.
 
     python -m pytest tests/test_reliability.py --long       25 kills, a thousand cases of each fuzz
 """
@@ -32,8 +33,8 @@ from run.folder import STATE, load_state, save_state
 def cases(test):
     """Run a hypothesis test over 40 cases, always the same ones, or with --long over a thousand."""
     long = "--long" in sys.argv
-    return settings(max_examples=1000 if long else 40, derandomize=not long, deadline=None, database=None,
-                    suppress_health_check=list(HealthCheck))(test)
+    return settings(max_examples=1000 if long else 40, derandomize=not long, deadline=None,
+                    database=None, suppress_health_check=list(HealthCheck))(test)
 
 
 # Killed, and a full disk
@@ -179,13 +180,15 @@ def test_a_file_that_may_not_grow_is_one_line(tmp_path, base):
 # Fuzz
 
 # Of each kind of flag values that may do, and for all of them what seldom does
-INTS, FLOATS = ["1", "2", "3", "4", "8", "0", "-1"], ["0.1", "1", "1e-3", "2.5", "0", "-1", "nan", "1e30"]
-WORDS = ["q", "q,v", "v,q,k,o,up,down", "q,q", "1,2", "input", "weight", "regression,none", "cpu", "restaurants",
-         "stdlib", *METHODS]
-JUNK = ["", "x", ",", "½", "0x10", "inf", "-inf", "1e400", "99999999999999999999", "/", ".", "..", "\0", "é", "--rank",
-        "@nowhere", "cuda", "reviews"]
+INTS, FLOATS = ["1", "2", "3", "4", "8", "0", "-1"], ["0.1", "1", "1e-3", "2.5", "0", "-1", "nan",
+                                                      "1e30"]
+WORDS = ["q", "q,v", "v,q,k,o,up,down", "q,q", "1,2", "input", "weight", "regression,none", "cpu",
+         "restaurants", "stdlib", *METHODS]
+JUNK = ["", "x", ",", "½", "0x10", "inf", "-inf", "1e400", "99999999999999999999", "/", ".", "..",
+        "\0", "é", "--rank", "@nowhere", "cuda", "reviews"]
 # left alone: what would take minutes, or write elsewhere
-LEFT = {"--steps", "--epochs", "--grad-accum", "--compile", "--max-new", "--beams", "--out", "--help"}
+LEFT = {"--steps", "--epochs", "--grad-accum", "--compile", "--max-new", "--beams", "--out",
+        "--help"}
 
 
 def flags_of(parse):
@@ -216,7 +219,8 @@ def ends_well(main, argv, capsys):
         return True
     except SystemExit as e:
         err = capsys.readouterr().err
-        assert e.code == 2 and err.count("\n") == 1 and err.split(":")[0] in ("train.py", "generate.py"), (argv, err)
+        assert (e.code == 2 and err.count("\n") == 1
+                and err.split(":")[0] in ("train.py", "generate.py")), (argv, err)
         return False
 
 
@@ -226,8 +230,11 @@ def test_any_flags_of_train(flags, method, base, tmp_path, capsys, monkeypatch):
     """A method and up to three random flags: a whole run in two steps, or a line."""
     monkeypatch.setattr(evaluate, "SCORED", 0)
     before = set((tmp_path / "out").glob("*"))
-    if not ends_well(train.main, command(base, tmp_path / "out", "--steps", "2", "--method", method, *flags), capsys):
-        assert {p.name for p in set((tmp_path / "out").glob("*")) - before} <= {"log.csv", "resume.safetensors"}
+    if not ends_well(train.main,
+                     command(base, tmp_path / "out", "--steps", "2", "--method", method, *flags),
+                     capsys):
+        assert ({p.name for p in set((tmp_path / "out").glob("*")) - before}
+                <= {"log.csv", "resume.safetensors"})
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -236,16 +243,18 @@ def test_any_flags_of_train(flags, method, base, tmp_path, capsys, monkeypatch):
 def test_any_flags_and_texts_of_generate(flags, texts, finished, capsys):
     """Random flags, values and prompts: texts, or a line."""
     some = [] if texts else ["--first", "2", "--out", finished / "texts.jsonl"]
-    ends_well(generate.main, [str(a) for a in (finished, "--max-new", "3", *some, *flags, "--", *texts)], capsys)
+    ends_well(generate.main, [str(a) for a in (finished, "--max-new", "3", *some, *flags, "--",
+                                               *texts)], capsys)
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 anything = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
     st.text(max_size=5), inner, max_size=3), max_leaves=6)
-row = st.fixed_dictionaries({}, optional={"meaning_representation": anything, "human_reference": anything,
-                                          "more": anything})
-line = st.binary(max_size=20) | row.map(lambda r: json.dumps(r).encode()) | st.builds(
-    lambda a, b: json.dumps({"meaning_representation": a, "human_reference": b}).encode(), st.text(), st.text())
+row = st.fixed_dictionaries({}, optional={"meaning_representation": anything,
+                                          "human_reference": anything, "more": anything})
+line = (st.binary(max_size=20) | row.map(lambda r: json.dumps(r).encode())
+        | st.builds(lambda a, b: json.dumps({"meaning_representation": a,
+                                             "human_reference": b}).encode(), st.text(), st.text()))
 
 
 @cases
@@ -292,12 +301,15 @@ bytes_of_a_header = dict(where=st.lists(st.integers(0, 10**6), max_size=4),
 
 
 @cases
-@given(**bytes_of_a_header, change=st.dictionaries(st.sampled_from(
-    ["peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "bias",
-     "use_dora", "fan_in_fan_out", "init_lora_weights"]), anything, max_size=2), cut=st.integers(0, 3000) | st.none())
+@given(**bytes_of_a_header,
+       change=st.dictionaries(st.sampled_from(["peft_type", "r", "lora_alpha", "use_rslora",
+                                               "rank_pattern", "alpha_pattern", "target_modules",
+                                               "bias", "use_dora", "fan_in_fan_out",
+                                               "init_lora_weights"]), anything, max_size=2),
+       cut=st.integers(0, 3000) | st.none())
 def test_any_adapter_folder(where, how, change, cut, tmp_path):
-    """Random values in adapter_config.json, random bytes in the header, a file cut short: a whole adapter that computes
-    something finite, or a ValueError and the model untouched."""
+    """Random values in adapter_config.json, random bytes in the header, a file cut short: a whole
+    adapter that computes something finite, or a ValueError and the model untouched."""
     model = tiny_gpt(torch.float32, n_layer=1)
     adapt(model, "lora", {})
     adapters.save_adapter(tmp_path, model, "some/base")
@@ -324,9 +336,10 @@ def test_any_state(where, how, cut, tmp_path):
 
 
 @cases
-@given(change=st.dictionaries(st.sampled_from(
-    ["model", "method", "dataset", "rank", "alpha", "targets", "dropout", "rs", "base_weights", "context", "data_dir",
-     "init_from"]), anything, max_size=2))
+@given(change=st.dictionaries(st.sampled_from(["model", "method", "dataset", "rank", "alpha",
+                                               "targets", "dropout", "rs", "base_weights",
+                                               "context", "data_dir", "init_from"]), anything,
+                              max_size=2))
 def test_any_result_json(change, finished, capsys):
     """Settings that nobody wrote: texts, or a line."""
     file = finished / "result.json"
@@ -349,4 +362,6 @@ def test_nothing_that_is_read_can_run_code(tmp_path):
     assert len(product) > 50
     for path in product:
         text = path.read_text().replace(".eval()", "")
-        assert not any(word in text for word in ("torch.load", "pickle.load", "eval(", "exec(", "yaml.load")), path
+        assert not any(word in text
+                       for word in ("torch.load", "pickle.load", "eval(", "exec(",
+                                    "yaml.load")), path

@@ -18,12 +18,15 @@ def test_the_table_of_times_is_what_was_measured():
     found = json.loads((ROOT / "experiments/results/bench-amd-epyc-2-threads.json").read_text())
     rows = {name: {row["row"]: row for row in preset["steps"]} for name, preset in found.items()}
     text = section("Time and memory")
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()
+             if line.startswith("| ")]
     table = [cells for cells in table if len(cells) == 11]
-    columns = {"ms": "{:,.1f}", "of lora": "{:.2f}", "of peer": "{:.2f}", "peak GB": "{:.2f}", "of floor": "{:.2f}"}
+    columns = {"ms": "{:,.1f}", "of lora": "{:.2f}", "of peer": "{:.2f}", "peak GB": "{:.2f}",
+               "of floor": "{:.2f}"}
     assert len(table) == 1 + len(bench.ROWS) + 1
     for name, *cells in table[1:]:
-        of = [rows[preset].get(name, {}).get(column) for preset in ("tiny", "gpt2-small") for column in columns]
+        of = [rows[preset].get(name, {}).get(column) for preset in ("tiny", "gpt2-small")
+              for column in columns]
         assert cells == ["" if value is None else form.format(value)
                          for value, form in zip(of, [*columns.values()] * 2, strict=True)], name
 
@@ -41,7 +44,8 @@ def results(name):
 
 def section(title):
     """The text under the heading that begins with `title`."""
-    level, text = re.search(rf"^(##+) {re.escape(title)}[^\n]*\n(.*)", RESULTS, re.M | re.S).groups()
+    level, text = re.search(rf"^(##+) {re.escape(title)}[^\n]*\n(.*)", RESULTS,
+                            re.M | re.S).groups()
     return re.split(rf"^#{{2,{len(level)}}} ", text, maxsplit=1, flags=re.M)[0]
 
 
@@ -53,44 +57,51 @@ def table(title, number=0):
 
 @pytest.mark.parametrize("name", re.findall(r"<!-- table: (\S+) -->", RESULTS))
 def test_the_tables_of_results_are_their_csv(name):
-    """Behind each mark stands what experiments/tables.py makes of the csv files, and nothing else."""
+    """Behind each mark stands what experiments/tables.py makes of the csv files, and nothing
+    else."""
     made = tables.TABLES[name]()
     found = RESULTS.partition(f"<!-- table: {name} -->\n\n")[2].splitlines()
     assert len(made) > 3 and found[:len(made)] == made and not found[len(made)]
 
 
 def test_no_number_without_a_mark():
-    """Tables of results that experiments/tables.py does not make are those that other tests here compare."""
+    """Tables of results that experiments/tables.py does not make are those that other tests here
+    compare."""
     text = RESULTS[:RESULTS.index("## On one GPU")]
     made = set(re.findall(r"<!-- table: \S+ -->\n\n(\|.*)", text))
     others = set(re.findall(r"\n\n(\| .*)", text)) - made
     assert len(others) == 4, others  # two of difficulty, one of times, one of claims
 
 
-@pytest.mark.parametrize("dataset, judge, high", [("restaurants", "loss", False), ("reviews", "accuracy", True)])
+@pytest.mark.parametrize("dataset, judge, high",
+                         [("restaurants", "loss", False), ("reviews", "accuracy", True)])
 def test_the_tables_of_difficulty_are_their_csv(dataset, judge, high):
     """Each row is the rate with the best validation, and its numbers are the csv's."""
     rows = results(f"difficulty-{dataset}.csv")
-    names = {"base": None, "LoRA, r 4": ("lora", 4), "LoRA, r 64": ("lora", 64), "full fine-tuning": ("full", ""),
-             "head only": ("head", "")}
+    names = {"base": None, "LoRA, r 4": ("lora", 4), "LoRA, r 64": ("lora", 64),
+             "full fine-tuning": ("full", ""), "head only": ("head", "")}
     for name, rate, loss, *more in table(f"`{dataset}`"):
         if names[name] is None:
-            assert f"{rows[0]['base loss']:.3f}" == loss and f"{rows[0]['base slots']:.1%}" == more[0].replace(" ", "")
+            assert (f"{rows[0]['base loss']:.3f}" == loss and f"{rows[0]['base slots']:.1%}"
+                    == more[0].replace(" ", ""))
             continue
         same = [r for r in rows if (r["method"], r["rank"]) == names[name]]
         best = (max if high else min)(same, key=lambda r: r[f"validation {judge}"])
         tried = sorted({r["lr"] for r in same})
-        assert float(rate.strip("*")) == best["lr"] and ("*" in rate) == (best["lr"] in (tried[0], tried[-1])), name
+        assert (float(rate.strip("*")) == best["lr"]
+                and ("*" in rate) == (best["lr"] in (tried[0], tried[-1]))), name
         assert loss == f"{best['final loss']:.3f}"
         columns = ("slots", "names") if dataset == "restaurants" else ("accuracy",)
         shares = [best[f"final {column}"] for column in columns]
-        assert more == ["100 %" if share == 1 else f"{share:.1%}".replace("%", " %") for share in shares]
+        assert more == ["100 %" if share == 1 else f"{share:.1%}".replace("%", " %")
+                        for share in shares]
 
 
 def test_nats_per_character_share_the_same_nats_among_characters():
     """Tokens times nats per token are characters times nats per character."""
     sizes = {r["base"]: r for r in results("real-characters.csv")}
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section("On a base that was").splitlines()]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]]
+             for line in section("On a base that was").splitlines()]
     rows = [row for row in cells if row and row[0] in sizes]
     assert len(rows) == 4
     for base, *_, token, character in rows:
@@ -99,21 +110,28 @@ def test_nats_per_character_share_the_same_nats_among_characters():
 
 
 def test_the_theorem_holds_under_sgd_and_turns_around_under_adam():
-    """Means of five seeds: two rows are flat within a fifth, the others are not; of the table, computed here again."""
+    """Means of five seeds: two rows are flat within a fifth, the others are not; of the table,
+    computed here again."""
     sizes = {}
     for row in results("rank-theorem.csv"):
-        sizes.setdefault((row["optimizer"], row["method"]), {}).setdefault(row["rank"], []).append(row["branch"])
-    for (name, *cells), by_rank in zip(table("Is rsLoRA's theorem true"), sizes.values(), strict=True):
+        sizes.setdefault((row["optimizer"], row["method"]), {}).setdefault(row["rank"],
+                                                                           []).append(row["branch"])
+    for (name, *cells), by_rank in zip(table("Is rsLoRA's theorem true"), sizes.values(),
+                                       strict=True):
         means = [statistics.mean(values) for values in by_rank.values()]
-        assert cells == [f"{value:.2g}" for value in means] and all(len(v) == 5 for v in by_rank.values())
+        assert cells == [f"{value:.2g}" for value in means] and all(len(v) == 5
+                                                                    for v in by_rank.values())
         assert (max(means) < 1.2 * min(means)) == (name in ("SGD, rsLoRA", "Adam, LoRA"))
 
 
-@pytest.mark.parametrize("number, dataset", [*enumerate(re.findall(r"<!-- table: merge-at-(\S+) -->", RESULTS))])
+@pytest.mark.parametrize("number, dataset",
+                         [*enumerate(re.findall(r"<!-- table: merge-at-(\S+) -->", RESULTS))])
 def test_the_tables_of_deployed_models_computed_again(number, dataset):
-    """Mean and range over five seeds at each row's best rate, and what is between it and both LoRAs seed by seed."""
+    """Mean and range over five seeds at each row's best rate, and what is between it and both LoRAs
+    seed by seed."""
     rows = [r for r in results(f"merge-at-{dataset}.csv") if r["best"]]
-    for name, rate, seeds, unmerged, merged, *_, above, above_3 in table("Does a merged ResLoRA beat LoRA", number):
+    for name, rate, seeds, unmerged, merged, *_, above, above_3 in table("Does a merged ResLoRA "
+                                                                         "beat LoRA", number):
         same = [r for r in rows if r["row"] == name]
         assert float(rate.strip("*")) == same[0]["lr"] and int(seeds) == len(same) == 5
         assert unmerged == f"{statistics.mean(r['unmerged loss'] for r in same):.3f}"
@@ -122,14 +140,16 @@ def test_the_tables_of_deployed_models_computed_again(number, dataset):
             lora = {r["seed"]: r["merged loss"] for r in rows if r["row"] == other}
             more = [r["merged loss"] - lora[r["seed"]] for r in same]
             error = statistics.stdev(more) / len(same)**0.5
-            assert said == ("" if name in ("LoRA", other) else f"{statistics.mean(more):+.4f} ({error:.4f})")
+            assert said == ("" if name in ("LoRA", other) else f"{statistics.mean(more):+.4f} "
+                            f"({error:.4f})")
 
 
 def test_every_file_that_the_results_name_exists():
     """Links into the repository, and the scripts of its commands."""
     named = re.findall(r"\]\((?!http)([^)#]+)\)", RESULTS)
     named += re.findall(r"sh\s+(experiments/\w+\.sh)", RESULTS)
-    named += [f"experiments/{name}.py" for name in re.findall(r"python\s+-m\s+experiments\.(\w+)", RESULTS)]
+    named += [f"experiments/{name}.py"
+              for name in re.findall(r"python\s+-m\s+experiments\.(\w+)", RESULTS)]
     named += re.findall(r"@(experiments/recipes/\w+\.args)", RESULTS)
     assert len(named) > 60
     for name in named:

@@ -1,4 +1,5 @@
-"""The papers' sets: rows as the hub has them, and scores as the reference implementations give them."""
+"""The papers' sets: rows as the hub has them, and scores as the reference implementations give
+them."""
 import json
 import os
 import random
@@ -20,35 +21,46 @@ from checkpoints.pretrained import from_pretrained
 from data import sets
 from evaluation import decoding, evaluate, metrics
 
-ROWS = {  # one row of each split, as the hub's
-    "svamp": [{"ID": "chal-1", "Body": "Dan has 8 pens and lost 2 pens.", "Question": "How many has he?",
-               "Equation": "( 8.0 - 2.0 )", "Answer": "6.0", "Type": "Subtraction"}],
-    "mathqa": [{"Problem": "a train runs 100 m in 5 s . its speed ?", "Rationale": "100 / 5 = 20", "correct": "c",
-                "options": "a ) 5 , b ) 10 , c ) 20 , d ) 50 , e ) none", "annotated_formula": "divide(100, 5)",
-                "linear_formula": "divide(n0,n1)|", "category": "physics"}],
-    "metamathqa": [{"type": "GSM_Rephrased", "query": "What is 2 + 2?", "original_question": "What is 2 + 2?",
-                    "response": "2 + 2 = 4.\n#### 4\nThe answer is: 4"}],
-    "webnlg": [{"input": ["A | capital | B", "B | country | C"], "target": "B, in C, is the capital of A.",
-                "references": [], "category": "City", "webnlg_id": "train/City/1"}],
-    "xsum": [{"document": "A long article. It goes on.", "summary": "An article.", "id": "1"}]}
-SWAG = {"activity_label": "Making tea", "ctx_a": "A pot [title] stands here.", "ctx_b": "he", "source_id": "x",
-        "endings": ["pours it.", "eats  the pot.", "sings [step] loud.", "goes."], "label": "2", "split": "val"}
+# one row of each split, as the hub's
+ROWS = {"svamp": [{"ID": "chal-1", "Body": "Dan has 8 pens and lost 2 pens.",
+                   "Question": "How many has he?", "Equation": "( 8.0 - 2.0 )", "Answer": "6.0",
+                   "Type": "Subtraction"}], "mathqa": [{"Problem": "a train runs 100 m in 5 s . "
+                                                        "its speed ?", "Rationale": "100 / 5 = 20",
+                                                        "correct": "c", "options": "a ) 5 , b ) 10 "
+                                                        ", c ) 20 , d ) 50 , e ) none",
+                                                        "annotated_formula": "divide(100, 5)",
+                                                        "linear_formula": "divide(n0,n1)|",
+                                                        "category": "physics"}],
+        "metamathqa": [{"type": "GSM_Rephrased", "query": "What is 2 + 2?",
+                        "original_question": "What is 2 + 2?", "response": "2 + 2 = 4.\n#### "
+                        "4\nThe answer is: 4"}],
+        "webnlg": [{"input": ["A | capital | B", "B | country | C"], "target": "B, in C, is the "
+                    "capital of A.", "references": [], "category": "City",
+                    "webnlg_id": "train/City/1"}],
+        "xsum": [{"document": "A long article. It goes on.", "summary": "An article.", "id": "1"}]}
+SWAG = {"activity_label": "Making tea", "ctx_a": "A pot [title] stands here.", "ctx_b": "he",
+        "source_id": "x", "endings": ["pours it.", "eats  the pot.", "sings [step] loud.", "goes."],
+        "label": "2", "split": "val"}
 ROWS["openorca"] = [{"system_prompt": "Be kind.", "question": "Who?", "response": "You."}]
 ROWS["e2e"] = [{"meaning_representation": "name[A], food[B]", "human_reference": "A serves B."}]
 ROWS["gsm8k"] = [{"question": "1 + 1 ?", "answer": "1 + 1 = 2\n#### 2"}]
 ROWS |= {"hellaswag": [SWAG], "hellaswag-generated": [SWAG]}
 PAIR = {"svamp": ("Dan has 8 pens and lost 2 pens. How many has he?", "6"),
-        "mathqa": ("a train runs 100 m in 5 s . its speed ? a ) 5 , b ) 10 , c ) 20 , d ) 50 , e ) none", "c"),
-        "metamathqa": ("Question: What is 2 + 2? Think step by step.\nAnswer:", "2 + 2 = 4.\n#### 4\nThe answer is: 4"),
-        "webnlg": ("A | capital | B && B | country | C", "B, in C, is the capital of A."),
+        "mathqa": ("a train runs 100 m in 5 s . its speed ? a ) 5 , b ) 10 , c ) 20 , d ) 50 , e ) "
+                   "none", "c"), "metamathqa": ("Question: What is 2 + 2? Think step by "
+                                                "step.\nAnswer:", "2 + 2 = 4.\n#### 4\nThe answer "
+                                                "is: 4"), "webnlg": ("A | capital | B && B | "
+                                                                     "country | C", "B, in C, is "
+                                                                     "the capital of A."),
         "xsum": ("A long article. It goes on.", "An article."),
         "openorca": ("Be kind.\nWho?", "You."), "e2e": ("name[A], food[B]", "A serves B."),
-        "gsm8k": ("1 + 1 ?", "1 + 1 = 2\n#### 2"),
-        "hellaswag": ("Making tea: A pot. stands here. He", "sings loud."),
-        "hellaswag-generated": ("Making tea: A pot. stands here. He 1) pours it. 2) eats the pot. 3) sings loud. "
-                                "4) goes.", "The answer is 3.")}
+        "gsm8k": ("1 + 1 ?", "1 + 1 = 2\n#### 2"), "hellaswag": ("Making tea: A pot. stands here. "
+                                                                 "He", "sings loud."),
+        "hellaswag-generated": ("Making tea: A pot. stands here. He 1) pours it. 2) eats the pot. "
+                                "3) sings loud. 4) goes.", "The answer is 3.")}
 # texts, and how many of them are right
-TEXTS = {"svamp": (["6", "It is 6.0 .", "1 or 7", "none"], 2), "mathqa": (["c", "c ) 20", "a", "20"], 2),
+TEXTS = {"svamp": (["6", "It is 6.0 .", "1 or 7", "none"], 2),
+         "mathqa": (["c", "c ) 20", "a", "20"], 2),
          "metamathqa": (["So #### 4", "The answer is: 4.0", "The answer is: $5", "4"], 2)}
 
 
@@ -90,13 +102,18 @@ def test_what_is_held_out_is_at_most_500_rows_and_always_the_same(tmp_path):
 
 
 def test_hellaswag_is_judged_by_the_likeliest_ending(tmp_path, base, monkeypatch):
-    """acc and acc_norm of ten rows, by hand: each ending alone behind its text, the sum of its log probabilities."""
-    rows = [{**SWAG, "ctx_a": f"A pot {i} stands", "label": i % 4, "endings": words(i, 4)} for i in range(10)]
-    dataset = data.Dataset("hellaswag", folder(tmp_path, "hellaswag", rows)).encode(base, from_pretrained(base), 64)
+    """acc and acc_norm of ten rows, by hand: each ending alone behind its text, the sum of its log
+    probabilities."""
+    rows = [{**SWAG, "ctx_a": f"A pot {i} stands", "label": i % 4, "endings": words(i, 4)}
+            for i in range(10)]
+    dataset = data.Dataset("hellaswag",
+                           folder(tmp_path, "hellaswag", rows)).encode(base, from_pretrained(base),
+                                                                       64)
     model = from_pretrained(base)
     with torch.no_grad():
         model.wte.weight.mul_(5)
-    found = evaluate.choose(model, dataset, dataset.pairs["test"], torch.device("cpu"), nullcontext())
+    found = evaluate.choose(model, dataset, dataset.pairs["test"], torch.device("cpu"),
+                            nullcontext())
     hits = {"acc_norm": 0, "acc": 0}
     for row in rows:
         query = f"Making tea: {row['ctx_a']} He"
@@ -106,8 +123,9 @@ def test_hellaswag_is_judged_by_the_likeliest_ending(tmp_path, base, monkeypatch
             start = 1 + len(dataset.tokenizer.encode_ordinary(query))
             logp = model(torch.tensor([ids]))[0][0].log_softmax(1)
             scores.append(sum(logp[t - 1, ids[t]].item() for t in range(start, len(ids))))
-        for name, values in (("acc", scores), ("acc_norm", [s / len(e) for s, e in zip(scores, row["endings"],
-                                                                                       strict=True)])):
+        for name, values in (("acc", scores),
+                             ("acc_norm",
+                              [s / len(e) for s, e in zip(scores, row["endings"], strict=True)])):
             hits[name] += max(range(4), key=values.__getitem__) == row["label"]
         encoded, _ = dataset.task.encode([(query, ending) for ending in row["endings"]])
         encoded = [(ids[:-1], start) for ids, start in encoded]
@@ -124,8 +142,9 @@ def test_hellaswag_is_judged_by_the_likeliest_ending(tmp_path, base, monkeypatch
 
 def test_a_run_on_hellaswag_selects_by_acc_norm(tmp_path, base):
     rows = [{**SWAG, "ctx_a": f"A pot {i} stands", "label": str(i % 4)} for i in range(20)]
-    result = train.main(["--dataset", "hellaswag", "--data-dir", str(folder(tmp_path, "hellaswag", rows)), "--model",
-                         str(base), "--rank", "2", "--steps", "2", "--batch-size", "4", "--out", str(tmp_path / "out")])
+    result = train.main(["--dataset", "hellaswag", "--data-dir",
+                         str(folder(tmp_path, "hellaswag", rows)), "--model", str(base), "--rank",
+                         "2", "--steps", "2", "--batch-size", "4", "--out", str(tmp_path / "out")])
     assert result["selected"]["by"] == "validation acc_norm"
     assert result["metrics"]["merged"].keys() >= {"loss", "acc", "acc_norm"}
 
@@ -140,34 +159,47 @@ def test_a_right_answer_is_the_number_or_the_letter_that_it_ends_with(tmp_path, 
 
 def test_metamathqa_is_tested_on_gsm8k(tmp_path):
     folder(tmp_path, "metamathqa", ROWS["metamathqa"] * 10)
-    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "1 + 1 ?", "answer": "1 + 1 = 2\n#### 2"}))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "1 + 1 ?",
+                                                     "answer": "1 + 1 = 2\n#### 2"}))
     found = data.load("metamathqa", tmp_path)
-    assert found["test"] == [("Question: 1 + 1 ? Think step by step.\nAnswer:", "1 + 1 = 2\n#### 2")]
-    assert data.module("metamathqa").score(found["test"], ["... The answer is: 2"]) == {"exact_match": 1.0}
+    assert found["test"] == [("Question: 1 + 1 ? Think step by step.\nAnswer:",
+                              "1 + 1 = 2\n#### 2")]
+    assert data.module("metamathqa").score(found["test"],
+                                           ["... The answer is: 2"]) == {"exact_match": 1.0}
 
 
 def test_what_is_decoded_begins_as_what_was_trained(tmp_path, base, monkeypatch):
-    """MetaMathQA has no " ||" behind its prompts, neither in training nor where its texts are written and judged."""
+    """MetaMathQA has no " ||" behind its prompts, neither in training nor where its texts are
+    written and judged."""
     model, begun = from_pretrained(base), []
-    monkeypatch.setattr(decoding, "generate", lambda model, batch, *args: begun.extend(batch) or [[] for _ in batch])
-    found = data.Dataset("metamathqa", folder(tmp_path, "metamathqa", ROWS["metamathqa"] * 10)).encode(base, model, 64)
+    monkeypatch.setattr(decoding, "generate",
+                        lambda model, batch, *args: begun.extend(batch) or [[] for _ in batch])
+    found = data.Dataset("metamathqa",
+                         folder(tmp_path, "metamathqa",
+                                ROWS["metamathqa"] * 10)).encode(base, model, 64)
     evaluate.measure(model, found, "test", torch.device("cpu"), nullcontext())
     assert begun == [ids[:start] for ids, start in found.examples["test"]] and len(begun) == 10
 
 
 def test_webnlg_is_judged_by_all_references_and_by_category(tmp_path):
-    """A record with several references is one record; scores of seen and unseen categories are those of their parts."""
+    """A record with several references is one record; scores of seen and unseen categories are
+    those of their parts."""
     folder(tmp_path, "webnlg", ROWS["webnlg"] * 3)
-    test = [{"input": [f"A{i} | capital | B"], "target": "x", "category": "City" if i % 2 else "Airport",
-             "references": [f"B is the capital of A{i} .", f"the capital of A{i} is B ."]} for i in range(6)]
+    test = [{"input": [f"A{i} | capital | B"], "target": "x",
+             "category": "City" if i % 2 else "Airport",
+             "references": [f"B is the capital of A{i} .", f"the capital of A{i} is B ."]}
+            for i in range(6)]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in test))
     pairs = data.load("webnlg", tmp_path)["test"]
     assert len(pairs) == 12
     # every second text is that of the second reference of a record, and is not looked at
-    texts = [f"the capital of A{i // 2} is {'C' if i in (0, 8) else 'B'} ." if i % 2 == 0 else "no" for i in range(12)]
+    texts = [f"the capital of A{i // 2} is {'C' if i in (0, 8) else 'B'} ." if i % 2 == 0 else "no"
+             for i in range(12)]
     found = data.module("webnlg").score(pairs, texts)
     references = [row["references"] for row in test]
-    assert found["bleu"] == metrics.bleu(texts[::2], references) and found["ter"] == metrics.ter(texts[::2], references)
+    assert found["bleu"] == metrics.bleu(texts[::2],
+                                         references) and found["ter"] == metrics.ter(texts[::2],
+                                                                                     references)
     for name, part in (("unseen", slice(0, None, 2)), ("seen", slice(1, None, 2))):
         assert found[f"bleu ({name})"] == metrics.bleu(texts[::2][part], references[part])
     assert found["bleu (unseen)"] < found["bleu"] < found["bleu (seen)"]
@@ -190,17 +222,19 @@ def test_a_bad_row_is_named(tmp_path, name, change, message):
         data.load(name, folder(tmp_path, name, [{**ROWS[name][0], **change}] * 3))
 
 
-@pytest.mark.skipif(not DATA, reason="the released sets: set DATA to a folder with svamp/ and webnlg/")
+@pytest.mark.skipif(not DATA, reason="the released sets: set DATA to a folder with svamp/ and "
+                    "webnlg/")
 def test_the_real_sets(tmp_path):
     """As released: SVAMP's 700 and 300, WebNLG's references."""
     found = data.load("svamp", f"{DATA}/svamp")
     assert [len(found[split]) for split in ("train", "validation", "test")] == [630, 70, 300]
     assert all(float(target) >= 0 for _, target in found["test"])
     found = data.load("webnlg", f"{DATA}/webnlg")
-    assert len(found["train"]) == 1702 and len({prompt for prompt, _ in found["test"]}) <= 108 < len(found["test"])
+    assert (len(found["train"]) == 1702 and len({prompt for prompt, _ in found["test"]}) <= 108
+            < len(found["test"]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The hub
 
 LOAD = """import json, sys

@@ -1,4 +1,5 @@
-"""A real pretrained Llama, SmolLM2-135M, as `python -m experiments.smollm2 FOLDER` makes it: set SMOLLM2 to it."""
+"""A real pretrained Llama, SmolLM2-135M, as `python -m experiments.smollm2 FOLDER` makes it: set
+SMOLLM2 to it."""
 import json
 import os
 
@@ -15,8 +16,8 @@ from lora import LoRALinear, apply
 
 FOLDER = os.environ.get("SMOLLM2")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="a real checkpoint: set SMOLLM2 to its folder")
-PROMPTS = ["The capital of France is", "name : The Mill | food : Italian ||", "Low-rank adaptation of a language model",
-           "Once upon a time, in a small village by the sea,"]
+PROMPTS = ["The capital of France is", "name : The Mill | food : Italian ||", "Low-rank adaptation "
+           "of a language model", "Once upon a time, in a small village by the sea,"]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,8 @@ def tokenizer():
 @torch.no_grad()
 def test_logits_on_real_text_are_those_of_transformers(models, tokenizer):
     """Within 1e-4 of the largest, over 300 tokens of this repository's README; and the loss."""
-    idx = torch.tensor([tokenizer.encode_ordinary((ROOT / "README.md").read_text(encoding="utf-8"))[:300]])
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    idx = torch.tensor([tokenizer.encode_ordinary(page)[:300]])
     ours, theirs = (m(idx) for m in models)
     assert (ours[0] - theirs.logits).abs().max() < 1e-4 * theirs.logits.abs().max()
     loss = models[0](idx[:, :-1], idx[:, 1:])[1]
@@ -47,7 +49,8 @@ def test_token_ids_are_those_of_transformers(tokenizer, texts_folder):
     texts = list(lines_of(texts_folder))
     assert len(texts) > 5000
     theirs = oracle("transformers").AutoTokenizer.from_pretrained(FOLDER)
-    assert tokenizer.encode_ordinary_batch(texts) == theirs(texts, add_special_tokens=False).input_ids
+    assert (tokenizer.encode_ordinary_batch(texts)
+            == theirs(texts, add_special_tokens=False).input_ids)
 
 
 @torch.no_grad()
@@ -56,11 +59,14 @@ def test_decoding_is_that_of_transformers_and_that_without_a_cache(models, token
     ours, theirs = models
     prompts, stop, new = [tokenizer.encode_ordinary(text) for text in PROMPTS], tokenizer.eos, 24
     for beams in (1, 4):
-        found = generate(ours, prompts, new, stop) if beams == 1 else beam_search(ours, prompts, new, stop, beams, 0.9)
+        found = generate(ours, prompts, new, stop) if beams == 1 else beam_search(ours, prompts,
+                                                                                  new, stop, beams,
+                                                                                  0.9)
         for prompt, ids in zip(prompts, found, strict=True):
             idx = torch.tensor([prompt])
-            out = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=new, num_beams=beams,
-                                  do_sample=False, length_penalty=0.9, early_stopping=False, eos_token_id=stop,
+            out = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=new,
+                                  num_beams=beams, do_sample=False, length_penalty=0.9,
+                                  early_stopping=False, eos_token_id=stop,
                                   pad_token_id=stop)[0, len(prompt):].tolist()
             assert ids == (out[:out.index(stop)] if stop in out else out)
             if beams == 1:

@@ -31,9 +31,11 @@ generated = functools.cache(data.load)
 
 
 def cut_down(monkeypatch, whole=False):
-    """The splits cut down, and those of generators made once; unless `whole`, no text is decoded, no picture drawn."""
+    """The splits cut down, and those of generators made once; unless `whole`, no text is decoded,
+    no picture drawn."""
     def load(name, data_dir=None, source=None, real=data.load):
-        splits = generated(name) if name in data.GENERATED and not data_dir else real(name, data_dir, source)
+        splits = (generated(name) if name in data.GENERATED and not data_dir
+                  else real(name, data_dir, source))
         return {split: pairs[:64 if split == "train" else 12] for split, pairs in splits.items()}
     monkeypatch.setattr(data, "load", load)
     if not whole:
@@ -54,7 +56,8 @@ def command(base, out, *flags):
 
 
 def weights(out):
-    return {k: v for k, v in load_file(out / "resume.safetensors").items() if k.startswith("model.")}
+    return {k: v for k, v in load_file(out / "resume.safetensors").items()
+            if k.startswith("model.")}
 
 
 def with_a_head(base):
@@ -68,7 +71,8 @@ def with_a_head(base):
 @pytest.mark.whole
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"head"}))
 def test_every_method_trains_merges_and_leaves_a_whole_run_folder(tmp_path, base, method, capsys):
-    """Loss falls; result.json, log.csv and the adapter agree with each other; nothing half-written lies about."""
+    """Loss falls; result.json, log.csv and the adapter agree with each other; nothing half-written
+    lies about."""
     result = train.main(command(base, tmp_path, "--method", method, "--save-merged"))
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
     assert [row["step"] for row in rows] == ["2", "4", "6"]
@@ -79,14 +83,17 @@ def test_every_method_trains_merges_and_leaves_a_whole_run_folder(tmp_path, base
     assert set(metrics[last]) == {"loss", "perplexity", "slots", "names"}
     assert json.loads((tmp_path / "result.json").read_text()) == result
     names = {p.name for p in tmp_path.iterdir()}
-    adapter = {"adapter_config.json", "adapter_model.safetensors"} if METHODS[method].adapter else set()
+    adapter = {"adapter_config.json",
+               "adapter_model.safetensors"} if METHODS[method].adapter else set()
     if "ranks" in result:
         adapter.add("ranks.png")
-    assert names == {"result.json", "log.csv", "curve.png", "resume.safetensors", "merged", *adapter}
+    assert names == {"result.json", "log.csv", "curve.png", "resume.safetensors", "merged",
+                     *adapter}
     out = capsys.readouterr().out
     assert "parameters train" in out and "ref " in out and last in out
     # merged/ is the model whose loss was reported
-    model, args = from_pretrained(tmp_path / "merged"), train.parse(command(base, tmp_path, "--method", method))
+    model, args = from_pretrained(tmp_path / "merged"), train.parse(command(base, tmp_path,
+                                                                            "--method", method))
     _, task = data.task("restaurants", tmp_path / "merged", model, 256)
     test, _ = task.encode(data.load("restaurants")["test"])
     loss, _ = evaluate.evaluate(model, test, task, args.device, args.amp)
@@ -101,34 +108,40 @@ def test_every_method_trains_merges_and_leaves_a_whole_run_folder(tmp_path, base
 @pytest.mark.whole
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_classifies(tmp_path, small_roberta, method, capsys):
-    """reviews with a RoBERTa: the log has the metric, the adapter folder and merged/ give the reported predictions."""
+    """reviews with a RoBERTa: the log has the metric, the adapter folder and merged/ give the
+    reported predictions."""
     flags = ["--method", method, "--dataset", "reviews", "--save-merged"]
     flags += ["--batch-size", 64, "--steps", 20, "--lr", 3e-3]
     result = train.main(command(small_roberta, tmp_path, *flags))
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
-    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"]) and 0 < float(rows[-1]["val_accuracy"]) < 1
+    assert (float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"]) and 0
+            < float(rows[-1]["val_accuracy"]) < 1)
     out = capsys.readouterr().out
     assert "has no head for 2 labels: a fresh one is trained from scratch" in out and "-> " in out
     table = out[out.index("reviews (test)"):].splitlines()
     assert table[0].split()[2:] == ["loss", "accuracy"]
-    assert [line[:28].strip() for line in table[1:1 + len(result["metrics"])]] == list(result["metrics"])
-    assert float(table[1].split()[-1]) == pytest.approx(result["metrics"]["base"]["accuracy"], abs=1e-4)
+    assert [line[:28].strip()
+            for line in table[1:1 + len(result["metrics"])]] == list(result["metrics"])
+    assert float(table[1].split()[-1]) == pytest.approx(result["metrics"]["base"]["accuracy"],
+                                                        abs=1e-4)
     metrics, last = result["metrics"], "merged" if METHODS[method].adapter else "trained"
-    assert set(metrics[last]) == {"loss", "accuracy"} and result["selected"]["by"] == "validation accuracy"
+    assert (set(metrics[last]) == {"loss", "accuracy"} and result["selected"]["by"]
+            == "validation accuracy")
     merged = from_pretrained(tmp_path / "merged")
     _, task = data.task("reviews", tmp_path / "merged", merged, 64)
     examples, _ = task.encode(data.load("reviews")["test"])
     args = train.parse(command(small_roberta, tmp_path, *flags))
     loss, logits = evaluate.evaluate(merged, examples, task, args.device, args.amp)
     assert loss == pytest.approx(metrics[last]["loss"], abs=1e-6)
-    assert (logits.argmax(1) == torch.tensor([label for _, label in examples])).double().mean() == pytest.approx(
-        metrics[last]["accuracy"])
+    assert ((logits.argmax(1) == torch.tensor([label for _, label in examples])).double().mean()
+            == pytest.approx(metrics[last]["accuracy"]))
     if METHODS[method].adapter:
         import transformers
         theirs_base = with_a_head(shutil.copytree(small_roberta, tmp_path / "base"))
         idx, _, _ = task.collate(examples)
         assert relative(peft_logits(theirs_base, tmp_path, idx)[0], merged(idx)[0]) < 1e-5
-        theirs = transformers.RobertaForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+        cls = transformers.RobertaForSequenceClassification
+        theirs = cls.from_pretrained(tmp_path / "merged").eval()
         assert relative(theirs(idx, attention_mask=idx != 1).logits, merged(idx)[0]) < 1e-5
 
 
@@ -140,14 +153,16 @@ def test_logits_come_in_the_order_of_the_examples(small_roberta):
     _, task = data.task("reviews", small_roberta, model, 64)
     examples, _ = task.encode(data.load("reviews")["test"])
     assert len({len(ids) for ids, _ in examples}) > 3
-    _, logits = evaluate.evaluate(model, examples, task, torch.device("cpu"), contextlib.nullcontext())
+    _, logits = evaluate.evaluate(model, examples, task, torch.device("cpu"),
+                                  contextlib.nullcontext())
     alone = torch.cat([model(task.collate([example])[0])[0] for example in examples])
     torch.testing.assert_close(logits, alone.detach())
     assert (alone - alone.roll(1, 0)).abs().max() > 1e-4
 
 
 def test_the_best_checkpoint_is_the_one_that_is_kept(tmp_path, small_roberta, monkeypatch):
-    """Accuracies .5, .7, .6 at steps 2, 4, 6: step 4 is reported, exported and merged, also after resuming."""
+    """Accuracies .5, .7, .6 at steps 2, 4, 6: step 4 is reported, exported and merged, also after
+    resuming."""
     real, found = train.evaluate.validate, iter([0.5, 0.7, 0.6])
     states = {}
 
@@ -161,9 +176,12 @@ def test_the_best_checkpoint_is_the_one_that_is_kept(tmp_path, small_roberta, mo
     assert result["selected"] == {"step": 4, "by": "validation accuracy"}
     key = "classifier.out_proj.weight"
     merged = load_file(tmp_path / "merged/model.safetensors")
-    assert torch.equal(merged[key], states[0.7][key]) and not torch.equal(merged[key], states[0.6][key])
-    assert torch.equal(load_file(tmp_path / "adapter_model.safetensors")["base_model.model." + key], merged[key])
-    again = train.main([*flags, "--resume"])  # the state of step 6 brings the weights of step 4 along
+    assert torch.equal(merged[key], states[0.7][key]) and not torch.equal(merged[key],
+                                                                          states[0.6][key])
+    assert torch.equal(load_file(tmp_path / "adapter_model.safetensors")["base_model.model." + key],
+                       merged[key])
+    # the state of step 6 brings the weights of step 4 along
+    again = train.main([*flags, "--resume"])
     assert again["metrics"] == result["metrics"] and again["selected"] == result["selected"]
 
 
@@ -219,18 +237,24 @@ def test_head_trains_the_head_alone(tmp_path, small_roberta):
 
 
 @pytest.mark.parametrize("method", ["reslora", "head"])
-def test_a_run_on_sst2_with_robertas_own_vocabulary_is_loaded_elsewhere(tmp_path, method, texts_folder):
-    """A random RoBERTa of 50,265 tokens, by transformers, with roberta-base's vocab.json: training changes it, and
-    PEFT and transformers load what comes out. (A random base learns nothing from SST-2 in a few steps.)"""
+def test_a_run_on_sst2_with_robertas_own_vocabulary_is_loaded_elsewhere(tmp_path, method,
+                                                                        texts_folder):
+    """A random RoBERTa of 50,265 tokens, by transformers, with roberta-base's vocab.json: training
+    changes it, and PEFT and transformers load what comes out. (A random base learns nothing from
+    SST-2 in a few steps.)"""
     import transformers
-    shape = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, type_vocab_size=1)
-    theirs = transformers.RobertaForMaskedLM(transformers.RobertaConfig(max_position_embeddings=66, **shape))
+    shape = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+                 type_vocab_size=1)
+    theirs = transformers.RobertaForMaskedLM(transformers.RobertaConfig(max_position_embeddings=66,
+                                                                        **shape))
     theirs.save_pretrained(tmp_path / "base")
     shutil.copyfile(texts_folder / "roberta-base-vocab/vocab.json", tmp_path / "base/vocab.json")
     out = tmp_path / "out"
-    flags = ["--method", method, "--dataset", "glue/sst2", "--data-dir", texts_folder / "sst2", "--save-merged"]
+    flags = ["--method", method, "--dataset", "glue/sst2", "--data-dir", texts_folder / "sst2",
+             "--save-merged"]
     metrics = train.main(command(tmp_path / "base", out, *flags))["metrics"]
-    assert metrics["merged" if METHODS[method].adapter else "trained"]["loss"] != metrics["base"]["loss"]
+    assert metrics["merged" if METHODS[method].adapter
+                   else "trained"]["loss"] != metrics["base"]["loss"]
     merged = from_pretrained(out / "merged")
     tokenizer, _ = data.task("glue/sst2", out / "merged", merged, 64)
     idx = torch.tensor([tokenizer.build(tokenizer.encode_ordinary("a stirring , funny film"))])
@@ -241,20 +265,28 @@ def test_a_run_on_sst2_with_robertas_own_vocabulary_is_loaded_elsewhere(tmp_path
         assert relative(peft_logits(theirs_base, out, idx)[0], merged(idx)[0]) < 1e-5
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--dataset", "restaurants"], "wants text written, which a RoBERTa cannot"),
-    (["--targets", "q,dense"], "classifier.dense belongs to the head"),
-    (["--targets", "out_proj"], "classifier.out_proj belongs to the head"),
-    (["--dataset", "opinions", "--targets", "dense"], "lm_head.dense belongs to the head"),
-    (["--targets", "q,query"], "'query' matches no linear"),
-    (["--dataset", "glue/sst2"], "dataset nyu-mll/glue is not on the hub"),
-    (["--dataset", "glue/sst3"], "unknown dataset 'glue/sst3'"),
-    (["--dataset", "glue/stsb", "--label-smoothing", ".1"], "--label-smoothing 0.1 is for classes"),
-    (["--context", "65"], "--context 65 is not in 4..64"), (["--context", "3"], "--context 3 is not in 4..64")])
+@pytest.mark.parametrize("flags, message", [(["--dataset", "restaurants"], "wants text written, "
+                                             "which a RoBERTa cannot"),
+                                            (["--targets", "q,dense"], "classifier.dense belongs "
+                                             "to the head"),
+                                            (["--targets", "out_proj"], "classifier.out_proj "
+                                             "belongs to the head"),
+                                            (["--dataset", "opinions", "--targets", "dense"],
+                                             "lm_head.dense belongs to the head"),
+                                            (["--targets", "q,query"], "'query' matches no linear"),
+                                            (["--dataset", "glue/sst2"], "dataset nyu-mll/glue is "
+                                             "not on the hub"),
+                                            (["--dataset", "glue/sst3"],
+                                             "unknown dataset 'glue/sst3'"),
+                                            (["--dataset", "glue/stsb", "--label-smoothing", ".1"],
+                                             "--label-smoothing 0.1 is for classes"),
+                                            (["--context", "65"], "--context 65 is not in 4..64"),
+                                            (["--context", "3"], "--context 3 is not in 4..64")])
 def test_bad_flags_for_a_roberta(tmp_path, small_roberta, capsys, flags, message, monkeypatch):
     """One line, exit code 2, nothing written."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    assert message in refused(capsys, command(small_roberta, tmp_path / "out", "--dataset", "reviews", *flags))
+    assert message in refused(capsys, command(small_roberta, tmp_path / "out", "--dataset",
+                                              "reviews", *flags))
     assert not (tmp_path / "out").exists()
 
 
@@ -275,30 +307,36 @@ def test_several_merges_are_measured_beside_the_one_that_is_kept(tmp_path, base)
 
 
 def test_a_dylora_run_can_be_cut_at_any_rank_afterwards(tmp_path, base):
-    """One run reports every power of two; --resume --cut b exports another rank without training again, and its
-    numbers are those that the first run said of it."""
+    """One run reports every power of two; --resume --cut b exports another rank without training
+    again, and its numbers are those that the first run said of it."""
     flags = command(base, tmp_path, "--method", "dylora", "--rank", "4")
     whole = train.main([*flags, "--save-merged"])["metrics"]
     assert list(whole) == ["base", "unmerged", "merged at rank 1", "merged at rank 2", "merged"]
     assert len({values["loss"] for stage, values in whole.items() if stage != "unmerged"}) == 4
     cut = train.main([*flags, "--resume", "--cut", "2,4"])
-    assert cut["metrics"]["merged"] == whole["merged at rank 2"] and cut["settings"]["cut"] == [2, 4]
+    assert (cut["metrics"]["merged"] == whole["merged at rank 2"] and cut["settings"]["cut"]
+            == [2, 4])
     assert cut["metrics"]["merged at rank 4"] == whole["merged"]
-    assert cut["metrics"]["unmerged"] == whole["unmerged"] and (tmp_path / "merged").exists()  # with its flags
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 2 * 2  # q and v in one c_attn
+    # with its flags
+    assert cut["metrics"]["unmerged"] == whole["unmerged"] and (tmp_path / "merged").exists()
+    # q and v in one c_attn
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 2 * 2
 
 
 @pytest.mark.whole
 def test_adalora_ends_with_its_budget_and_says_where_the_ranks_are(tmp_path, base, monkeypatch):
-    """log.csv has the ranks of every layer, result.json the last ones, ranks.png shows them; the checkpoint that is
-    kept is from the last phase, even where an earlier one had a lower validation loss."""
-    flags = ["--method", "adalora", "--rank", "2", "--steps", "12", "--budget-final", "3", "--eval-every", "1"]
+    """log.csv has the ranks of every layer, result.json the last ones, ranks.png shows them; the
+    checkpoint that is kept is from the last phase, even where an earlier one had a lower validation
+    loss."""
+    flags = ["--method", "adalora", "--rank", "2", "--steps", "12", "--budget-final", "3",
+             "--eval-every", "1"]
     added = iter(range(1000))
 
     def rising(*args, real=evaluate.evaluate):
         loss, logits = real(*args)
         return loss + next(added), logits
-    monkeypatch.setattr(evaluate, "evaluate", rising)  # every checkpoint is worse than the one before
+    # every checkpoint is worse than the one before
+    monkeypatch.setattr(evaluate, "evaluate", rising)
     result = train.main(command(base, tmp_path, *flags))
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
     budgets = [sum(map(int, row["ranks"].split())) for row in rows]
@@ -307,8 +345,10 @@ def test_adalora_ends_with_its_budget_and_says_where_the_ranks_are(tmp_path, bas
     assert " ".join(map(str, result["ranks"].values())) == rows[-1]["ranks"]
     assert result["selected"]["step"] == 9 and (tmp_path / "ranks.png").exists()
     tensors = load_file(tmp_path / "resume.safetensors")
-    for name, rank in result["ranks"].items():  # the file holds step 12, and beside it the kept step 9
-        assert (tensors[f"best.{name}.lora_E"] != 0).sum() == (tensors[f"model.{name}.lora_E"] != 0).sum() == rank
+    # the file holds step 12, and beside it the kept step 9
+    for name, rank in result["ranks"].items():
+        assert (tensors[f"best.{name}.lora_E"] != 0).sum() == (tensors[f"model.{name}.lora_E"]
+                                                               != 0).sum() == rank
     assert any(not torch.equal(tensors["best." + name], tensors["model." + name]) for name in (
         f"{layer}.lora_E" for layer in result["ranks"]))
     layers = adapters.load_adapter(from_pretrained(base), tmp_path)
@@ -319,7 +359,8 @@ def test_adalora_ends_with_its_budget_and_says_where_the_ranks_are(tmp_path, bas
 
 
 def test_what_a_method_adds_to_the_gradient_is_clipped_with_it(tmp_path, base, monkeypatch):
-    """The orthogonality term of AdaLoRA joins before clipping: SGD moves no factor farther than lr times --clip."""
+    """The orthogonality term of AdaLoRA joins before clipping: SGD moves no factor farther than lr
+    times --clip."""
     moved, real = [], torch.optim.SGD.step
 
     def step(optimizer, *args):
@@ -327,24 +368,29 @@ def test_what_a_method_adds_to_the_gradient_is_clipped_with_it(tmp_path, base, m
         moved.append(sum(p.grad.square().sum() for p in params).sqrt().item())
         return real(optimizer, *args)
     monkeypatch.setattr(torch.optim.SGD, "step", step)
-    train.main(command(base, tmp_path, "--method", "adalora", "--optimizer", "sgd", "--clip", "0.01"))
+    train.main(command(base, tmp_path, "--method", "adalora", "--optimizer", "sgd", "--clip",
+                       "0.01"))
     assert len(moved) == 6 and max(moved) < 0.0101
 
 
-@pytest.mark.parametrize("targets, config", [(["c_attn"], {}), (["c_attn", "mlp.c_proj"], dict(use_rslora=True))])
+@pytest.mark.parametrize("targets, config",
+                         [(["c_attn"], {}), (["c_attn", "mlp.c_proj"], dict(use_rslora=True))])
 def test_a_run_goes_on_from_an_adapter_that_peft_made(tmp_path, base, capsys, targets, config):
-    """--init-from: step 0 is PEFT's model, training lowers its loss, what comes out loads in PEFT again; the run
-    resumes, and generate.py knows where it came from."""
+    """--init-from: step 0 is PEFT's model, training lowers its loss, what comes out loads in PEFT
+    again; the run resumes, and generate.py knows where it came from."""
     peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
     import transformers
-    theirs = peft.get_peft_model(transformers.GPT2LMHeadModel.from_pretrained(base), peft.LoraConfig(
-        r=3, lora_alpha=6, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM", **config))
+    theirs = peft.get_peft_model(transformers.GPT2LMHeadModel.from_pretrained(base),
+                                 peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets,
+                                                 fan_in_fan_out=True, task_type="CAUSAL_LM",
+                                                 **config))
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             if "lora_B" in name:
                 p.normal_(std=0.3)
     theirs.save_pretrained(tmp_path / "adapter")
-    flags = ["--model", base, "--init-from", tmp_path / "adapter", *FAST[2:], "--out", tmp_path / "out"]
+    flags = ["--model", base, "--init-from", tmp_path / "adapter", *FAST[2:], "--out",
+             tmp_path / "out"]
     flags = list(map(str, flags))
     result = train.main(flags)
     metrics = result["metrics"]
@@ -352,13 +398,15 @@ def test_a_run_goes_on_from_an_adapter_that_peft_made(tmp_path, base, capsys, ta
     merged.save_pretrained(tmp_path / "peft")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(base / name, tmp_path / "peft" / name)
-    plain = train.main(["--model", str(tmp_path / "peft"), *FAST, "--out", str(tmp_path / "plain")])["metrics"]
+    plain = train.main(["--model", str(tmp_path / "peft"), *FAST, "--out",
+                        str(tmp_path / "plain")])["metrics"]
     assert metrics["base"]["loss"] == pytest.approx(plain["base"]["loss"], abs=1e-5)
     assert metrics["merged"]["loss"] < metrics["base"]["loss"]
     model, _, _ = generate.load_run(tmp_path / "out")
     idx = tokens(V=320)[0]
     assert relative(peft_logits(base, tmp_path / "out", idx)[0], model(idx)[0]) < 1e-5
-    assert relative(generate.load_run(tmp_path / "out", unmerged=True)[0](idx)[0], model(idx)[0]) < 1e-5
+    assert relative(generate.load_run(tmp_path / "out", unmerged=True)[0](idx)[0],
+                    model(idx)[0]) < 1e-5
     assert train.main([*flags, "--resume"])["metrics"] == metrics
     for more, message in ((["--rank", "4"], "brings its own rank"), (["--rs"], "brings its own rs"),
                           (["--method", "reslora"], "is for method lora, not reslora"),
@@ -367,13 +415,15 @@ def test_a_run_goes_on_from_an_adapter_that_peft_made(tmp_path, base, capsys, ta
 
 
 def test_an_exported_adapter_comes_back_as_it_was(tmp_path, base):
-    """q and v of GPT-2 go out as one c_attn of rank 2 r; coming back each has its own r rows again, and k none."""
+    """q and v of GPT-2 go out as one c_attn of rank 2 r; coming back each has its own r rows again,
+    and k none."""
     result = train.main(command(base, tmp_path))
     layers = adapters.load_adapter(model := from_pretrained(base), tmp_path)
     assert {layer.r for layer in layers} == {4} and len(layers) == 4
     names = {f"h.{i}.attn.{t}" for i in (0, 1) for t in "qv"}
     assert {name for name, m in model.named_modules() if m in layers} == names
-    kept = {k.removeprefix("model."): t for k, t in load_file(tmp_path / "resume.safetensors").items()}
+    kept = {k.removeprefix("model."): t
+            for k, t in load_file(tmp_path / "resume.safetensors").items()}
     assert result["selected"]["step"] == 6
     for name, layer in model.named_modules():
         if layer in layers:
@@ -382,8 +432,8 @@ def test_an_exported_adapter_comes_back_as_it_was(tmp_path, base):
 
 
 def test_compiled_training_is_training(tmp_path, base, monkeypatch):
-    """--compile: the same metrics to 1e-4, saved under the same names. Traced by torch.compile, but without generating
-    code, which would take minutes."""
+    """--compile: the same metrics to 1e-4, saved under the same names. Traced by torch.compile, but
+    without generating code, which would take minutes."""
     def few(*args, real=data.load):
         return {split: pairs[:12] for split, pairs in real(*args).items()}
     monkeypatch.setattr(data, "load", few)
@@ -424,22 +474,24 @@ def test_the_folder_of_a_run_says_its_method_s_flags(flags, own):
     assert str(out) == f"out/restaurants-{flags.split()[0]}{own}-s0"
 
 
-@pytest.mark.parametrize("flags", [
-    ["--model", ""], ["--method="], ["--dataset", ""], ["--init-from", ""], ["--out", ""], ["--data-dir="],
-    ["--rank", ""], ["--columns", ""], ["--lr", "1", "--device", ""], ["--dtype", ""],
-    ["--method=reslora", "--merge="]])
+@pytest.mark.parametrize("flags", [["--model", ""], ["--method="], ["--dataset", ""],
+                                   ["--init-from", ""], ["--out", ""], ["--data-dir="],
+                                   ["--rank", ""], ["--columns", ""], ["--lr", "1", "--device", ""],
+                                   ["--dtype", ""], ["--method=reslora", "--merge="]])
 def test_an_empty_value_is_never_the_default(flags, tmp_path):
     """--model "$MODEL" with an unset variable, on the command line and in a file of flags."""
     flag = [flag for flag in flags if flag.startswith("--")][-1].strip("=")
     (tmp_path / "flags.args").write_text(" ".join(f"'{part}'" for part in flags))
     for argv in (flags, [f"@{tmp_path / 'flags.args'}"]):
-        with pytest.raises(ValueError, match=f"^{flag} is empty: give it a value, or leave it out$"):
+        with pytest.raises(ValueError,
+                           match=f"^{flag} is empty: give it a value, or leave it out$"):
             train.parse(argv)
 
 
 def test_flags_from_a_file(tmp_path, base):
     """@file: one or more flags a line, # comments."""
-    (tmp_path / "recipe.args").write_text("--rank 3  # small\n# nothing\n--alpha 5 --out 'a b/run#1'\n")
+    (tmp_path / "recipe.args").write_text("--rank 3  # small\n# nothing\n--alpha 5 --out 'a "
+                                          "b/run#1'\n")
     args = train.parse([f"@{tmp_path / 'recipe.args'}", "--lr", "1"])
     assert (args.rank, args.alpha, args.lr, str(args.out)) == (3, 5, 1, "a b/run#1")
 
@@ -515,8 +567,9 @@ def test_all_modules_train_in_every_step(tmp_path, base, monkeypatch):
 
 @pytest.mark.whole
 def test_a_run_replaces_one_of_the_same_settings_and_no_other(tmp_path, base, capsys):
-    """The same flags again leave nothing of the first run behind. Other flags into its folder, one that only merging
-    reads among them, are refused before anything is computed, after a finished run and after one that was cut off."""
+    """The same flags again leave nothing of the first run behind. Other flags into its folder, one
+    that only merging reads among them, are refused before anything is computed, after a finished
+    run and after one that was cut off."""
     flags = command(base, tmp_path, "--method", "reslora")
     train.main([*flags, "--save-merged"])
     train.main(flags)
@@ -525,8 +578,9 @@ def test_a_run_replaces_one_of_the_same_settings_and_no_other(tmp_path, base, ca
     assert {p.name for p in tmp_path.iterdir()} == names
     for _ in range(2):
         before = {p: p.read_bytes() for p in tmp_path.iterdir()}
-        for more, message in ((["--shortcut", "block"], "shortcut is block now, and it began with input"),
-                              (["--method", "lora"], "method is lora now"), (["--steps", "3"], "steps is 3 now"),
+        for more, message in ((["--shortcut", "block"], "shortcut is block now, and it began with "
+                               "input"), (["--method", "lora"], "method is lora now"),
+                              (["--steps", "3"], "steps is 3 now"),
                               (["--steps", "60", "--eval-every", "6"], "steps is 60 now")):
             assert f"holds another run ({message}" in refused(capsys, [*flags, *more])
         assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -546,60 +600,104 @@ def refused(capsys, argv):
     return err
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--method", "lorra"], "unknown method 'lorra': choose from lora, rslora, reslora, deltalora, adalora, "),
-    (["--method", "head"], "restaurants has nothing to classify"),
-    (["--dataset", "reviews"], "has no classification head here: choose a RoBERTa"),
-    (["--method", "lora", "--pre-num", "2"], "--pre-num is a flag of method reslora, not of lora"),
-    (["--method", "rslora", "--rs"], "--rs is not for rslora"), (["--method", "full", "--rs"], "--rs is not for full"),
-    (["--seed", "-1"], "--seed must be in 0..2^63 - 1, not -1"),
-    (["--method", "deltalora", "--delta-lambda", "nan"], "delta_lambda nan"),
-    (["--out", "/proc/none"], "--out /proc/none cannot be written to"),
-    (["--targets", "q,attn.q"], "h.0.attn.q is meant by an earlier target already"),
-    (["--ran", "4"], "unrecognized arguments: --ran 4"),
-    (["--rank", "0"], "rank 0 is not in 1..16"), (["--rank", "17"], "rank 17 is not in 1..16"),
-    (["--targets", "q,value"], "target 'value' matches no linear of the model; its linears are: down, k, o, q, up, v"),
-    (["--method", "deltalora", "--dropout", ".1"], "dropout must be 0, not 0.1"),
-    (["--method", "deltalora", "--delta-start", "6"], "delta_start 6 leaves W where it is in a run of 6 steps"),
-    (["--method", "deltalora", "--delta-start", "-1"], "delta_start -1 is not a number of steps"),
-    (["--method", "reslora", "--pre-num", "-2"], "pre_num -2"),
-    (["--method", "reslora", "--shortcut", "output"], "invalid choice: 'output'"),
-    (["--method", "reslora", "--merge", "best"], "merge 'best' is not one of regression, bi, bw, none"),
-    (["--method", "reslora", "--merge", "weight"], "merge 'weight' is called 'bw' now"),
-    (["--method", "reslora", "--merge", "bw", "--pre-num", "2"], "pre_num 1 only, not 2"),
-    (["--dataset", "squad"], "unknown dataset 'squad': choose from restaurants, "),
-    (["--dataset", "e2e", "--data-dir", "nowhere"], "data folder nowhere does not exist"),
-    (["--dataset", "text"], "needs --data-dir"), (["--data-dir", "."], "restaurants is generated"),
-    (["--model", "./nowhere"], "model folder ./nowhere does not exist"),
-    (["--device", "tpu9"], "unknown device 'tpu9'"), (["--dtype", "float8"], "invalid choice: 'float8'"),
-    (["--steps", "0"], "--steps must be above 0, not 0"), (["--lr", "nan"], "--lr must be above 0, not nan"),
-    (["--lr", "-1"], "--lr must be above 0"), (["--steps", "3", "--epochs", "1"], "give one"),
-    (["--warmup", "-1"], "--warmup must be 0 or more"), (["--label-smoothing", "1"], "below 1, not 1.0"),
-    (["--context", "999"], "--context 999 is not in 4..256"), (["--context", "20"], "leaves no room"),
-    (["--dropout", "1"], "dropout 1.0 is not in [0, 1)"), (["--alpha", "0"], "--alpha must be above 0"),
-    (["--method", "adalora", "--init-rank", "3"], "init_rank 3 is not in 4..16"),
-    (["--method", "adalora", "--budget-warmup", "4", "--budget-final", "2"], "no step between them in a run of 6"),
-    (["--method", "adalora", "--orth", "-1"], "orth -1.0 is not in [0, 1e6]"),
-    (["--method", "dylora", "--cut", "5"], "cut 5 is not in 1..4"),
-    (["--method", "dylora", "--cut", "2,x"], "argument --cut: invalid ranks value: '2,x'"),
-    (["--method", "dylora", "--alpha", "1e300"], "alpha 1e+300 is not above 0 and at most 10^6"),
-    (["--method", "lokr", "--rs"], "rank 4 makes both factors of LoKr full for a linear of 16 -> 16"),
-    (["--resume"], "there is nothing to resume"), (["--lr", "1e30"], "is not finite at step"),
-    (["@nowhere.args"], "nowhere.args"), (["--seed", "x"], "invalid int value: 'x'"),
-])
+@pytest.mark.parametrize("flags, message", [(["--method", "lorra"], "unknown method 'lorra': "
+                                             "choose from lora, rslora, reslora, deltalora, "
+                                             "adalora, "), (["--method", "head"], "restaurants has "
+                                                            "nothing to classify"),
+                                            (["--dataset", "reviews"], "has no classification head "
+                                             "here: choose a RoBERTa"),
+                                            (["--method", "lora", "--pre-num", "2"], "--pre-num is "
+                                             "a flag of method reslora, not of lora"),
+                                            (["--method", "rslora", "--rs"],
+                                             "--rs is not for rslora"),
+                                            (["--method", "full", "--rs"], "--rs is not for full"),
+                                            (["--seed", "-1"], "--seed must be in 0..2^63 - 1, not "
+                                             "-1"), (["--method", "deltalora", "--delta-lambda",
+                                                      "nan"], "delta_lambda nan"),
+                                            (["--out", "/proc/none"], "--out /proc/none cannot be "
+                                             "written to"),
+                                            (["--targets", "q,attn.q"], "h.0.attn.q is meant by an "
+                                             "earlier target already"),
+                                            (["--ran", "4"], "unrecognized arguments: --ran 4"),
+                                            (["--rank", "0"], "rank 0 is not in 1..16"),
+                                            (["--rank", "17"], "rank 17 is not in 1..16"),
+                                            (["--targets", "q,value"], "target 'value' matches no "
+                                             "linear of the model; its linears are: down, k, o, q, "
+                                             "up, v"),
+                                            (["--method", "deltalora", "--dropout", ".1"],
+                                             "dropout must be 0, not 0.1"),
+                                            (["--method", "deltalora", "--delta-start", "6"],
+                                             "delta_start 6 leaves W where it is in a run of 6 "
+                                             "steps"),
+                                            (["--method", "deltalora", "--delta-start", "-1"],
+                                             "delta_start -1 is not a number of steps"),
+                                            (["--method", "reslora", "--pre-num", "-2"],
+                                             "pre_num -2"),
+                                            (["--method", "reslora", "--shortcut", "output"],
+                                             "invalid choice: 'output'"),
+                                            (["--method", "reslora", "--merge", "best"],
+                                             "merge 'best' is not one of regression, bi, bw, none"),
+                                            (["--method", "reslora", "--merge", "weight"],
+                                             "merge 'weight' is called 'bw' now"),
+                                            (["--method", "reslora", "--merge", "bw", "--pre-num",
+                                              "2"], "pre_num 1 only, not 2"),
+                                            (["--dataset", "squad"], "unknown dataset 'squad': "
+                                             "choose from restaurants, "),
+                                            (["--dataset", "e2e", "--data-dir", "nowhere"],
+                                             "data folder nowhere does not exist"),
+                                            (["--dataset", "text"], "needs --data-dir"),
+                                            (["--data-dir", "."], "restaurants is generated"),
+                                            (["--model", "./nowhere"], "model folder ./nowhere "
+                                             "does not exist"),
+                                            (["--device", "tpu9"], "unknown device 'tpu9'"),
+                                            (["--dtype", "float8"], "invalid choice: 'float8'"),
+                                            (["--steps", "0"], "--steps must be above 0, not 0"),
+                                            (["--lr", "nan"], "--lr must be above 0, not nan"),
+                                            (["--lr", "-1"], "--lr must be above 0"),
+                                            (["--steps", "3", "--epochs", "1"], "give one"),
+                                            (["--warmup", "-1"], "--warmup must be 0 or more"),
+                                            (["--label-smoothing", "1"], "below 1, not 1.0"),
+                                            (["--context", "999"],
+                                             "--context 999 is not in 4..256"),
+                                            (["--context", "20"], "leaves no room"),
+                                            (["--dropout", "1"], "dropout 1.0 is not in [0, 1)"),
+                                            (["--alpha", "0"], "--alpha must be above 0"),
+                                            (["--method", "adalora", "--init-rank", "3"],
+                                             "init_rank 3 is not in 4..16"),
+                                            (["--method", "adalora", "--budget-warmup", "4",
+                                              "--budget-final", "2"], "no step between them in a "
+                                             "run of 6"),
+                                            (["--method", "adalora", "--orth", "-1"],
+                                             "orth -1.0 is not in [0, 1e6]"),
+                                            (["--method", "dylora", "--cut", "5"],
+                                             "cut 5 is not in 1..4"),
+                                            (["--method", "dylora", "--cut", "2,x"],
+                                             "argument --cut: invalid ranks value: '2,x'"),
+                                            (["--method", "dylora", "--alpha", "1e300"],
+                                             "alpha 1e+300 is not above 0 and at most 10^6"),
+                                            (["--method", "lokr", "--rs"], "rank 4 makes both "
+                                             "factors of LoKr full for a linear of 16 -> 16"),
+                                            (["--resume"], "there is nothing to resume"),
+                                            (["--lr", "1e30"], "is not finite at step"),
+                                            (["@nowhere.args"], "nowhere.args"),
+                                            (["--seed", "x"], "invalid int value: 'x'"),])
 def test_bad_flags(tmp_path, base, capsys, flags, message, monkeypatch):
     """One line that names the value and what would be right, exit code 2, nothing written."""
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, command(base, tmp_path / "out", *flags))
-    assert not (tmp_path / "out").exists() or "1e30" in flags and not list((tmp_path / "out").iterdir())
+    assert (not (tmp_path / "out").exists() or "1e30" in flags
+            and not list((tmp_path / "out").iterdir()))
 
 
 def test_adapters_on_a_masked_lm_without_its_head_are_refused(tmp_path, capsys):
-    """A random head that stays frozen, and is exported with nothing, would be a silent failure; full may train it."""
+    """A random head that stays frozen, and is exported with nothing, would be a silent failure;
+    full may train it."""
     save_pretrained(RoBERTa(RobertaConfig(325, 66, 16, 2, 2, 32), 2), tmp_path / "base")
-    vocabulary.make([text for (text,), _ in reviews.load()["test"][:50]], 320, tmp_path / "base", roberta=True)
+    vocabulary.make([text for (text,), _ in reviews.load()["test"][:50]], 320, tmp_path / "base",
+                    roberta=True)
     flags = command(tmp_path / "base", tmp_path / "out", "--dataset", "stdlib", "--context", "64")
-    assert "has none for masked tokens: choose a checkpoint with one, or --method full" in refused(capsys, flags)
+    assert ("has none for masked tokens: choose a checkpoint with one, or --method full"
+            in refused(capsys, flags))
     assert train.main([*flags, "--method", "full"])["metrics"]["trained"]["loss"] > 0
 
 
@@ -608,9 +706,10 @@ def test_resume_into_another_configuration(tmp_path, base, capsys):
     train.main(command(base, tmp_path, "--method", "lora"))
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     for flags, message in ((["--rank", "5"], "rank is 5 now, and it began with 4. Start a new run"),
-                           (["--lr", "1"], "lr is 1.0 now, and it began with 0.01. Start a new run with another "
-                                           f"--out, or go on from its adapter with --init-from {tmp_path}"),
-                           (["--method", "rslora"], "with method rslora: it began with lora")):
+                           (["--lr", "1"], "lr is 1.0 now, and it began with 0.01. Start a new "
+                            "run with another --out, or go on from its adapter with --init-from "
+                            f"{tmp_path}"), (["--method", "rslora"], "with method rslora: it began "
+                                             "with lora")):
         assert message in refused(capsys, command(base, tmp_path, *flags, "--resume"))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
@@ -665,4 +764,5 @@ def test_damaged_checkpoints(tmp_path, base, capsys):
     train.main(command(base, tmp_path / "run"))
     state = tmp_path / "run/resume.safetensors"
     state.write_bytes(state.read_bytes()[:-1])
-    assert "resume.safetensors is damaged" in refused(capsys, command(base, tmp_path / "run", "--resume"))
+    assert "resume.safetensors is damaged" in refused(capsys, command(base, tmp_path / "run",
+                                                                      "--resume"))

@@ -1,6 +1,7 @@
 """Checkpoints, adapters and files as other people's tools write them.
 
-The public thread behind a case stands beside it: HF is huggingface/transformers, PEFT huggingface/peft.
+The public thread behind a case stands beside it: HF is huggingface/transformers, PEFT
+huggingface/peft.
 """
 import json
 import os
@@ -31,11 +32,13 @@ from data.tasks import Write
 from evaluation import decoding
 from run.report import print_table
 
-transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r requirements-dev.txt")
+transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r "
+                                   "requirements-dev.txt")
 peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
 
 RECORD = "name : The Mill | food : Italian"
-TEXTS = ["a stirring , funny film", " two  spaces\n\nand <|endoftext|> <mask> </s>", "naïve 日本語 🙂", "", "it's 007"]
+TEXTS = ["a stirring , funny film", " two  spaces\n\nand <|endoftext|> <mask> </s>",
+         "naïve 日本語 🙂", "", "it's 007"]
 
 
 def made(cls, config, folder):
@@ -53,9 +56,11 @@ def their_gpt2(folder=None, cls="GPT2LMHeadModel", vocab_size=320, **more):
 
 
 def their_roberta(folder=None, cls="RobertaForMaskedLM", vocab_size=325, **more):
-    return made(cls, transformers.RobertaConfig(
-        vocab_size=vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=130, type_vocab_size=1, layer_norm_eps=1e-5, **more), folder)
+    return made(cls, transformers.RobertaConfig(vocab_size=vocab_size, hidden_size=32,
+                                                num_hidden_layers=2, num_attention_heads=2,
+                                                intermediate_size=64, max_position_embeddings=130,
+                                                type_vocab_size=1, layer_norm_eps=1e-5, **more),
+                folder)
 
 
 def their_classifier(folder, names):
@@ -66,11 +71,12 @@ def their_classifier(folder, names):
 
 
 def vocab_and_merges(folder, size=300, special=("<|endoftext|>",)):
-    """What ByteLevelBPETokenizer.save_model writes: a vocabulary of its own, its special tokens first."""
+    """What ByteLevelBPETokenizer.save_model writes: a vocabulary of its own, its special tokens
+    first."""
     from tokenizers import ByteLevelBPETokenizer
     theirs = ByteLevelBPETokenizer()
-    theirs.train_from_iterator([sentence for _, sentence in data.load("restaurants")["validation"]], size,
-                               special_tokens=list(special), show_progress=False)
+    theirs.train_from_iterator([sentence for _, sentence in data.load("restaurants")["validation"]],
+                               size, special_tokens=list(special), show_progress=False)
     theirs.save_model(str(folder))
 
 
@@ -79,8 +85,8 @@ ROBERTA = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
 
 # The tokenizer is part of the checkpoint
 
-KINDS = ("vocab.json and merges.txt", "tokenizer.json of transformers", "tokenizer.json of ours", "added words",
-         "truncation and padding")
+KINDS = ("vocab.json and merges.txt", "tokenizer.json of transformers", "tokenizer.json of ours",
+         "added words", "truncation and padding")
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +116,8 @@ def kinds(tmp_path_factory, base):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_those_of_transformers(kinds, kind):
-    """Whatever the files, a text has the ids that AutoTokenizer gives it, but that special tokens are no text: their
-    letters are ordinary ones."""
+    """Whatever the files, a text has the ids that AutoTokenizer gives it, but that special tokens
+    are no text: their letters are ordinary ones."""
     folder, rows = kinds[kind]
     ours, theirs = tokenizers.load(folder, rows), transformers.AutoTokenizer.from_pretrained(folder)
     for sample in [*TEXTS, "the Cotto and Cottos"]:
@@ -127,14 +133,16 @@ def pipeline_text(folder, tokenizer, prompt):
     """What transformers' pipeline writes from the ids of a prompt, greedily."""
     pipe = transformers.pipeline("text-generation", model=str(folder), device="cpu")
     beginning = pipe.tokenizer.decode([tokenizer.eos]) + prompt
-    assert pipe.tokenizer(beginning)["input_ids"] == [tokenizer.eos, *tokenizer.encode_ordinary(prompt)]
-    return pipe(beginning, max_new_tokens=12, do_sample=False, return_full_text=False)[0]["generated_text"]
+    assert pipe.tokenizer(beginning)["input_ids"] == [tokenizer.eos,
+                                                      *tokenizer.encode_ordinary(prompt)]
+    return pipe(beginning, max_new_tokens=12, do_sample=False,
+                return_full_text=False)[0]["generated_text"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pipeline_on_merged_writes_what_generate_writes(kinds, kind, tmp_path, capsys):
-    """Every tokenizer file travels into merged/: a pipeline works on the folder as it stands, and stops where
-    generate.py stops."""
+    """Every tokenizer file travels into merged/: a pipeline works on the folder as it stands, and
+    stops where generate.py stops."""
     folder, rows = kinds[kind]
     train.main(command(folder, tmp_path, "--context", 256, "--save-merged"))
     with pytest.raises(SystemExit):
@@ -142,18 +150,21 @@ def test_a_pipeline_on_merged_writes_what_generate_writes(kinds, kind, tmp_path,
         generate.main([str(tmp_path), "\udcff caf\udce9"])
     assert "half a surrogate pair" in capsys.readouterr().err
     files = {name for name in tokenizers.FILES if (folder / name).exists()}
-    assert all((tmp_path / "merged" / name).read_bytes() == (folder / name).read_bytes() for name in files)
+    assert all((tmp_path / "merged" / name).read_bytes() == (folder / name).read_bytes()
+               for name in files)
     capsys.readouterr()
     generate.main([str(tmp_path), RECORD, "--max-new", "12"])
     ours = capsys.readouterr().out.strip()
-    theirs = pipeline_text(tmp_path / "merged", tokenizers.load(folder, rows), RECORD + " ||").strip()
+    theirs = pipeline_text(tmp_path / "merged", tokenizers.load(folder, rows),
+                           RECORD + " ||").strip()
     assert theirs.replace("�", "") == ours.replace("�", "")
-    assert json.loads((tmp_path / "merged/config.json").read_text())["eos_token_id"] == tokenizers.load(
-        folder, rows).eos
+    assert (json.loads((tmp_path / "merged/config.json").read_text())["eos_token_id"]
+            == tokenizers.load(folder, rows).eos)
 
 
 def test_gpt2s_own_vocabulary_reaches_merged(tmp_path, capsys):
-    """A GPT-2 without a tokenizer, with rows to spare, and one with vocab.json alone: merged/ gets a tokenizer.json."""
+    """A GPT-2 without a tokenizer, with rows to spare, and one with vocab.json alone: merged/ gets
+    a tokenizer.json."""
     bare = tmp_path / "bare"
     their_gpt2(bare, vocab_size=50304, n_embd=16)
     alone = tmp_path / "alone"
@@ -173,15 +184,19 @@ def test_gpt2s_own_vocabulary_reaches_merged(tmp_path, capsys):
         assert pipeline_text(merged, tokenizer, RECORD) == tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("files", ["vocab.json", "tokenizer.json", "own vocab.json and merges.txt", "ours"])
-def test_a_classifiers_pipeline_on_merged_gives_the_same_labels(files, tmp_path, small_roberta, texts_folder):
-    """By name, for every kind of tokenizer that a RoBERTa may have, and a text has AutoTokenizer's ids."""
+@pytest.mark.parametrize("files", ["vocab.json", "tokenizer.json", "own vocab.json and merges.txt",
+                                   "ours"])
+def test_a_classifiers_pipeline_on_merged_gives_the_same_labels(files, tmp_path, small_roberta,
+                                                                texts_folder):
+    """By name, for every kind of tokenizer that a RoBERTa may have, and a text has AutoTokenizer's
+    ids."""
     folder, merged = tmp_path / "base", tmp_path / "out/merged"
     if files == "ours":
         shutil.copytree(small_roberta, folder)
     elif "own" in files:
         their_roberta(folder, vocab_size=400)
-        vocab_and_merges(folder, 300, ROBERTA)  # <mask> is 4 there, as in the tutorials, not the last token
+        # <mask> is 4 there, as in the tutorials, not the last token
+        vocab_and_merges(folder, 300, ROBERTA)
         tokenizer = tokenizers.RobertaTokenizer(folder, 400)
         # words shown in place of masked ones
         assert tokenizer.mask == 4 and set(tokenizer.ids) == set(range(5, 300))
@@ -191,7 +206,8 @@ def test_a_classifiers_pipeline_on_merged_gives_the_same_labels(files, tmp_path,
         if files == "tokenizer.json":
             tokenizers.RobertaTokenizer(folder, 50265).save(folder, roberta=True)
             (folder / "vocab.json").unlink()
-    train.main(command(folder, tmp_path / "out", "--dataset", "reviews", "--context", 64, "--save-merged", "--lr", .1))
+    train.main(command(folder, tmp_path / "out", "--dataset", "reviews", "--context", 64,
+                       "--save-merged", "--lr", .1))
     model = from_pretrained(merged)
     ours = tokenizers.for_model(merged, model.config)
     pipe = transformers.pipeline("text-classification", model=str(merged), device="cpu")
@@ -210,12 +226,18 @@ def test_a_classifiers_pipeline_on_merged_gives_the_same_labels(files, tmp_path,
     ({"spiece.model": "x"}, 60000, "has only spiece.model"),  # a Japanese one
     ({"tokenizer.json": "{"}, 320, "tokenizer.json is damaged"),
     ({"tokenizer.json": '{"model": {"type": "Unheard"}}'}, 320, "tokenizer.json is damaged"),
-    ({"vocab.json": '{"a": 0, "b": 1}', "merges.txt": "#version: 0.2\na c\n"}, 320, "vocab.json is damaged"),
-    ({"vocab.json": '{"a": 0, "b": 1}', "merges.txt": "#version: 0.2\na\n"}, 320, "vocab.json is damaged"),
-    ({"vocab.json": '{"a": 0, "b": 900}', "merges.txt": ""}, 320, "up to 900, and the model has 320 embeddings"),
-    ({"vocab.json": '{"a": 0, "b": 0}', "merges.txt": ""}, 320, "two of its tokens have one number"),
-    ({"vocab.json": '{"a": 0, "b": 1}', "merges.txt": ""}, 320, "has no <|endoftext|>, and neither"),
-    ({"vocab.json": '{"a": 0}', "merges.txt": "", "added_tokens.json": '{"x": 7}'}, 320, "x cannot have the number 7"),
+    ({"vocab.json": '{"a": 0, "b": 1}', "merges.txt": "#version: 0.2\na c\n"}, 320,
+     "vocab.json is damaged"),
+    ({"vocab.json": '{"a": 0, "b": 1}', "merges.txt": "#version: 0.2\na\n"}, 320,
+     "vocab.json is damaged"),
+    ({"vocab.json": '{"a": 0, "b": 900}', "merges.txt": ""}, 320,
+     "up to 900, and the model has 320 embeddings"),
+    ({"vocab.json": '{"a": 0, "b": 0}', "merges.txt": ""}, 320,
+     "two of its tokens have one number"),
+    ({"vocab.json": '{"a": 0, "b": 1}', "merges.txt": ""}, 320,
+     "has no <|endoftext|>, and neither"),
+    ({"vocab.json": '{"a": 0}', "merges.txt": "", "added_tokens.json": '{"x": 7}'}, 320,
+     "x cannot have the number 7"),
 ])
 def test_what_no_file_explains_is_refused_in_a_sentence(tmp_path, files, vocab_size, message):
     """No tokenizer, one of a kind that is not read, a damaged one, one that does not fit."""
@@ -227,13 +249,15 @@ def test_what_no_file_explains_is_refused_in_a_sentence(tmp_path, files, vocab_s
 
 
 def test_a_gpt2_may_end_its_texts_otherwise(tmp_path):
-    """The end of a text is what the vocabulary calls <|endoftext|>, else what the tokenizer's config names, else what
-    config.json does; a number that is no token, GPT2Config's default of 50256, is not."""
+    """The end of a text is what the vocabulary calls <|endoftext|>, else what the tokenizer's
+    config names, else what config.json does; a number that is no token, GPT2Config's default of
+    50256, is not."""
     (tmp_path / "merges.txt").write_text("")
     for vocab, names, config, eot in (({"a": 0, "<|endoftext|>": 1}, {"eos_token": "a"}, {}, 1),
-                                      ({"a": 0, "</s>": 1}, {"eos_token": "</s>"}, {"eos_token_id": 50256}, 1),
-                                      ({"a": 0, "</s>": 1}, {"eos_token": {"content": "</s>"}}, {}, 1),
-                                      ({"a": 0, "</s>": 1}, {}, {"eos_token_id": 1}, 1)):
+                                      ({"a": 0, "</s>": 1}, {"eos_token": "</s>"},
+                                       {"eos_token_id": 50256}, 1),
+                                      ({"a": 0, "</s>": 1}, {"eos_token": {"content": "</s>"}}, {},
+                                       1), ({"a": 0, "</s>": 1}, {}, {"eos_token_id": 1}, 1)):
         for name, content in (("vocab", vocab), ("tokenizer_config", names), ("config", config)):
             (tmp_path / f"{name}.json").write_text(json.dumps(content))
         assert tokenizers.load(tmp_path, 5).eos == eot
@@ -267,8 +291,9 @@ NAMES_OF = {"the head's name": lambda name: HEAD_NAMES.get(name, name),
 @pytest.mark.parametrize("make", [their_gpt2, their_roberta])
 @pytest.mark.parametrize("container", ["shards", "save_model", "half", *NAMES_OF])
 def test_every_container_gives_the_same_model(tmp_path, make, container):
-    """Shards with an index; safetensors' save_model, which keeps one of two tied tensors (HF 38870); the prefixes of
-    DataParallel and torch.compile (pytorch 101107, nanoGPT 325); TensorFlow's gamma and beta (HF 11809); halves."""
+    """Shards with an index; safetensors' save_model, which keeps one of two tied tensors (HF
+    38870); the prefixes of DataParallel and torch.compile (pytorch 101107, nanoGPT 325);
+    TensorFlow's gamma and beta (HF 11809); halves."""
     theirs = make(tmp_path)
     if container == "shards":
         (tmp_path / "model.safetensors").unlink()
@@ -314,8 +339,8 @@ def shards(folder):
 
 
 def test_a_folder_without_readable_weights_says_what_it_has(tmp_path):
-    """Pickles and how to convert them; shards that are missing, or lie elsewhere; an adapter that is no model; a file
-    of another name; in the names of the files."""
+    """Pickles and how to convert them; shards that are missing, or lie elsewhere; an adapter that
+    is no model; a file of another name; in the names of the files."""
     def says(message):
         with pytest.raises(ValueError) as e:
             from_pretrained(tmp_path)
@@ -333,7 +358,8 @@ def test_a_folder_without_readable_weights_says_what_it_has(tmp_path):
     says(f"index.json and its files have different tensors: {min(weights)}")
     index.unlink()
     says(f"has no model.safetensors, only {min(weights.values())}")
-    for name in ("pytorch_model.bin", "tf_model.h5", "model.ckpt", "flax_model.msgpack", "pytorch_model-01-of-2.bin"):
+    for name in ("pytorch_model.bin", "tf_model.h5", "model.ckpt", "flax_model.msgpack",
+                 "pytorch_model-01-of-2.bin"):
         (tmp_path / name).write_bytes(b"x")
         says(f"has its weights in {name}, and only safetensors are read here")
         says("save_pretrained(folder) writes model.safetensors")
@@ -345,12 +371,15 @@ def test_a_folder_without_readable_weights_says_what_it_has(tmp_path):
 def test_the_download_asks_for_all_that_can_be_read(monkeypatch, tmp_path):
     """Single files, shards and their index, and every file of a tokenizer."""
     asked = []
-    monkeypatch.setattr("checkpoints.hub.fetch", lambda repo, patterns: asked.extend(patterns) or tmp_path)
+    monkeypatch.setattr("checkpoints.hub.fetch",
+                        lambda repo, patterns: asked.extend(patterns) or tmp_path)
     locate("some/model")
-    for name in ("config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json", "vocab.json",
-                 "model-00001-of-00002.safetensors", "merges.txt", "tokenizer_config.json", "added_tokens.json"):
+    for name in ("config.json", "model.safetensors", "model.safetensors.index.json",
+                 "tokenizer.json", "vocab.json", "model-00001-of-00002.safetensors", "merges.txt",
+                 "tokenizer_config.json", "added_tokens.json"):
         assert any(Path(name).match(pattern) for pattern in asked)
-    assert not any(Path(name).match(pattern) for pattern in asked for name in ("pytorch_model.bin", "onnx/model.onnx"))
+    assert not any(Path(name).match(pattern) for pattern in asked
+                   for name in ("pytorch_model.bin", "onnx/model.onnx"))
 
 
 # Labels
@@ -372,8 +401,8 @@ MATCHED = "its head is matched by name"
     ("mrpc", {0: "equivalent", 1: "not_equivalent"}, [1, 0], MATCHED),
     ("qqp", {0: "duplicate", 1: "not_duplicate"}, [1, 0], MATCHED)])
 def test_labels_are_matched_by_name(tmp_path, task, names, order, line, capsys):
-    """Where names mean something the rows of the head take the order of the dataset's, and a line says so; where they
-    say nothing, or differ, the order stays."""
+    """Where names mean something the rows of the head take the order of the dataset's, and a line
+    says so; where they say nothing, or differ, the order stays."""
     theirs = their_classifier(None, names)
     torch.nn.init.normal_(theirs.classifier.out_proj.bias)
     theirs.save_pretrained(tmp_path)
@@ -382,7 +411,8 @@ def test_labels_are_matched_by_name(tmp_path, task, names, order, line, capsys):
     (model, found), idx = load(tmp_path, labels=labels), torch.randint(3, 300, (4, 9))
     out = capsys.readouterr().out
     assert (line in out) if line else not out
-    assert relative(model(idx)[0], theirs(idx).logits.detach()[:, order]) < 1e-5 and found.labels == labels
+    assert relative(model(idx)[0],
+                    theirs(idx).logits.detach()[:, order]) < 1e-5 and found.labels == labels
 
 
 def test_a_head_that_does_not_fit_its_labels_is_refused(tmp_path):
@@ -390,7 +420,8 @@ def test_a_head_that_does_not_fit_its_labels_is_refused(tmp_path):
     names of labels or without."""
     their_classifier(tmp_path, MNLI)
     config = json.loads((tmp_path / "config.json").read_text())
-    for bad in ({"0": "a", "1": "b"}, {"1": "a", "2": "b", "3": "c"}, ["a", "b", "c"], {"0": 1, "1": 2, "x": 3}):
+    for bad in ({"0": "a", "1": "b"}, {"1": "a", "2": "b", "3": "c"}, ["a", "b", "c"],
+                {"0": 1, "1": 2, "x": 3}):
         (tmp_path / "config.json").write_text(json.dumps({**config, "id2label": bad}))
         with pytest.raises(ValueError, match="id2label .* does not name the 3 labels of the head"):
             from_pretrained(tmp_path, labels=("a", "b", "c"))
@@ -402,28 +433,33 @@ def test_a_head_that_does_not_fit_its_labels_is_refused(tmp_path):
 
 
 def test_label_names_and_the_bases_name_are_written(tmp_path, small_roberta, monkeypatch):
-    """merged/ and the run folder, which is the adapter's, know what the classes are called; the adapter names its base
-    as the user did. Keys of config.json that we do not read are kept; dtype is that of the new file."""
+    """merged/ and the run folder, which is the adapter's, know what the classes are called; the
+    adapter names its base as the user did. Keys of config.json that we do not read are kept; dtype
+    is that of the new file."""
     shutil.copytree(small_roberta, tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     config = json.loads(Path("base/config.json").read_text())
     Path("base/config.json").write_text(json.dumps({**config, "dtype": "float16", "mine": [1]}))
     result = train.main(command("base", "out", "--dataset", "reviews", "--save-merged"))
     merged = json.loads(Path("out/merged/config.json").read_text())
-    assert merged["id2label"] == {"0": "bad", "1": "good"} and merged["label2id"] == {"bad": 0, "good": 1}
+    assert merged["id2label"] == {"0": "bad", "1": "good"} and merged["label2id"] == {"bad": 0,
+                                                                                      "good": 1}
     assert merged["mine"] == [1] and "dtype" not in merged
     assert merged["architectures"] == ["RobertaForSequenceClassification"]
-    assert result["labels"] == json.loads(Path("out/result.json").read_text())["labels"] == ["bad", "good"]
-    assert json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    assert (result["labels"] == json.loads(Path("out/result.json").read_text())["labels"]
+            == ["bad", "good"])
+    assert (json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"]
+            == "base")
 
 
 # Paths are not identity
 
 def test_a_resumed_run_has_its_own_flags(tmp_path, base):
-    """--resume --out FOLDER alone: every flag of the run comes from its folder, those that are 0 or a list too."""
-    whole = train.main(command(base, tmp_path, "--method", "reslora", "--shortcut", "middle", "--merge",
-                               "regression,bi", "--clip", "0", "--warmup", "0", "--weight-decay", "0",
-                               "--save-merged", "--rs", "--seed", "3"))
+    """--resume --out FOLDER alone: every flag of the run comes from its folder, those that are 0 or
+    a list too."""
+    whole = train.main(command(base, tmp_path, "--method", "reslora", "--shortcut", "middle",
+                               "--merge", "regression,bi", "--clip", "0", "--warmup", "0",
+                               "--weight-decay", "0", "--save-merged", "--rs", "--seed", "3"))
     shutil.rmtree(tmp_path / "merged")
     resumed = train.main(["--resume", "--out", str(tmp_path)])
     assert resumed["metrics"] == whole["metrics"] and "merged by bi" in whole["metrics"]
@@ -432,15 +468,16 @@ def test_a_resumed_run_has_its_own_flags(tmp_path, base):
 
 @pytest.mark.parametrize("method", ["lora", "deltalora", "dylora", "full"])
 def test_a_finished_run_goes_on_for_more_steps(tmp_path, base, method, capsys):
-    """With a constant rate and a warm-up in steps, 4 steps and then 4 more are the run of 8 steps (as is asked in
-    milesial/Pytorch-UNet 326)."""
+    """With a constant rate and a warm-up in steps, 4 steps and then 4 more are the run of 8 steps
+    (as is asked in milesial/Pytorch-UNet 326)."""
     flags = ["--method", method, "--schedule", "constant", "--warmup", "2"]
     flags += ["--delta-start", "1"] if method == "deltalora" else []
     whole = train.main(command(base, tmp_path / "a", *flags, "--steps", 8))
     train.main(command(base, tmp_path / "b", *flags, "--steps", 4))
     capsys.readouterr()
     longer = train.main(["--resume", "--out", str(tmp_path / "b"), "--steps", "8"])
-    line = "after step 4, for 8 steps instead of 4: from here on the learning rate is that of the constant schedule"
+    line = ("after step 4, for 8 steps instead of 4: from here on the learning rate is that of the "
+            "constant schedule")
     assert line in capsys.readouterr().out
     assert longer["metrics"] == whole["metrics"] and longer["settings"] == whole["settings"]
 
@@ -451,34 +488,42 @@ def test_a_longer_run_follows_the_schedule_of_all_its_steps(tmp_path, base):
     train.main(["--resume", "--out", str(tmp_path), "--steps", "8"])
     rates = [float(row["lr"]) for row in read_csv(tmp_path / "log.csv")]  # the log has both halves
     settings = train.parse(command(base, tmp_path / "x"))
-    assert rates == [train.lr_at(step, settings.but(steps=steps)) for step, steps in ((2, 4), (4, 4), (6, 8), (8, 8))]
+    assert rates == [train.lr_at(step, settings.but(steps=steps))
+                     for step, steps in ((2, 4), (4, 4), (6, 8), (8, 8))]
 
 
 def test_a_refusal_to_resume_names_what_the_user_gave(tmp_path, base, capsys):
     """Never a setting that was not given, and no fingerprints; a run cannot be made shorter than
     it is, nor AdaLoRA's plan longer."""
     train.main(command(base, tmp_path / "a"))
-    for flags, message in (
-            (["--lr", "1"], "lr is 1.0 now, and it began with 0.01. Start a new run with another --out"),
-            (["--seed", "1"], "seed is 1 now, and it began with 0"),
-            (["--steps", "4"], "it has done 6 already"),
-            (["--method", "rslora"], "with method rslora: it began with"),
-            (["--dataset", "stdlib"], "with dataset stdlib: it began with restaurants"),
-            (["--batch-size", "4"], "batch_size is 4 now, and it began with 8"),
-            (["--model", "tiny-gpt"], "the model tiny-gpt has other weights than it began with")):
+    for flags, message in ((["--lr", "1"], "lr is 1.0 now, and it began with 0.01. Start a new run "
+                            "with another --out"), (["--seed", "1"], "seed is 1 now, and it began "
+                                                    "with 0"),
+                           (["--steps", "4"], "it has done 6 already"),
+                           (["--method", "rslora"], "with method rslora: it began with"),
+                           (["--dataset", "stdlib"], "with dataset stdlib: it began with "
+                            "restaurants"), (["--batch-size", "4"], "batch_size is 4 now, and it "
+                                             "began with 8"),
+                           (["--model", "tiny-gpt"], "the model tiny-gpt has other weights than it "
+                            "began with")):
         line = refused(capsys, ["--resume", "--out", tmp_path / "a", *flags])
         assert message in line and "eval_every" not in line and "base_weights" not in line
-    train.main(command(base, tmp_path / "b", "--method", "adalora", "--budget-warmup", 1, "--budget-final", 2))
-    assert "adalora has planned its ranks for 6" in refused(capsys, ["--resume", "--out", tmp_path / "b", "--steps", 9])
+    train.main(command(base, tmp_path / "b", "--method", "adalora", "--budget-warmup", 1,
+                       "--budget-final", 2))
+    assert "adalora has planned its ranks for 6" in refused(capsys, ["--resume", "--out",
+                                                                     tmp_path / "b", "--steps", 9])
 
 
 def test_a_moved_base_and_moved_data_are_the_same(tmp_path, base, capsys):
-    """Weights, tokenizer and data at another place: fingerprints decide. --model tells train.py and generate.py."""
+    """Weights, tokenizer and data at another place: fingerprints decide. --model tells train.py and
+    generate.py."""
     shutil.copytree(base, tmp_path / "base")
     for split in sets.NAMES:
-        rows = [dict(meaning_representation=RECORD, human_reference=f"The Mill is number {i} .") for i in range(9)]
+        rows = [dict(meaning_representation=RECORD, human_reference=f"The Mill is number {i} .")
+                for i in range(9)]
         (tmp_path / "data").mkdir(exist_ok=True)
-        (tmp_path / f"data/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / f"data/{split}.jsonl").write_text("".join(json.dumps(row) + "\n"
+                                                              for row in rows))
     flags = ["--dataset", "e2e", "--data-dir", tmp_path / "data"]
     whole = train.main(command(tmp_path / "base", tmp_path / "out", *flags))
     (tmp_path / "base").rename(tmp_path / "base-2")
@@ -493,11 +538,13 @@ def test_a_moved_base_and_moved_data_are_the_same(tmp_path, base, capsys):
         with pytest.raises(SystemExit):
             generate.main([str(tmp_path / "out"), RECORD, *more])
         assert message in capsys.readouterr().err
-    generate.main([str(tmp_path / "out"), RECORD, "--max-new", "3", "--model", str(tmp_path / "base-3")])
+    generate.main([str(tmp_path / "out"), RECORD, "--max-new", "3", "--model",
+                   str(tmp_path / "base-3")])
 
 
 def test_a_saved_again_base_in_shards_is_fingerprinted(tmp_path):
-    """The fingerprint is that of all files of the weights: a changed byte in any shard changes it."""
+    """The fingerprint is that of all files of the weights: a changed byte in any shard changes
+    it."""
     shards(tmp_path)
     before = fingerprint_weights(tmp_path)
     for file in weight_files(tmp_path):
@@ -532,20 +579,22 @@ def test_parquet_as_the_hub_names_it(tmp_path):
 
 
 def test_one_policy_for_marks_and_line_ends(tmp_path):
-    """jsonl, csv, parquet and plain text give the same text: without a byte order mark, lines ending in a line feed."""
+    """jsonl, csv, parquet and plain text give the same text: without a byte order mark, lines
+    ending in a line feed."""
     import pyarrow
     import pyarrow.parquet
     expected = "Hello there.\nSecond line.\n"
     row = {"meaning_representation": "a\r\nb", "human_reference": WINDOWS}
-    (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(row).encode() + b"\r\n\xef\xbb\xbf"
-                                           + json.dumps(row).encode() + b"\r")
+    (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(row).encode()
+                                           + b"\r\n\xef\xbb\xbf" + json.dumps(row).encode() + b"\r")
     line = '"a\r\nb","Hello there.\rSecond line.\r\n"\r\n'
     (tmp_path / "validation.csv").write_bytes(
         f"\ufeffmeaning_representation,human_reference\r\n{line * 2}".encode())
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row, row]), tmp_path / "test.parquet")
     assert data.load("e2e", tmp_path) == {split: [("a\nb", expected)] * 2 for split in sets.NAMES}
     (tmp_path / "book.txt").write_bytes((WINDOWS * 9).encode())
-    assert text.read(tmp_path / "book.txt").startswith(expected) and "\r" not in text.read(tmp_path / "book.txt")
+    assert (text.read(tmp_path / "book.txt").startswith(expected)
+            and "\r" not in text.read(tmp_path / "book.txt"))
     (tmp_path / "book.txt").write_text("Hello", encoding="utf-16")
     with pytest.raises(ValueError, match=r"line 1: not UTF-8 \(it begins as UTF-16 does\)"):
         text.read(tmp_path / "book.txt")
@@ -554,8 +603,8 @@ def test_one_policy_for_marks_and_line_ends(tmp_path):
 @pytest.mark.parametrize("between, ending", [(",", "csv"), (";", "csv"), ("|", "csv"),
                                              ("\t", "tsv"), (";", "tsv")])
 def test_csv_as_people_have_it(tmp_path, between, ending):
-    """Other separators, fields of any length (orange3 2404, csvw 69), several lines in a field, empty lines; an error
-    names the line where its row begins."""
+    """Other separators, fields of any length (orange3 2404, csvw 69), several lines in a field,
+    empty lines; an error names the line where its row begins."""
     long, file = "x" * 200000, tmp_path / f"train.{ending}"
     lines = ["sentence@label", '"a @ b"@1', "", '"two\nlines"@0', f"{long}@1"]
     file.write_text("\n".join([*lines, ""]).replace("@", between))
@@ -567,16 +616,19 @@ def test_csv_as_people_have_it(tmp_path, between, ending):
         read_rows(tmp_path, "train")
 
 
-@pytest.mark.parametrize("sample", [" " * 10**6, "\n" * 10**6, "a" * 10**6, "\u0301" * 10**5, "\x00" * 1000])
+@pytest.mark.parametrize("sample",
+                         [" " * 10**6, "\n" * 10**6, "a" * 10**6, "\u0301" * 10**5, "\x00" * 1000])
 def test_a_million_blanks_in_a_row(base, sample):
-    """What makes other tokenizers run out of their stack (tiktoken 15, 195, 400) is a text like any other."""
+    """What makes other tokenizers run out of their stack (tiktoken 15, 195, 400) is a text like any
+    other."""
     tokenizer = tokenizers.load(base, 320)
     assert tokenizer.decode(tokenizer.encode_ordinary(sample)) == sample
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_book_in_pieces_has_the_ids_of_the_book(kinds, kind, monkeypatch):
-    """Long texts are cut behind a letter where a line ends, where the tokenizer cuts too, whatever stands around it."""
+    """Long texts are cut behind a letter where a line ends, where the tokenizer cuts too, whatever
+    stands around it."""
     tokenizer = tokenizers.load(*kinds[kind])
     rng, letters = random.Random(0), "ab éÉ日1.,'\n\n\t  \u0301🙂"
     texts = ["".join(rng.choice(letters) for _ in range(400)) for _ in range(50)]
@@ -604,20 +656,23 @@ def test_a_locale_that_is_not_utf8_changes_nothing(tmp_path, small_roberta):
     folder.mkdir()
     (folder / "flags.args").write_text("--steps 2  # naïve\n", encoding="utf-8")
     for split in ("train", "validation"):
-        (folder / f"{split}.csv").write_text("sentence,label\n" + "schön 日本,1\nnaïve,0\n" * 9, encoding="utf-8")
-    run = subprocess.run([sys.executable, "train.py", f"@{folder / 'flags.args'}", *FAST[4:], "--rank", "2", "--model",
-                          small_roberta, "--dataset", "glue/sst2", "--data-dir", folder, "--out", tmp_path / "out"],
+        (folder / f"{split}.csv").write_text("sentence,label\n" + "schön 日本,1\nnaïve,0\n" * 9,
+                                             encoding="utf-8")
+    run = subprocess.run([sys.executable, "train.py", f"@{folder / 'flags.args'}", *FAST[4:],
+                          "--rank", "2", "--model", small_roberta, "--dataset", "glue/sst2",
+                          "--data-dir", folder, "--out", tmp_path / "out"],
                          env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0",
-                              "PYTHONCOERCECLOCALE": "0"}, cwd=ROOT,
-                         capture_output=True, text=True)
+                              "PYTHONCOERCECLOCALE": "0"}, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert {texts[0] for texts, _ in data.load("glue/sst2", folder)["train"]} == {"schön 日本", "naïve"}
+    assert {texts[0] for texts, _ in data.load("glue/sst2", folder)["train"]} == {"schön 日本",
+                                                                                  "naïve"}
 
 
 # Adapters
 
 def adapter(folder, theirs, change=lambda name: name, **config):
-    """Save an adapter of PEFT's with random factors, under names that `change` gives; returns PEFT's model."""
+    """Save an adapter of PEFT's with random factors, under names that `change` gives; returns
+    PEFT's model."""
     torch.manual_seed(1)
     model = peft.get_peft_model(theirs, peft.LoraConfig(**{"r": 2, **config})).eval()
     for name, p in model.named_parameters():
@@ -630,10 +685,12 @@ def adapter(folder, theirs, change=lambda name: name, **config):
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("change", [
-    lambda name: name, lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
+    lambda name: name,
+    lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
     lambda name: name.replace(".weight", ".default.weight"), lambda name: "module." + name])
 def test_adapters_under_the_names_of_raw_state_dicts_load(tmp_path, change):
-    """A compiled model inside PEFT's, the adapter's name left in (YiyangZhou/POVID 13), DataParallel."""
+    """A compiled model inside PEFT's, the adapter's name left in (YiyangZhou/POVID 13),
+    DataParallel."""
     theirs = adapter(tmp_path / "a", their_gpt2(tmp_path), change, target_modules=["c_attn"])
     assert loaded_difference(tmp_path, theirs) < 1e-5
 
@@ -651,17 +708,20 @@ def loaded_difference(folder, theirs, num_labels=None):
 def test_adapters_of_bare_models_load(tmp_path, make, cls, target, capsys):
     """Made on GPT2Model or RobertaModel: no prefix in the names, and no head (PEFT 3110)."""
     theirs = adapter(tmp_path / "a", make(tmp_path, cls), target_modules=[target])
-    model, idx = from_pretrained(tmp_path, None if make is their_gpt2 else 3), torch.randint(3, 300, (2, 9))
+    model, idx = from_pretrained(tmp_path,
+                                 None if make is their_gpt2 else 3), torch.randint(3, 300, (2, 9))
     capsys.readouterr()
     adapters.load_adapter(model, tmp_path / "a")
     bare = theirs(idx).last_hidden_state.detach()
-    assert relative(model.ln_f(model.hidden(idx)) if model.causal else model.hidden(idx), bare) < 1e-5
+    assert relative(model.ln_f(model.hidden(idx)) if model.causal else model.hidden(idx),
+                    bare) < 1e-5
     assert ("has no head for this task: the model's own stays" in capsys.readouterr().out) == (
         not model.causal)
 
 
 def test_an_adapter_without_a_head_keeps_the_models(tmp_path, capsys):
-    """The base's own head stays and a line says so; it trains. A head of another task is left out."""
+    """The base's own head stays and a line says so; it trains. A head of another task is left
+    out."""
     base = their_roberta(tmp_path, "RobertaForSequenceClassification", num_labels=3)
     theirs = adapter(tmp_path / "a", base, target_modules=["query"])
     assert loaded_difference(tmp_path, theirs, 3) < 1e-5
@@ -679,8 +739,8 @@ def test_an_adapter_without_a_head_keeps_the_models(tmp_path, capsys):
                                   "modules_to_save", "trainable_token_indices",
                                   "layer_replication"])
 def test_an_adapter_that_is_no_plain_lora_is_refused_by_its_flag(tmp_path, flag):
-    """The config's flag is named, not a tensor's shape (PEFT's configs of today; one that does not run on this model is
-    written by hand)."""
+    """The config's flag is named, not a tensor's shape (PEFT's configs of today; one that does not
+    run on this model is written by hand)."""
     from peft.tuners.lora import config as c
     values = {"kasa_config": c.KasaConfig(), "init_lora_weights": "pissa",
               "modules_to_save": ["word_embeddings"],
@@ -701,7 +761,8 @@ def test_an_adapter_that_is_no_plain_lora_is_refused_by_its_flag(tmp_path, flag)
 @pytest.mark.parametrize("flag", ["velora_config", "monteclora_config", "use_rslora",
                                   "init_lora_weights"])
 def test_variants_that_are_plain_lora_in_the_end_load(tmp_path, flag):
-    """VeLoRA compresses what backward keeps, MonteCLoRA draws noise while it trains: evaluated, both are B A x."""
+    """VeLoRA compresses what backward keeps, MonteCLoRA draws noise while it trains: evaluated,
+    both are B A x."""
     from peft.tuners.lora import config as c
     values = {"velora_config": c.VeloraConfig(num_groups=4), "use_rslora": True,
               "init_lora_weights": "gaussian",
@@ -716,8 +777,9 @@ def test_an_adapter_that_is_none_says_so(tmp_path):
     adapter(tmp_path / "a", their_gpt2(tmp_path), target_modules=["mlp.c_proj"],
             fan_in_fan_out=True)
     (tmp_path / "a/adapter_model.safetensors").rename(tmp_path / "a/adapter_model.bin")
-    for folder, message in ((tmp_path / "a", "adapter_model.bin, and only safetensors are read here: PEFT's"),
-                            (tmp_path, "is a model and no adapter: give it as --model")):
+    for folder, message in ((tmp_path / "a", "adapter_model.bin, and only safetensors are read "
+                             "here: PEFT's"), (tmp_path, "is a model and no adapter: give it as "
+                                               "--model")):
         with pytest.raises(ValueError, match=message):
             adapters.load_adapter(from_pretrained(tmp_path), folder)
 
@@ -732,7 +794,8 @@ def test_columns_of_a_table_stand_apart(capsys):
 # A thousand folders
 
 def test_any_folder_ends_well(tmp_path, base, small_roberta, long):
-    """Files removed, renamed, cut short, shuffled, keys renamed, values replaced: success, or one line."""
+    """Files removed, renamed, cut short, shuffled, keys renamed, values replaced: success, or one
+    line."""
     rng, bases = random.Random(0), [base, small_roberta, tmp_path / "gpt2", tmp_path / "roberta",
                                     tmp_path / "shards"]
     their_gpt2(bases[2], vocab_size=400)
@@ -749,8 +812,8 @@ def test_any_folder_ends_well(tmp_path, base, small_roberta, long):
             damage(rng, rng.choice(sorted(folder.iterdir())))
         try:
             model = from_pretrained(folder, rng.choice((None, None, 0, 2, 3)))
-            ids = tokenizers.for_model(folder,
-                                       model.config).encode_ordinary("Hello there, naïve 日本 <mask>")
+            tokenizer = tokenizers.for_model(folder, model.config)
+            ids = tokenizer.encode_ordinary("Hello there, naïve 日本 <mask>")
             assert all(0 <= i < model.config.vocab_size for i in ids)
             ends[True] += 1
         except (ValueError, OSError) as e:
@@ -766,7 +829,8 @@ def damage(rng, file):
     if kind == 0:
         file.unlink()
     elif kind == 1:
-        file.rename(file.with_name(rng.choice(["model.bin", "x.safetensors", "vocab.txt", "tokenizer.json", "a.json"])))
+        file.rename(file.with_name(rng.choice(["model.bin", "x.safetensors", "vocab.txt",
+                                               "tokenizer.json", "a.json"])))
     elif kind == 2:
         file.write_bytes(content[:rng.randrange(len(content) + 1)])
     elif kind == 3:
@@ -779,15 +843,18 @@ def damage(rng, file):
             return
         name = rng.choice(sorted(state))
         t = state.pop(name)
-        other = rng.choice([name + "x", name.replace(".", "_", 1), rng.choice(sorted(state) or ["a"]), "h", name])
-        state[other] = rng.choice([t, t.flatten(), t[:1].clone(), t.to(torch.int8), t.mT if t.dim() == 2 else t])
+        other = rng.choice([name + "x", name.replace(".", "_", 1),
+                            rng.choice(sorted(state) or ["a"]), "h", name])
+        state[other] = rng.choice([t, t.flatten(), t[:1].clone(), t.to(torch.int8),
+                                   t.mT if t.dim() == 2 else t])
         save_file({key: t.contiguous() for key, t in state.items()}, file)
     else:
         try:
             table = json.loads(content)
             key = rng.choice(sorted(table))
             value = table.pop(key)
-            table[rng.choice([key, key + "x"])] = rng.choice([value, None, -1, 10**6, "", [], {"a": 1}, True, 0.5])
+            table[rng.choice([key, key + "x"])] = rng.choice([value, None, -1, 10**6, "", [],
+                                                              {"a": 1}, True, 0.5])
             file.write_text(json.dumps(table))
         except (ValueError, TypeError, IndexError):
             file.write_bytes(content.replace(b"1", b"9"))
