@@ -80,9 +80,9 @@ def parse(argv):
     add("--forgetting", help="a dataset whose loss is measured before and after, the pretraining "
         "text")
     argv = list(sys.argv[1:] if argv is None else argv)
-    own = argv[:argv.index("--")] if "--" in argv else argv
-    args = parser.parse_args(own)
-    args.flags = words(argv[len(own) + 1:])
+    grid_flags = argv[:argv.index("--")] if "--" in argv else argv
+    args = parser.parse_args(grid_flags)
+    args.flags = words(argv[len(grid_flags) + 1:])
     if args.seeds < 1 or args.jobs is not None and args.jobs < 1:
         raise ValueError("--seeds and --jobs must be 1 or more")
     args.lr, args.rank = list(dict.fromkeys(args.lr)), list(dict.fromkeys(args.rank or []))
@@ -172,8 +172,8 @@ def cell(flags, forgetting=None, test=True):
     if done.exists():
         known = json.loads(done.read_text(encoding="utf-8"))
     also = known.setdefault("also", {})
-    todo, found = [], out / "result.json"
-    if "diverged" not in also and not found.exists() and (test or "trained" not in known):
+    todo, result_file = [], out / "result.json"
+    if "diverged" not in also and not result_file.exists() and (test or "trained" not in known):
         todo.append(whole if test else only_train)
     if "diverged" not in also and test and forgetting and f"base loss on {forgetting}" not in also:
         todo.append(functools.partial(losses_on, forgetting))
@@ -190,7 +190,7 @@ def cell(flags, forgetting=None, test=True):
                 raise ValueError(f"{shlex.join(flags)}: {e}") from None
         out.mkdir(exist_ok=True)  # a run that left nothing has left no folder either
         write(done, lambda part: part.write_text(json.dumps(known), encoding="utf-8"))
-    result = (json.loads(found.read_text(encoding="utf-8")) if found.exists()
+    result = (json.loads(result_file.read_text(encoding="utf-8")) if result_file.exists()
               else known.get("trained", {}))
     return {**result, **known["also"], "also": known["also"], "stale": known.get("code") != code()}
 
@@ -253,9 +253,9 @@ def before(dataset, source, context, device):
 def validation(out):
     """(value, loss, better high?) of the checkpoint that a run kept: the value by the metric that
     chose it."""
-    found = out / "result.json" if (out / "result.json").exists() else out / "cell.json"
-    found = json.loads(found.read_text(encoding="utf-8"))
-    selected = found.get("trained", found)["selected"]
+    result = out / "result.json" if (out / "result.json").exists() else out / "cell.json"
+    result = json.loads(result.read_text(encoding="utf-8"))
+    selected = result.get("trained", result)["selected"]
     metric = selected["by"].removeprefix("validation ")
     kept = next(row for row in read_csv(out / "log.csv") if int(row["step"]) == selected["step"])
     return float(kept[f"val_{metric}"]), float(kept["val_loss"]), metric != "loss"
@@ -269,8 +269,8 @@ def worth(args, key, results):
         name = next(name for name, value in results[key].items() if name.startswith("validation ")
                     and value)
         return float(results[key][name]) * (1 if name == "validation loss" else -1), math.inf
-    found, loss, high = validation(folder(flags_of(args, *key)))
-    return -found if high else found, loss
+    value, loss, high = validation(folder(flags_of(args, *key)))
+    return -value if high else value, loss
 
 
 def pool(jobs, setup=None):
@@ -365,10 +365,10 @@ class Grid:
     def row(self, key):
         """One row of the table, at one rank: its rates on the first seed, then all seeds at the
         best."""
-        args, some = self.args, self.rates[key]
-        self.run([(*key, lr, 0) for lr in some], test=not args.long or not args.best_lr)
-        self.best[key] = min(some, key=lambda lr: worth(args, (*key, lr, 0), self.results))
-        chosen = [self.best[key]] if args.best_lr else some
+        args, row_rates = self.args, self.rates[key]
+        self.run([(*key, lr, 0) for lr in row_rates], test=not args.long or not args.best_lr)
+        self.best[key] = min(row_rates, key=lambda lr: worth(args, (*key, lr, 0), self.results))
+        chosen = [self.best[key]] if args.best_lr else row_rates
         self.run([(*key, lr, seed) for lr in chosen for seed in range(args.seeds) if seed
                   or args.long], test=True)
 
@@ -401,8 +401,8 @@ def compare(args, setup=None):
     # small models leave a GPU waiting for the CPU most of the time, so several runs share one
     args.jobs = args.jobs or min(os.cpu_count(), 4 if torch.cuda.is_available() else math.inf)
     to, rates = args.to, {}
-    for label, own in args.rows.items():
-        asked = train.parse([*args.flags, *own])  # a mistake in a row is said before anything runs
+    for label, row_flags in args.rows.items():  # a mistake is said before anything runs
+        asked = train.parse([*args.flags, *row_flags])
         plain = [name for name in data.DATASETS if data.about(name, "PLAIN")]
         if args.forgetting and (data.about(asked.dataset, "LABELS")
                                 or args.forgetting not in plain):
@@ -441,10 +441,10 @@ def compare(args, setup=None):
 
 def groups(rows, *columns):
     """{values of the columns: rows}, in order."""
-    found = {}
+    grouped = {}
     for row in rows:
-        found.setdefault(tuple(row[c] for c in columns), []).append(row)
-    return found
+        grouped.setdefault(tuple(row[c] for c in columns), []).append(row)
+    return grouped
 
 
 def mean(values):
@@ -501,13 +501,13 @@ def fill(args, axis, shown, labels):
     used = set()
     for y, ((label,), same) in enumerate(labels.items()):
         colour, marker, line = style(same[0])
-        look = dict(color=colour, marker=marker, fillstyle="none" if colour in used else "full",
+        style_of = dict(color=colour, marker=marker, fillstyle="none" if colour in used else "full",
                     ms=6)
         used.add(colour)  # a method's second row is hollow
         if args.plot == "rows":
             # equal values, seen
             beside = [y + 0.12 * (i - (len(same) - 1) / 2) for i in range(len(same))]
-            axis.plot([float(r[args.metric]) for r in same], beside, ls="", alpha=0.85, **look)
+            axis.plot([float(r[args.metric]) for r in same], beside, ls="", alpha=0.85, **style_of)
             continue
         if args.plot == "step":
             keys = [(label, r["rank"] if args.rank else None, r["lr"], r["seed"]) for r in same]
@@ -524,7 +524,7 @@ def fill(args, axis, shown, labels):
                       for (value,), at in groups(same, args.plot).items()}
         x = sorted(points)
         axis.plot(x, [mean(points[v]) for v in x], ls=line, label=label,
-                  **{**look, "ms": 0 if len(x) > 12 else 6})
+                  **{**style_of, "ms": 0 if len(x) > 12 else 6})
         axis.fill_between(x, [min(points[v]) for v in x], [max(points[v]) for v in x], color=colour,
                           alpha=0.15, lw=0)
     if args.plot == "rows":

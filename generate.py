@@ -8,6 +8,8 @@ unless told otherwise.
     python generate.py out/<run> --dataset e2e --data-dir FOLDER --beams 10 --length-penalty .9
         a whole split, with BLEU, NIST, ROUGE-L against all references
 """
+import functools
+import itertools
 import json
 from contextlib import redirect_stdout
 from io import StringIO
@@ -193,22 +195,18 @@ def write_one(model, tokenizer, prompt, args):
 
 def write_many(model, tokenizer, records, args, dataset):
     """[text] for records, those of similar length together."""
-    prompts = [encode(tokenizer, record, dataset) for record in records]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    texts = {}
-    for start in tqdm(range(0, len(order), args.batch_size), disable=None, unit="batch"):
-        rows = order[start:start + args.batch_size]
-        batch, stop = [prompts[i] for i in rows], tokenizer.eos
+    seeds, stop = itertools.count(args.seed, args.batch_size), tokenizer.eos
+
+    def write(batch):
         if args.beams > 1:
-            written = decoding.beam_search(model, batch, args.max_new, stop, args.beams,
-                                           args.length_penalty)
-        else:
-            written = decoding.generate(model, batch, args.max_new, stop,
-                                        temperature=args.temperature, top_k=args.top_k,
-                                        seed=args.seed + start)
-        texts.update({i: tokenizer.decode(ids).strip()
-                      for i, ids in zip(rows, written, strict=True)})
-    return [texts[i] for i in range(len(records))]
+            return decoding.beam_search(model, batch, args.max_new, stop, args.beams,
+                                        args.length_penalty)
+        return decoding.generate(model, batch, args.max_new, stop, temperature=args.temperature,
+                                 top_k=args.top_k, seed=next(seeds))
+    prompts = [encode(tokenizer, record, dataset) for record in records]
+    bar = functools.partial(tqdm, disable=None, unit="batch")
+    written = decoding.in_batches(prompts, args.batch_size, write, bar)
+    return [tokenizer.decode(ids).strip() for ids in written]
 
 
 def classify(model, tokenizer, texts, settings, args):
@@ -220,11 +218,11 @@ def classify(model, tokenizer, texts, settings, args):
         examples, _ = task.encode([(text.split(" || ", 1), 0)])
         with args.amp:
             logits = model(task.collate(examples)[0].to(args.device))[0][0].float()  # (L,)
-        said = (f"{logits.item():.4f}" if len(logits) == 1 else labels[logits.argmax()] + "  ("
+        answer = (f"{logits.item():.4f}" if len(logits) == 1 else labels[logits.argmax()] + "  ("
                 + ", ".join(f"{name} {p:.4f}"
                             for name, p in zip(labels, logits.softmax(0).tolist(), strict=True))
                 + ")")
-        print(f"{text}\n  -> {said}" if len(texts) > 1 else said)
+        print(f"{text}\n  -> {answer}" if len(texts) > 1 else answer)
 
 
 def judge(dataset, records, texts, references):
@@ -234,14 +232,14 @@ def judge(dataset, records, texts, references):
     pairs = [(record, group[0]) for record, group in zip(records, references, strict=True)]
     scores = scorer(pairs, texts) if scorer else {}
     if not data.about(dataset, "METRICS"):
-        found = {"BLEU": metrics.bleu, "NIST": metrics.nist, "ROUGE_L": metrics.rouge_l,
+        measures = {"BLEU": metrics.bleu, "NIST": metrics.nist, "ROUGE_L": metrics.rouge_l,
                  "CIDEr": metrics.cider, "METEOR": metrics.meteor}
-        found = {name: measure(texts, references) for name, measure in found.items()
+        measures = {name: measure(texts, references) for name, measure in measures.items()
                  if name.lower() not in scores}
-        scores.update({name: value for name, value in found.items() if value is not None})
+        scores.update({name: value for name, value in measures.items() if value is not None})
         for name, lack in (("CIDEr", "pip install pycocoevalcap"),
                            ("METEOR", "python -m nltk.downloader wordnet")):
-            if found.get(name, 0) is None:
+            if measures.get(name, 0) is None:
                 print(f"note     {name} is left out: {lack}")
     return scores
 

@@ -178,11 +178,11 @@ class ResLoRALinear(lora.LoRALinear):
         """The contexts of a checkpointed block's two runs. The second one, in the backward, must
         find in the mailboxes what the first found there."""
         layers = [m for m in block.modules() if isinstance(m, ResLoRALinear)]
-        found = [list(layer.inbox) for layer in layers]
+        mailboxes = [list(layer.inbox) for layer in layers]
 
         @contextmanager
         def again():
-            for layer, window in zip(layers, found, strict=True):
+            for layer, window in zip(layers, mailboxes, strict=True):
                 layer.inbox[:] = window
             try:
                 yield

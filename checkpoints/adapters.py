@@ -193,8 +193,8 @@ def load_adapter(model, folder, dropout=0.0):
                   if (name.startswith("classifier.") if ours else name in head)}
         check_keys(head, wanted, f"{path}, head,", lambda name: origin.get(name, PREFIX + name))
 
-    found, places, wanted = linears(model, torch.nn.Linear), {}, {}
-    for name, linear in found.items():
+    linear_of, places, wanted = linears(model, torch.nn.Linear), {}, {}
+    for name, linear in linear_of.items():
         module, third = family(model).module(name)
         if f"{module}.lora_A.weight" in tensors:
             places[name] = module, third
@@ -214,7 +214,7 @@ def load_adapter(model, folder, dropout=0.0):
             used = B.any(0) if trained else slice(None)  # not what peft_lora padded with zeros
             A, B = A[used], B[:, used]
         if len(A):
-            layers[name] = with_factors(found[name], *no_wider(A, B), scaling, dropout)
+            layers[name] = with_factors(linear_of[name], *no_wider(A, B), scaling, dropout)
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)

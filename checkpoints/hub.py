@@ -46,9 +46,9 @@ def tables(repo, patterns, revision=None, first=None):
     OSError or ValueError for what is not to be had."""
     import datasets
     try:
-        found = datasets.load_dataset(repo, data_files=patterns, revision=revision,
+        stream = datasets.load_dataset(repo, data_files=patterns, revision=revision,
                                       streaming=bool(first))
-        return {split: list(found[split].take(first)) if first else found[split].to_list()
+        return {split: list(stream[split].take(first)) if first else stream[split].to_list()
                 for split in patterns}
     except (OSError, ValueError):
         raise

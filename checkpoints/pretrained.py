@@ -130,10 +130,10 @@ def fit_head(state, model, head, expected, others, source, where, named):
     if output is not None and output.shape[:1] != (model.num_labels,):
         state = {key: t for key, t in state.items() if not key.startswith("classifier.")}
         others = {*others, "classifier"}
-    found = f" (left out: {', '.join(sorted(others))})" * bool(others)
+    left_out = f" (left out: {', '.join(sorted(others))})" * bool(others)
     if any(key.startswith(head) for key in state):
         if others - {"lm_head", "classifier"}:
-            print(f"head     {source}{found}")
+            print(f"head     {source}{left_out}")
         return state, False
     body = {key: t for key, t in expected.items() if not key.startswith(head)}
     # before a head is made, of a size that only a damaged config has
@@ -141,7 +141,8 @@ def fit_head(state, model, head, expected, others, source, where, named):
     fresh = Classifier(model.config, model.num_labels) if model.classifier else LMHead(model.config)
     what = (f"{model.num_labels} label{'s' * (model.num_labels > 1)}" if model.classifier
             else "masked tokens")
-    print(f"head     {source} has no head for {what}: a fresh one is trained from scratch{found}")
+    print(f"head     {source} has no head for {what}: a fresh one is trained from "
+          f"scratch{left_out}")
     return {**state, **{f"{head}{key}": t for key, t in fresh.state_dict().items()}}, True
 
 

@@ -161,8 +161,8 @@ def pieces(text):
     line end behind a letter."""
     start = 0
     while start < len(text):
-        found = LETTER_AND_LINE_END.search(text, start + PIECE - 1)
-        end = found.end() if found else len(text)
+        match = LETTER_AND_LINE_END.search(text, start + PIECE - 1)
+        end = match.end() if match else len(text)
         yield text[start:end]
         start = end
 

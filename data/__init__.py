@@ -112,8 +112,8 @@ class Dataset:
         for split, pairs in self.pairs.items():
             examples = []
             for start in range(0, len(pairs), BLOCK):
-                some, cut = self.task.encode(pairs[start:start + BLOCK])
-                examples += some
+                encoded, cut = self.task.encode(pairs[start:start + BLOCK])
+                examples += encoded
                 self.cut += cut
             dropped = examples.count(None)
             if dropped == len(examples):

@@ -77,11 +77,11 @@ def own_rows(path):
         return {"train": read_files([path])}
     if not path.is_dir():
         raise ValueError(f"data folder {path} does not exist")
-    found = {split: next(filter(None, (files_of(path, name) for name in names)), [])
+    files_of_split = {split: next(filter(None, (files_of(path, name) for name in names)), [])
              for split, names in ALSO.items()}
-    if not found["train"]:
+    if not files_of_split["train"]:
         raise ValueError(f"{path} has no {names_of('train')}")
-    return {split: read_files(files) for split, files in found.items() if files}
+    return {split: read_files(files) for split, files in files_of_split.items() if files}
 
 
 def hold_out(splits):

@@ -209,9 +209,9 @@ def slots(mr, sentence):
     text, lower, right = f" {sentence} ", f" {sentence.lower()} ", {}
     for slot, value in record.items():
         if slot in STYLE:
-            said = {v for v, words in STYLE[slot].items()
+            values = {v for v, words in STYLE[slot].items()
                     if any(f" {w.lower()} " in lower for w in words)}
-            right[slot] = said == {value}
+            right[slot] = values == {value}
         else:
             right[slot] = f" {value} " in text
     return right

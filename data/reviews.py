@@ -65,8 +65,9 @@ def clause(rng, good, bad, shares, it=None):
     `shares` of them are stated, denied, denied twice; `it`: what they are said of, else one of
     THINGS."""
     verdict = rng.random() < 0.5
-    said, forms = rng.choices([(verdict, SAYS), (not verdict, DENIES), (verdict, TWICE)], shares)[0]
-    opinion, second = rng.sample(good if said else bad, 2)
+    praises, forms = rng.choices([(verdict, SAYS), (not verdict, DENIES), (verdict, TWICE)],
+                                 shares)[0]
+    opinion, second = rng.sample(good if praises else bad, 2)
     thing = rng.choice(THINGS)
     plural = it is None and thing in PLURAL
     it = it or rng.choice(["the", "the", "the", "these" if plural else "this", "our",

@@ -55,19 +55,19 @@ class Set:
     def load(self, data_dir=None):
         """{split: [(prompt, target)]}; ValueError, with file and line, for a row that is not as the
         hub's."""
-        found = {split: [pair for where, row in table for pair in self.rows(row, where)]
+        splits = {split: [pair for where, row in table for pair in self.rows(row, where)]
                  for split, table in self.tables(data_dir).items()}
         self.SPLITS = {split: split for split in NAMES}
-        for split in [split for split in ("validation", "test") if split not in found]:
-            train = found["train"]
+        for split in [split for split in ("validation", "test") if split not in splits]:
+            train = splits["train"]
             held = set(random.Random(0).sample(range(len(train)),
                                                min(500, max(1, len(train) // 10))))
-            found[split] = [train[i] for i in sorted(held)]
-            found["train"] = [row for i, row in enumerate(train) if i not in held]
+            splits[split] = [train[i] for i in sorted(held)]
+            splits["train"] = [row for i, row in enumerate(train) if i not in held]
             self.SPLITS[split] = f"{len(held)} rows of train"
-            self.SPLITS["train"] = f"{len(found['train'])} rows of train"
-        self.targets = metrics.grouped(found)
-        return {split: found[split] for split in NAMES}
+            self.SPLITS["train"] = f"{len(splits['train'])} rows of train"
+        self.targets = metrics.grouped(splits)
+        return {split: splits[split] for split in NAMES}
 
     def score(self, pairs, texts):
         """{metric: value}; a text is judged by all targets of its prompt."""
@@ -174,13 +174,13 @@ def final_number(text):
 
 def solution(text):
     """The number of a solution: that after the last "The answer is", or "####"."""
-    said = re.findall(r"The answer is:?\s*\$?(-?[\d,]*\.?\d+)", text)
-    return float(said[-1].replace(",", "")) if said else final_number(text)
+    numbers = re.findall(r"The answer is:?\s*\$?(-?[\d,]*\.?\d+)", text)
+    return float(numbers[-1].replace(",", "")) if numbers else final_number(text)
 
 
 def letter(text):
-    found = re.search(r"\b[a-e]\b", text)
-    return found and found[0]
+    match = re.search(r"\b[a-e]\b", text)
+    return match and match[0]
 
 
 def exact(read):
@@ -220,13 +220,13 @@ class WebNLG(Set):
 
     def score(self, pairs, texts):
         """Of all, and of seen and unseen categories where there are both."""
-        found = super().score(pairs, texts)
+        scores_of = super().score(pairs, texts)
         for name, wanted in (("seen", False), ("unseen", True)):
             part = [i for i, (prompt, _) in enumerate(pairs) if (prompt in self.unseen) == wanted]
             if 0 < len(part) < len(pairs):
                 scores = super().score([pairs[i] for i in part], [texts[i] for i in part])
-                found.update({f"{metric} ({name})": value for metric, value in scores.items()})
-        return found
+                scores_of.update({f"{metric} ({name})": value for metric, value in scores.items()})
+        return scores_of
 
 
 class HellaSwag(Set):
@@ -237,9 +237,9 @@ class HellaSwag(Set):
         return {"train": tables["train"], "test": tables["validation"]}
 
     def load(self, data_dir=None):
-        found = super().load(data_dir)
+        splits = super().load(data_dir)
         self.SPLITS["test"] = "validation"
-        return found
+        return splits
 
 
 class Choices(HellaSwag):

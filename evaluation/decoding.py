@@ -162,3 +162,18 @@ def beam_search(model, prompts, max_new, stop, beams, length_penalty=1.0):
             cached.overwrite(rows, sources)
         cached.read(torch.tensor([[i for _, i in row] for row in chosen], device=device).flatten())
     return [endings[0][1] for endings in ended]
+
+
+def by_length(rows, size):
+    """[[number of a row, …], …], batches of `size` rows of similar length: little is padding."""
+    near = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    return [near[i:i + size] for i in range(0, len(near), size)]
+
+
+def in_batches(prompts, size, write, bar=iter):
+    """[token ids] of each prompt's continuation. write: prompts -> [token ids], for `size` of them
+    at a time. bar: shows progress through the batches."""
+    written = {}
+    for rows in bar(by_length(prompts, size)):
+        written.update(zip(rows, write([prompts[i] for i in rows]), strict=True))
+    return [written[i] for i in range(len(prompts))]

@@ -54,12 +54,11 @@ def evaluate(model, examples, task, device, amp):
     else None)"""
     model.eval()
     total, count, logits = 0, 0, []
-    # neighbours in length: little padding
-    near = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
-    for i in range(0, len(near), EVAL_BATCH):
+    batches = decoding.by_length([ids for ids, _ in examples], EVAL_BATCH)
+    for number, rows in enumerate(batches):
         # the seed fixes which words are masked, so that models are comparable
-        idx, targets, _ = task.collate([examples[j] for j in near[i:i + EVAL_BATCH]],
-                                       f"evaluation/{i}")
+        idx, targets, _ = task.collate([examples[i] for i in rows],
+                                       f"evaluation/{number * EVAL_BATCH}")
         n = int((targets != -100).sum())
         with amp:
             out, mean = model(to_device(idx, device), targets)
@@ -67,8 +66,9 @@ def evaluate(model, examples, task, device, amp):
         if isinstance(task, Label):
             logits.append(out.float())
     model.train()
-    return (float(total) / count,
-            torch.cat(logits).cpu()[torch.tensor(near).argsort()] if logits else None)
+    if logits:
+        logits = torch.cat(logits).cpu()[torch.tensor(sum(batches, [])).argsort()]
+    return float(total) / count, logits if len(logits) else None
 
 
 @torch.inference_mode()
@@ -80,37 +80,30 @@ def decode(model, pairs, tokenizer, amp, max_new=96, between=" ||"):
     begin = min(32, model.context // 2 - 1)  # tokens of a plain text
     prompts = [p if record else p[:begin] for p, (record, _) in zip(prompts, pairs, strict=True)]
     model.eval()
-    texts = {}
-    # neighbours in length: little padding
-    near = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(near), DECODED):
-        chosen = near[start:start + DECODED]
-        batch = [[tokenizer.bos, *prompts[i]] for i in chosen]
-        with amp:
-            texts.update(zip(chosen, decoding.generate(model, batch, max_new, tokenizer.eos),
-                             strict=True))
+    with amp:
+        texts = decoding.in_batches(
+            [[tokenizer.bos, *p] for p in prompts], DECODED,
+            lambda batch: decoding.generate(model, batch, max_new, tokenizer.eos))
     model.train()
     return ([tokenizer.decode(p).strip() for p in prompts],
-            [tokenizer.decode(texts[i]).strip() for i in range(len(prompts))])
+            [tokenizer.decode(ids).strip() for ids in texts])
 
 
 @torch.inference_mode()
 def log_likelihoods(model, examples, task, device, amp):
     """[log P(target | prompt)] of examples of a Write task, in nats."""
     model.eval()
-    found = torch.zeros(len(examples))
-    near = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
-    for i in range(0, len(near), EVAL_BATCH):
-        rows = near[i:i + EVAL_BATCH]
-        idx, targets, _ = task.collate([examples[j] for j in rows])
+    sums = torch.zeros(len(examples))
+    for rows in decoding.by_length([ids for ids, _ in examples], EVAL_BATCH):
+        idx, targets, _ = task.collate([examples[i] for i in rows])
         # (N,): whose token it is
         which = torch.arange(len(rows))[:, None].expand_as(targets)[targets != -100]
         with amp:
             x, asked = with_targets(model.hidden(to_device(idx, device)), targets)
             nats = F.cross_entropy(model.head(x).float(), asked, reduction="none").cpu()
-        found[rows] = found.new_zeros(len(rows)).index_add(0, which, -nats)
+        sums[rows] = sums.new_zeros(len(rows)).index_add(0, which, -nats)
     model.train()
-    return found.tolist()
+    return sums.tolist()
 
 
 def choose(model, dataset, pairs, device, amp):

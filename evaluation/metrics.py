@@ -43,12 +43,6 @@ def spearman(predicted, truth):
     return pearson(ranks(predicted), ranks(truth))
 
 
-def exact_match(predicted, truth):
-    """Share of equal items of two lists: in gsm8k the final numbers of solutions, None where there
-    is none."""
-    return sum(a == b for a, b in zip(predicted, truth, strict=True)) / len(truth)
-
-
 def perplexity(loss):
     """e to the mean loss in nats per token."""
     return math.exp(min(loss, 700))  # e^709 is the last that a float holds

@@ -83,10 +83,10 @@ def draw_shortcut(axis, shortcut):
             "block": [(("x", 1), ("A", 2)), (("A", 2), ("B", 2)), (("B", 2), ("h", 1))]}[shortcut]
     for (start, end), added in [*((edge, False) for edge in edges),
                                 *((edge, True) for edge in more)]:
-        look = dict(color="C3", lw=2.2, ls="--") if added else dict(color="0.35", lw=1.3)
+        style = dict(color="C3", lw=2.2, ls="--") if added else dict(color="0.35", lw=1.3)
         axis.annotate("", (at | again)[end], (at | again)[start],
                       arrowprops=dict(arrowstyle="->", shrinkA=15, shrinkB=15, mutation_scale=15,
-                                      **look))
+                                      **style))
     for (name, n), place in (at | again).items():
         box = dict(boxstyle="round,pad=.35",
                    fc={"W": "0.85", "x": "none", "h": "none"}.get(name, "white"),

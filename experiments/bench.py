@@ -155,9 +155,9 @@ def machine(args):
         name = torch.cuda.get_device_name(args.device)
     else:
         info = Path("/proc/cpuinfo")
-        found = re.search(r"model name\s*: (.+)",
+        match = re.search(r"model name\s*: (.+)",
                           info.read_text(encoding="utf-8")) if info.exists() else None
-        name = (f"{found[1].strip() if found else platform.machine()}, {torch.get_num_threads()} "
+        name = (f"{match[1].strip() if match else platform.machine()}, {torch.get_num_threads()} "
                 "threads")
     return name, re.sub(r"\W+", "-", name.lower()).strip("-")
 
@@ -187,15 +187,16 @@ def adapted(base, change, args):
                 "targets": "q,v", "rs": False}
     settings.update(change)
     method = METHODS[settings["method"]]
-    own = {name: spec.get("default") for name, spec in method.flags.items()}
-    own = {name: value(10**6, 10**5) if callable(value) else value for name, value in own.items()}
+    flags = {name: spec.get("default") for name, spec in method.flags.items()}
+    flags = {name: value(10**6, 10**5) if callable(value) else value
+             for name, value in flags.items()}
     moves = method.trains_base or method.adapter.moves_weight
     model = copy.deepcopy(base, {} if moves
                           else {id(p): p for p in base.parameters()}).requires_grad_(moves)
     model = model.float() if method.trains_base else model  # as train.py: what trains is fp32
     if model.classifier and not moves:
         model.classifier = copy.deepcopy(base.classifier, {})
-    return model, *adapt(model, {**own, **settings})
+    return model, *adapt(model, {**flags, **settings})
 
 
 def our_step(model, adapter, layers, args):

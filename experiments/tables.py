@@ -58,36 +58,36 @@ def markdown(header, rows):
 
 def deployed(name):
     """Each row of a grid at its best rate, before and after merging, against LoRA seed by seed."""
-    found = best(name)
-    against = [row for row in ("LoRA", "LoRA, 3 alpha") if row in found]
-    accuracy = ["merged accuracy"] * bool(found["LoRA"][0].get("merged accuracy"))
+    by_row = best(name)
+    against = [row for row in ("LoRA", "LoRA, 3 alpha") if row in by_row]
+    accuracy = ["merged accuracy"] * bool(by_row["LoRA"][0].get("merged accuracy"))
     return markdown(["", "rate", "seeds", "unmerged", "merged", *accuracy,
                      *(f"above {other}" for other in against)],
                     [[row, same[0]["tried"], str(len(same)), average(same, "unmerged loss"),
                       spread(same, "merged loss"), *(average(same, column) for column in accuracy),
-                      *("" if row in ("LoRA", other) else paired(same, found[other])
-                        for other in against)] for row, same in found.items()])
+                      *("" if row in ("LoRA", other) else paired(same, by_row[other])
+                        for other in against)] for row, same in by_row.items()])
 
 
 def pre_num():
     """Unmerged loss of one seed by structure and m, each at its best rate."""
-    found = best("reslora-pre-num")
-    lora = found.pop("LoRA (m 0)")[0]
-    structures, ms = (list(dict.fromkeys(row.split(", ")[i] for row in found)) for i in (0, 1))
+    by_row = best("reslora-pre-num")
+    lora = by_row.pop("LoRA (m 0)")[0]
+    structures, ms = (list(dict.fromkeys(row.split(", ")[i] for row in by_row)) for i in (0, 1))
 
     def cell(row):
         return f"{float(row['unmerged loss']):.3f} ({row['tried']})"
     return markdown(["", *structures], [
         ["m 0: LoRA", *[cell(lora)] * len(structures)],
-        *([m, *(cell(found[f"{structure}, {m}"][0]) for structure in structures)] for m in ms)])
+        *([m, *(cell(by_row[f"{structure}, {m}"][0]) for structure in structures)] for m in ms)])
 
 
 def loss(row, how):
     """Of a row of a csv, as it is unmerged, or merged by a name of MERGES; None where that was not
     asked for."""
     column = "merged" if how == "regression" else f"merged by {how}" if how in MERGES else how
-    found = row.get(f"{column} loss")
-    return float(found) if found else None
+    by_row = row.get(f"{column} loss")
+    return float(by_row) if by_row else None
 
 
 def kept(row, how):
@@ -110,14 +110,14 @@ def merges(where=RESULTS):
 
 def calibration(where=RESULTS):
     """Merged loss by texts, mean of the draws."""
-    found = groups(read_csv(where / "calibration.csv"), "dataset", "row")
-    texts = list(groups(next(iter(found.values())), "texts"))
+    by_row = groups(read_csv(where / "calibration.csv"), "dataset", "row")
+    texts = list(groups(next(iter(by_row.values())), "texts"))
     return markdown(["", "unmerged", "1 text", *(f"{n} texts" for (n,) in texts[1:]),
                      "shortcut dropped"],
                     [[f"{dataset}: {row}", average(same, "unmerged loss"),
                       *(average(at, "merged loss") for at in groups(same, "texts").values()),
                       average(same, "merged by none loss")]
-                     for (dataset, row), same in found.items()])
+                     for (dataset, row), same in by_row.items()])
 
 
 def real_merges(where=RESULTS):
@@ -125,12 +125,12 @@ def real_merges(where=RESULTS):
     keep of the gain."""
     rows = []
     for (row,), same in groups(read_csv(where / "real-merges.csv"), "row").items():
-        found = {(r["merge"], r["texts"]): r["merged loss"] for r in same
+        by_row = {(r["merge"], r["texts"]): r["merged loss"] for r in same
                  if r["eps"] in ("", "0.001")}
-        cells = [found.get(way) for way in (("regression", "64"), ("regression", "16"),
+        cells = [by_row.get(way) for way in (("regression", "64"), ("regression", "16"),
                                             ("regression", "4"), ("bi", "64"), ("bw", "64"),
                                             ("none", "0"))]
-        share = kept({**same[0], "merged loss": found["regression", "64"]}, "regression")
+        share = kept({**same[0], "merged loss": by_row["regression", "64"]}, "regression")
         rows.append([row, f"{float(same[0]['unmerged loss']):.4f}",
                      *(f"{float(c):.4f}" if c else "-" for c in cells), f"{share:.2%}"])
     return markdown(["structure", "unmerged", "regression, 64 texts", "16 texts", "4 texts",
@@ -184,12 +184,12 @@ def by_rank(name):
     return ["", *(f"r {r}" for (r,) in own["LoRA"])], rows
 
 
-def at_one_rate(found, columns):
+def at_one_rate(by_row, columns):
     """More rows of that table, from {row: its runs by rank at one rate, one seed} and {what is
     shown: column}."""
     return [[f"{row}, rate {rate(same[0]['lr'])}: {name}",
              *(f"{float(r[column]):.3f}" for r in same)] for name, column in columns.items()
-            for row, same in found.items()]
+            for row, same in by_row.items()]
 
 
 def rslora(optimizer):
@@ -214,21 +214,21 @@ def real_ranks():
 
 def deltalora():
     """Each lambda and K; lambda 2 beside its fair baseline, LoRA with (1 + lambda) alpha."""
-    found = best("deltalora")
+    by_row = best("deltalora")
     return markdown(["", "rate", "seeds", "test loss", "above LoRA", "above LoRA with 3 alpha"],
                     [[row, same[0]["tried"], str(len(same)), spread(same, "merged loss"),
-                      "" if row == "LoRA, alpha" else paired(same, found["LoRA, alpha"]),
-                      paired(same, found["LoRA, 3 alpha"]) if "lambda 2" in row else ""]
-                     for row, same in found.items()])
+                      "" if row == "LoRA, alpha" else paired(same, by_row["LoRA, alpha"]),
+                      paired(same, by_row["LoRA, 3 alpha"]) if "lambda 2" in row else ""]
+                     for row, same in by_row.items()])
 
 
 def clipping():
     """Delta-LoRA K 0 and LoRA with 3 alpha at one high rate, with and without clipping."""
-    found = best("deltalora-clip")
-    other = found["LoRA, 3 alpha"]
+    by_row = best("deltalora-clip")
+    other = by_row["LoRA, 3 alpha"]
     return markdown(["", "test loss", "above LoRA with 3 alpha"], [
         [row, spread(same, "merged loss"), "" if same is other else paired(same, other)]
-        for row, same in found.items()])
+        for row, same in by_row.items()])
 
 
 def weights(where=RESULTS):
@@ -278,14 +278,14 @@ def decoding():
 def methods(name, more=None, against=("LoRA r 16",)):
     """Each method at its best rate, and seed by seed against some of the others: `more` are
     {header: column} beside the loss."""
-    found, more = best(name), more or {}
+    by_row, more = best(name), more or {}
     return markdown(["", "trained", "rate", "test loss", *(f"above {other}" for other in against),
                      *more], [[row, f"{int(same[0]['trained']):,}", same[0]["tried"],
                                spread(same, "merged loss"),
-                               *("" if row in (against[0], other) else paired(same, found[other])
+                               *("" if row in (against[0], other) else paired(same, by_row[other])
                                  for other in against),
                                *(spread(same, column) for column in more.values())]
-                              for row, same in found.items()])
+                              for row, same in by_row.items()])
 
 
 TABLES = {
@@ -315,7 +315,7 @@ def main():
         table = "\n".join(TABLES[name]())
         print(f"\n{name}\n\n{table}")
         page, times = re.subn(rf"(<!-- table: {name} -->\n\n)(?:\|.*\n)*\n*",
-                                lambda found, t=table: f"{found[1]}{t}\n\n", page)
+                                lambda by_row, t=table: f"{by_row[1]}{t}\n\n", page)
         if times != 1:
             raise ValueError(f"RESULTS.md has <!-- table: {name} --> and an empty line {times} "
                              "times, not once")

@@ -117,10 +117,10 @@ def check_resume(folder, identity, method):
     _, step, _, before = read_state(folder / STATE[0])
     other = difference(before, identity, (*FREE, *method.merge_only_flags, "steps"))
     if other:
-        how = (f", or go on from its adapter with --init-from {folder}"
+        otherwise = (f", or go on from its adapter with --init-from {folder}"
                * (folder / "adapter_config.json").exists())
         raise ValueError(f"cannot resume {folder}: {other}. Start a new run with "
-                         f"another --out{how}")
+                         f"another --out{otherwise}")
     if identity["steps"] < step:
         raise ValueError(f"cannot resume {folder} for {identity['steps']} steps: it has done "
                          f"{step} already")
