@@ -28,7 +28,7 @@ from data.tasks import Label
 from evaluation import decoding, metrics
 from methods import METHODS
 from run.flags import Parser, command
-from run.folder import RESULTS, STATE, adapters_of, load_best
+from run.folder import LOG, RESULTS, STATE, adapters_of, load_best
 from run.machine import base_dtype, pick_device
 
 NONE = type(None)  # of full fine-tuning, or not given
@@ -90,7 +90,7 @@ def parse(argv):
     if args.out is not None:
         if args.out.is_dir() or not args.out.parent.is_dir():
             raise ValueError(f"--out {args.out} cannot be written there")
-        if args.out.resolve() in [(args.run / name).resolve() for name in STATE + RESULTS
+        if args.out.resolve() in [(args.run / name).resolve() for name in (STATE, LOG, *RESULTS)
                                   if not name.startswith("predictions")]:
             raise ValueError(f"--out {args.out} is a file of the run itself")
     args.out = args.out or args.run / f"predictions-{args.split}.jsonl"
@@ -159,7 +159,7 @@ def load_run(folder, unmerged=False, cut=None, base=None, dtype=torch.float32):
         except TypeError as e:
             raise ValueError(f"{folder / 'result.json'} holds a setting of the "
                              f"wrong kind: {e}") from None
-        load_best(folder / "resume.safetensors", model)
+        load_best(folder / STATE, model)
         if cut is not None:
             adapter.prepare_merge(model, cut, None)
         if method.adapter and not unmerged:

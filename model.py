@@ -1,11 +1,11 @@
 """GPT-2, Llama and RoBERTa: the architectures and nothing else. They know nothing of adapters or of
-files.
+files, but for one hook that the caller may set for activation checkpointing.
 
 GPT      Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": reads from left
          to right, LayerNorm before each part of a block, output tied to the token embedding.
-Llama    Touvron et al. 2023, arXiv:2302.13971: as GPT, with RMSNorm, rotary positions and a gated
-         MLP. In Llama 3 and Mistral heads share keys and values. Qwen 2 has a bias on q, k and v,
-         and Qwen 3 has norms on q and k.
+Llama    Touvron et al. 2023, arXiv:2302.13971: as GPT, with RMSNorm, rotary positions, a gated
+         MLP, and no biases. In Llama 3 and Mistral heads share keys and values. Qwen 2 has a bias
+         on q, k and v, and Qwen 3 has norms on q and k.
 RoBERTa  Liu et al. 2019, arXiv:1907.11692: reads in both directions, LayerNorm after each part, and
          a head that predicts masked tokens or classifies the whole text.
 
@@ -57,11 +57,11 @@ class Attention(nn.Module):
     def __init__(self, config, qkv_bias=True, o_bias=True, qk_norm_eps=None):
         super().__init__()
         C, nh, nkv, hs = config.width, config.n_head, config.n_kv_head, config.head_dim
-        if hs == C // nh and C % nh:
+        if hs == C // nh and C % nh:  # a config may give hs itself
             raise ValueError(f"{C} channels are not a multiple of {nh} heads")
         if nh % nkv:
             raise ValueError(f"{nh} heads are not a multiple of {nkv} heads of keys and values")
-        self.head_dim, self.shared = hs, nh // nkv  # so many heads share their keys and values
+        self.head_dim, self.heads_per_kv = hs, nh // nkv  # so many heads share keys and values
         self.q = nn.Linear(C, nh * hs, bias=qkv_bias)
         self.k = nn.Linear(C, nkv * hs, bias=qkv_bias)
         self.v = nn.Linear(C, nkv * hs, bias=qkv_bias)
@@ -84,9 +84,9 @@ class Attention(nn.Module):
         # Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245): nh / nkv neighbouring
         # heads share keys and values. On a GPU, torch has a fast kernel for that in half precision
         # and without a mask only.
-        grouped = self.shared > 1
+        grouped = self.heads_per_kv > 1
         if grouped and q.is_cuda and (mask is not None or q.dtype.itemsize > 2):
-            k, v = (t.repeat_interleave(self.shared, 1) for t in (k, v))
+            k, v = (t.repeat_interleave(self.heads_per_kv, 1) for t in (k, v))
             grouped = False
         # a single new token sees all that is there
         causal = mask is None and (cache is None or x.size(1) > 1)
@@ -122,7 +122,7 @@ def initialise(module, residual_std=0.02):
 
 class Transformer(nn.Module):
     causal = False  # whether it can write
-    # set for activation checkpointing: block -> the two contexts of torch.utils.checkpoint
+    # for activation checkpointing: a function of a block, the context_fn of torch.utils.checkpoint
     recompute = None
 
     def run(self, block, *inputs):
@@ -173,7 +173,7 @@ class Causal(Transformer):
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def head(self, x):
-        """(..., C) -> (..., V)"""
+        """(..., C) -> (..., V): the last norm, then the output projection."""
         return F.linear(self.ln_f(x), self.output)
 
     def forward(self, idx, targets=None, label_smoothing=0.0):

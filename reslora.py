@@ -1,51 +1,64 @@
 """ResLoRA: Identity Residual Mapping in Low-Rank Adaption. Shi et al. 2024, arXiv:2402.18039.
 
-LoRA gives each layer a low-rank branch of its own, so a gradient reaches a shallow branch only
-through all the frozen layers above it. ResLoRA adds shortcuts between the branches of neighbours.
-Layers with the same target (all q, or all v) are a chain. Layer n, counted from 0, has input x_n
-and output h_n. The shortcut reaches m = pre_num layers back, and fewer at the beginning of the
-chain: m' = min(m, n), or m' = n for m = -1.
+LoRA gives each layer a low-rank branch of its own, so a gradient reaches the branch of a shallow
+layer only through the layers above it. ResLoRA adds shortcuts between the branches of neighbours.
 
-    input    h_n = W_n x_n + b_n + s B_n A_n drop(x_n + sum_{k=1..m'} x_{n-k})    the paper: m = 1
+Layers with the same target (all q, or all v) are a chain. Layer n, counted from 0, has input x_n
+and output h_n. (x_{n+1} is not h_n: the rest of the transformer's block lies between.) A shortcut
+reaches m = pre_num layers back, where there are so many: m' = min(m, n), or m' = n for m = -1.
+
+    input    h_n = W_n x_n + b_n + s B_n A_n drop(x_n + sum_{k=1..m'} x_{n-k})
     block    h_n = W_n x_n + b_n + s sum_{k=0..m'} B_{n-k} A_{n-k} drop(x_n)
     middle   h_n = W_n x_n + b_n + s B_n sum_{k=0..m'} A_{n-k} drop(x_{n-k})
 
     x_n (..., d_in), h_n (..., d_out), W_n (d_out, d_in), A_n (r, d_in), B_n (d_out, r)
 
-The first layer of a chain has no earlier one. `block` and `middle` are plain LoRA there. `input`
-sets x_{-1} = x_0, so that every layer's branch reads a sum of the same size (the paper says so
-after its eq. 2):
+The paper has m = 1 for `input`. There is nothing before the first layer of a chain. `block` and
+`middle` are plain LoRA there. `input` takes x_{-1} = x_0 in the first layer, as the paper says
+after its eq. 2:
 
     input    h_0 = W_0 x_0 + b_0 + s B_0 A_0 drop(x_0 + x_0)
 
-That is LoRA with twice the scale. With m = 0 there is no shortcut, and every layer is plain LoRA.
+That is LoRA with twice the scale. For m = 1 the branch of every layer then reads a sum of two
+inputs. For pre_num = 0 there is no shortcut: every layer is plain LoRA, the first one too.
 
-Nothing is detached: the added gradient path is the point. Let g_n = dL/dh_n and m = 1. With
-`input` x_{n-1} gains the gradient s A_n^T B_n^T g_n (the paper's eq. 16), with `middle` it gains
-s A_{n-1}^T B_n^T g_n. Both contain B_n, so these paths are closed at the start, where B = 0. With
-`block` A_{n-1} and B_{n-1} receive a gradient from g_n too, and that of B_{n-1} is open at once.
-`block` drops x_n once for all its blocks; the authors' code draws a mask for each.
+The gradient. Nothing that is passed on is detached, because the gradient has to take the same way
+back. Let g_n = dL/dh_n and m = 1. Beside its usual gradient, x_{n-1} gets
 
-Merging turns a layer into one matrix again. `block` reads only x_n and merges exactly. So does the
-first layer of `input`, by A*_0 = 2 A_0. Elsewhere `input` and `middle` read what other layers
-read, so a matrix that multiplies x_n can only approximate them. The part of the branch that comes
-from the shortcut is
+    s A_n^T B_n^T g_n        with `input` (the paper's eq. 16)
+    s A_{n-1}^T B_n^T g_n    with `middle`
+
+and hands it on to the layers below. With `middle` A_{n-1} gets a gradient from g_n as well. All of
+these contain B_n, so they are zero at the start, where B = 0. With `block` g_n also gives a
+gradient to A_{n-1} and B_{n-1}. That of B_{n-1} is s g_n (A_{n-1} x_n)^T, not zero at the start.
+
+`block` applies dropout to x_n once, for all its products B A; the authors' code does it anew for
+each of them.
+
+Merging turns a layer into one matrix again. `block` reads only x_n, so it merges exactly. The first
+layer of a chain merges exactly too: with `middle` it is plain LoRA, and with `input` it is LoRA
+with 2 A_0 in the place of A_0. In all other layers of `input` and `middle` the shortcut adds
+s B_n z_n, which depends on inputs of other layers:
 
     z_n = A_n sum_{k=1..m'} x_{n-k}   (input)      z_n = sum_{k=1..m'} A_{n-k} x_{n-k}   (middle)
 
-z_n has r numbers. The paper lets x_n stand for x_{n-k} and corrects its size by ratios of norms,
-but not its direction. Ours is least squares. Neighbouring x_n are strongly correlated (the residual
-stream), so z_n is nearly a linear function P_n x_n, where P_n is (r, d_in). It is fitted over the
-tokens of a few calibration batches. The rank stays r.
+A matrix that multiplies x_n can only approximate z_n. The paper puts a multiple of the layer's own
+term in its place. The multiple is a ratio of norms, so the length is right and the direction is
+not. We fit z_n by least squares instead. In a transformer a block adds only a little to what it
+reads, so x_n and x_{n-1} are alike, and z_n is nearly a linear function P_n x_n. With E, the mean
+over the tokens of a few calibration batches:
 
-    minimise over P   E |z_n - P x_n|^2     =>     P_n = E[z x^T] E[x x^T]^-1
+    minimise over P   E |z_n - P x_n|^2     =>     P_n E[x x^T] = E[z x^T]
     A*_n = A_n + P_n        W*_n = W_n + s B_n A*_n
 
-A classifier predicts once per text, and few of its tokens matter. Let M be its prediction as one
-number, its margin. To first order, an error z_n - P x_n at a token changes M by at most
-s |B_n^T dM/dh_n| |z_n - P x_n|. So where there is a margin, the fit is weighted:
+z_n has r numbers a token, so P_n has the shape of A_n, and the rank stays r.
 
-    minimise over P   E w |z_n - P x_n|^2     =>     P_n = E[w z x^T] E[w x x^T]^-1
+A classifier predicts once per text, and only a few tokens of a text matter for that. Let M be the
+margin, the prediction as one number. By the chain rule, and to first order, an error z_n - P x_n at
+a token changes M by at most s |B_n^T dM/dh_n| |z_n - P x_n|. With a margin we minimise the square
+of that; s is the same for all tokens and may be left out.
+
+    minimise over P   E w |z_n - P x_n|^2     =>     P_n E[w x x^T] = E[w z x^T]
     w = |B_n^T dM/dh_n|^2
 """
 import warnings
@@ -64,9 +77,10 @@ MERGES = ("regression", "bi", "bw", "none")
 class ResLoRALinear(lora.LoRALinear):
     """LoRALinear with a shortcut from the `pre_num` earlier layers of its chain (-1: all of them).
 
-    merge: how `calibrate` approximates `input` and `middle`, a name of MERGES or a list of them,
-    default first. Layers must be called in chain order, each once per forward. nn.DataParallel
-    breaks this order, and so does activation checkpointing that does not use `recompute`."""
+    merge: how `calibrate` approximates `input` and `middle`: a name of MERGES, or a list of them
+    whose first is the default. Layers of `input` and `middle` must be called in chain order, each
+    once per forward. nn.DataParallel breaks this order, and so does activation checkpointing
+    without `recompute`."""
 
     def forward(self, x):
         """(..., d_in) -> (..., d_out)"""
@@ -78,47 +92,56 @@ class ResLoRALinear(lora.LoRALinear):
                 total = total + x_earlier
             u = F.linear(self.drop(total), A)  # (..., r)
         elif self.shortcut == "middle":
-            # u = sum_{k=0..m'} u_{n-k}, where u_n = A_n drop(x_n) is each layer's own term
+            # u_n = A_n drop(x_n) is the layer's own term, and only that is passed on
             u = F.linear(self.drop(x), A)  # (..., r)
+            # u = sum_{k=0..m'} u_{n-k}
             for u_earlier in self.exchange(u):  # u_{n-1}, …, u_{n-m'}
                 u = u + u_earlier
         else:
-            # B u = sum_{k=0..m'} B_{n-k} A_{n-k} drop(x_n): one product of rank (m' + 1) r
+            # B A drop(x_n) = sum_{k=0..m'} B_{n-k} A_{n-k} drop(x_n), where B and A are stacked:
+            # one product of rank (m' + 1) r
             A, B = self.stacked()
             u = F.linear(self.drop(x), A)  # (..., (m' + 1) r)
         # h_n = W_n x_n + b_n + s B u
         return F.linear(x, self.weight, self.bias) + F.linear(self.scaling * u, B)
 
     def exchange(self, own):
-        """Return the activations of the m' earlier layers, the nearest first, and pass on `own`.
+        """Return the activations of the m' earlier layers, the nearest first, and hand `own` to the
+        next layer.
 
-        Every layer has a mailbox, its `inbox`. A layer finds there one list, with what the layers
-        before it have passed on, and takes it out. It puts its own activation in front of that
-        list, keeps as many as the next layer reads, and puts them into the next layer's mailbox,
-        which is its `outbox`. So a mailbox is full only between the calls of two neighbours."""
+        A layer's `inbox` is empty, or it holds one list: what the layers before have passed on. The
+        layer takes that list out, puts its own activation in front of it, cuts it to as many as the
+        next layer reads, and puts it into its `outbox`, which is the next layer's inbox. So an
+        inbox is filled by one layer and emptied by the next. With m = 2:
+
+            layer 0 hands on [x_0], layer 1 hands on [x_1, x_0], layer 2 hands on [x_2, x_1]"""
         if self.earlier and not self.inbox:
             raise RuntimeError("ResLoRA layers must be called in chain order, each once, and this "
                                "one came too early. Activation checkpointing calls them again: see "
                                "ResLoRALinear.recompute")
         received = self.inbox.pop() if self.earlier else []
         if self.sends:
-            window = [own, *received]
-            self.outbox[:] = [window[:self.sends]]  # replaces what an interrupted forward has left
+            passed_on = [own, *received][:self.sends]
+            # [:] because the neighbour has the same list; it also replaces what a forward that
+            # ended in an error has left there
+            self.outbox[:] = [passed_on]
         return received
 
     @staticmethod
     def connect(chains):
-        """Tell every layer which layers are before it, and give neighbours a mailbox in common."""
+        """Called by lora.apply with {target: [its layers, shallow to deep]}. Tells every layer
+        which ones are before it, and gives neighbours a list in common, to pass activations on."""
         for target, chain in chains.items():
             for n, layer in enumerate(chain):
-                shape, first = tuple(layer.weight.shape), tuple(chain[0].weight.shape)
-                if shape != first:
+                shape, first_shape = tuple(layer.weight.shape), tuple(chain[0].weight.shape)
+                if shape != first_shape:
                     raise ValueError(f"ResLoRA needs layers of one shape: {target}[{n}] has "
-                                     f"{shape}, the first {first}")
-                m = n if layer.pre_num == -1 else min(layer.pre_num, n)
-                layer.earlier = chain[n - m:n][::-1]
+                                     f"{shape}, the first {first_shape}")
+                reach = n if layer.pre_num == -1 else min(layer.pre_num, n)  # m'
+                layer.earlier = chain[n - reach:n][::-1]  # the nearest first
             for layer, after in pairwise(chain):
-                layer.outbox, layer.sends = after.inbox, len(after.earlier)
+                layer.outbox = after.inbox  # the same list
+                layer.sends = len(after.earlier)
             if len(chain) == 1:
                 same = "LoRA with 2 alpha" if chain[0].doubles else "plain LoRA"
                 warnings.warn(f"ResLoRA: {target} is a single layer without neighbours, so it is "
@@ -127,14 +150,14 @@ class ResLoRALinear(lora.LoRALinear):
 
     @property
     def doubles(self):
-        """True for the first layer of `input`, where x_{-1} = x_0. With m = 0 nothing doubles."""
+        """True for the first layer of `input`, where x_{-1} = x_0. For pre_num = 0 none does."""
         return self.shortcut == "input" and not self.earlier and self.pre_num != 0
 
     def stacked(self):
         """A ((m' + 1) r, d_in) and B (d_out, (m' + 1) r) of the blocks n, n-1, …, n-m'."""
-        window = [self, *self.earlier]
-        return (torch.cat([layer.lora_A for layer in window]),
-                torch.cat([layer.lora_B for layer in window], 1))
+        layers = [self, *self.earlier]
+        return (torch.cat([layer.lora_A for layer in layers]),
+                torch.cat([layer.lora_B for layer in layers], 1))
 
     def delta(self):
         """Delta W = s B' A' (d_out, d_in), with the factors of `as_lora`."""
@@ -147,43 +170,46 @@ class ResLoRALinear(lora.LoRALinear):
         self.shortcut, self.pre_num = shortcut, pre_num
         self.merges = [merge] if isinstance(merge, str) else list(merge)
         check(self, self.merges)
-        self.earlier = []  # the layers n-1, …, n-m'; a plain list registers no submodules
+        # the layers n-1, …, n-m'; in a plain list they do not become submodules of this one
+        self.earlier = []
         self.inbox, self.outbox, self.sends = [], [], 0  # see `exchange`
         self.register_buffer("A_star", None, persistent=False)  # A* (r, d_in), see `calibrate`
 
     def as_lora(self):
-        """(A', B') with W_merged = W + s B' A': the stacked blocks, or A* and B."""
+        """(A', B') with W_merged = W + s B' A': the stacked factors, 2 A_0, A, or A*."""
         if self.shortcut == "block":
             return self.stacked()
-        # A*_0 = 2 A_0 where x_{-1} = x_0, and A_0 in the first layer of the others
-        A = (2 if self.doubles else 1) * self.lora_A if self.exact_merge else self.A_star
-        if A is None:
+        if self.doubles:
+            return 2 * self.lora_A, self.lora_B
+        if self.exact_merge:
+            return self.lora_A, self.lora_B
+        if self.A_star is None:
             raise RuntimeError(f"shortcut {self.shortcut!r} merges only approximately: call "
                                "calibrate first")
-        return A, self.lora_B
+        return self.A_star, self.lora_B
 
     @property
     def exact_merge(self):
-        """True for a layer that reads nothing but x_n, and so is a LoRA as it stands."""
+        """True for a layer whose branch reads nothing but x_n, and so is a LoRA already."""
         return self.shortcut == "block" or not self.earlier
 
     @staticmethod
     def after_step(layers, step):
-        """An optimizer step makes an earlier calibration stale."""
+        """Called after each optimizer step: A* of an earlier calibration does not fit any more."""
         for layer in layers:
             layer.A_star = None
 
     @staticmethod
     def recompute(block):
-        """The contexts of a checkpointed block's two runs. The second one, in the backward, must
-        find in the mailboxes what the first found there."""
+        """For torch's activation checkpointing (context_fn), which runs a block once in the forward
+        and again in the backward. The inboxes are kept now and filled again for the second run."""
         layers = [m for m in block.modules() if isinstance(m, ResLoRALinear)]
-        mailboxes = [list(layer.inbox) for layer in layers]
+        kept = [list(layer.inbox) for layer in layers]
 
         @contextmanager
         def again():
-            for layer, window in zip(layers, mailboxes, strict=True):
-                layer.inbox[:] = window
+            for layer, inbox in zip(layers, kept, strict=True):
+                layer.inbox[:] = inbox
             try:
                 yield
             finally:
@@ -194,23 +220,24 @@ class ResLoRALinear(lora.LoRALinear):
 
     @staticmethod
     def prepare_merge(model, merge, calibration):
-        """`calibrate` with one of `merges`."""
+        """Called before merging: `calibrate` by the merge of this name."""
         calibrate(model, merge=merge, **calibration)
 
 
 @torch.no_grad()
 def calibrate(model, batches, run=None, real=None, margin=None, merge=None, eps=1e-3):
-    """Find A* of every layer that merges only approximately. Call it again when weights changed.
+    """Find A*, which takes the place of A in the merged weight, for every layer that merges only
+    approximately. Call it again when weights have changed.
 
     batches: some training data in batches of any kind, a dozen for a language model, thousands of
         texts for a classifier.
     run: a function that sends a batch through the model and returns the output. None: the model.
-    real: a function of a batch: which of its tokens are no padding, a tensor of True and False in
-        the shape of the inputs without d_in. None: all are real.
-    margin: for a classifier, a function of the output: the sum over the texts of the largest logit
-        minus the mean logit, or of a regression's predictions. None for a language model.
-    merge: a name of MERGES. None: the first that the layers were made with.
-    eps: of the regression, see there."""
+    real: takes a batch, returns a tensor (B, T), True at tokens that are not padding. None: all.
+    margin: for a classifier, takes the output, returns the sum over the texts of the largest logit
+        minus the mean logit; where a label is a number, the sum of the predictions. None for a
+        language model.
+    merge: a name of MERGES. None: the layers' own default.
+    eps: of the regression: eps times the mean of a diagonal is added to it."""
     layers = [m for m in model.modules() if isinstance(m, ResLoRALinear) and not m.exact_merge]
     if not layers:
         return
@@ -230,8 +257,9 @@ def calibrate(model, batches, run=None, real=None, margin=None, merge=None, eps=
 
 
 def layer_inputs(layers, batches, run, real, margin):
-    """Yield for each batch {layer: its inputs at the N real tokens (N, d_in)} and {layer: their
-    weights w (N, 1), or 1 without a margin}, of `layers` and all that they read from."""
+    """For each batch yield two dicts, of `layers` and of all that they read from: {layer: its
+    inputs at the N real tokens (N, d_in)} and {layer: their weights w (N, 1), 1 without a
+    margin}."""
     wanted = list(set(layers).union(*(layer.earlier for layer in layers)))
     inputs, outputs = {}, {}
 
@@ -240,7 +268,7 @@ def layer_inputs(layers, batches, run, real, margin):
         if margin:
             outputs[layer] = h
             if not h.requires_grad:
-                h.requires_grad_()  # a model that is frozen altogether has no graph of its own
+                h.requires_grad_()  # nothing trains: h has no graph of its own yet
     for batch in batches:
         hooks = [layer.register_forward_hook(keep) for layer in wanted]
         try:
@@ -264,8 +292,8 @@ def layer_inputs(layers, batches, run, real, margin):
 
 
 def regression(layers, seen, eps):
-    """A*_n = A_n + P_n with P_n = E[w z x^T] (E[w x x^T] + eps I)^-1, eps in units of the mean
-    diagonal of E[w x x^T]. seen: see `layer_inputs`."""
+    """A*_n = A_n + P_n with P_n (E[w x x^T] + ridge I) = E[w z x^T], which is solvable where few
+    directions of x occur: ridge is eps times the mean diagonal. seen: of `layer_inputs`."""
     xx, zx = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
     for x, w in seen:
         for layer in layers:
@@ -273,36 +301,37 @@ def regression(layers, seen, eps):
                 z = sum(x[earlier] for earlier in layer.earlier) @ layer.lora_A.T  # (N, r)
             else:
                 z = sum(x[earlier] @ earlier.lora_A.T for earlier in layer.earlier)  # (N, r)
-            # sums do as well as means
+            # sums in the place of means: the factor 1 / N cancels in P
             xx[layer] = xx[layer] + x[layer].T @ (w[layer] * x[layer])  # (d_in, d_in)
             zx[layer] = zx[layer] + z.T @ (w[layer] * x[layer])  # (r, d_in)
     for layer in layers:
         C = xx[layer].cpu().double()
-        # the tiny number keeps it solvable for x = 0
+        # the tiny number is for x = 0, where the mean diagonal is 0 too
         C.diagonal().add_(eps * C.diagonal().mean() + torch.finfo(C.dtype).tiny)
-        # P_n C = E[w z x^T], and A*_n = A_n + P_n
-        P = torch.linalg.solve(C, zx[layer].cpu().double().T).T  # (r, d_in); C is symmetric
+        # P C = zx is C P^T = zx^T, since C is symmetric
+        P = torch.linalg.solve(C, zx[layer].cpu().double().T).T  # (r, d_in)
         layer.A_star = layer.lora_A + P.to(layer.lora_A)
 
 
 def paper_merge(layers, seen, merge):
-    """The merges of the paper, which has m = 1, and "none", which drops the shortcut.
+    """The merges of the paper, and "none", which drops the shortcut. The paper has m = 1; the sums
+    over k are ours.
 
-    merge_bi            A*_n = (1 + sum_{k=1..m'} f_{n-k} / f_n) A_n       f: |x|, with middle |A x|
-    merge_bw   middle   A*_n = A_n + sum_{k=1..m'} f_{n-k} / f_n A_{n-k}                      f: |x|
-               input    A*_n = (1 + a_n) A_n,  a_1 = 1,  a_n = f*_{n-2} / f*_{n-1}
-                        f*: |W*| of the layers that are merged already
+    bi   input    A*_n = (1 + sum_{k=1..m'} f_{n-k} / f_n) A_n          f_n = |x_n|
+    bi   middle   the same                                              f_n = |A_n x_n|
+    bw   middle   A*_n = A_n + sum_{k=1..m'} (f_{n-k} / f_n) A_{n-k}    f_n = |x_n|
+    bw   input    A*_n = (1 + a_n) A_n      a_n = |W*_{n-2}| / |W*_{n-1}|, a_1 = 1
 
-    Norms are Frobenius norms, here summed over calibration batches. The paper takes them from a
-    sliding window during training, its code from the last 100 batches. That merge_bw of middle has
-    |x| is from that code. In it merge_flag 3 is merge_bw and 4 is merge_bi, while the README beside
-    it has them the other way round."""
-    f, f_star = {}, {}
-    if merge == "bi" or merge == "bw" and layers[0].shortcut == "middle":
+    Norms are Frobenius norms. Those of activations are summed over the calibration batches. The
+    paper takes them from a sliding window during training, its code from the last 100 batches. The
+    paper leaves open which norm bw of middle has; |x_n| is its code's. In that code merge_flag 3 is
+    merge_bw and 4 is merge_bi, while the README of that code has them the other way round."""
+    f, W_star = {}, {}
+    if merge == "bi" or (merge == "bw" and layers[0].shortcut == "middle"):
         for x, _ in seen:
             for layer, x_n in x.items():
-                by_branch = merge == "bi" and layer.shortcut == "middle"
-                f[layer] = f.get(layer, 0) + (x_n @ layer.lora_A.T if by_branch else x_n).norm()
+                of_branch = merge == "bi" and layer.shortcut == "middle"  # |A_n x_n|
+                f[layer] = f.get(layer, 0) + (x_n @ layer.lora_A.T if of_branch else x_n).norm()
     for layer in layers:
         A = layer.lora_A
         if merge == "none":
@@ -312,9 +341,10 @@ def paper_merge(layers, seen, merge):
         elif layer.shortcut == "middle":
             layer.A_star = A + sum(f[e] / f[layer] * e.lora_A for e in layer.earlier)
         else:
-            before = layer.earlier[0]  # layers come shallow to deep, so it has its A* already
-            f_star[before] = (before.weight + before.delta()).norm()
-            a = f_star[before.earlier[0]] / f_star[before] if before.earlier else 1
+            # layers come shallow to deep, so the one before is merged already (layer 0 exactly)
+            before = layer.earlier[0]
+            W_star[before] = (before.weight + before.delta()).norm()
+            a = W_star[before.earlier[0]] / W_star[before] if before.earlier else 1
             layer.A_star = (1 + a) * A
 
 
@@ -343,8 +373,8 @@ if __name__ == "__main__":
                                  for _ in range(4)))
     for block in base:
         torch.nn.init.eye_(block.q.weight)  # x_{n+1} = x_n + …, as in a residual stream
-    x, fresh = torch.randn(2, 512, 16)
-    print("four layers, r 2, B random; errors of merges, as shares of what the adapter does")
+    x, fresh = torch.randn(512, 16), torch.randn(512, 16)
+    print("four layers, r 2, B random; error of the merged output over what the adapter does")
     for shortcut in SHORTCUTS:
         model = deepcopy(base)
         layers = lora.apply(model, ResLoRALinear, ["q"], r=2, alpha=4, shortcut=shortcut)
@@ -356,4 +386,5 @@ if __name__ == "__main__":
             calibrate(model, [x], merge=merge)
             error = lora.merge(deepcopy(model))(fresh) - model(fresh)
             share = error.norm() / (model(fresh) - base(fresh)).norm()
-            print(f"        merge {merge:10}  error {share:.4f}")
+            name = merge if shortcut != "block" else "exact"
+            print(f"        merge {name:10}  error {share:.4f}")

@@ -41,7 +41,7 @@ def lr_at(step, settings):
     warmup = settings.warmup_steps
     if step <= warmup:
         return settings.lr * step / (warmup + 1)
-    # in (0, 1), so that the last step still learns
+    # the + 1 keeps t below 1, so that the last step still learns
     t = (step - warmup) / (settings.steps - warmup + 1)
     decay = {"linear": 1 - t, "cosine": (1 + math.cos(math.pi * t)) / 2, "constant": 1.0}
     return settings.lr * decay[settings.schedule]
@@ -54,8 +54,8 @@ def set_ratio(layers, ratio):
         raise ValueError(f"--lr-ratio {ratio:g} is B's learning rate over A's: this method has no "
                          "factors A and B")
     for layer in layers:
-        before = layer.lr_scale.get("lora_B", 1.0)
-        layer.lr_scale = {**layer.lr_scale, "lora_B": ratio * before}
+        scale = layer.lr_scale.get("lora_B", 1.0)  # the method's own: no method here has one
+        layer.lr_scale = {**layer.lr_scale, "lora_B": ratio * scale}
 
 
 def make_optimizer(model, settings):
@@ -71,8 +71,9 @@ def make_optimizer(model, settings):
                    weight_decay=settings.weight_decay if matrix else 0.0)
               for (lr_scale, matrix), params
               in sorted(groups.items(), key=lambda item: item[0], reverse=True)]
-    optimizer = torch.optim.SGD if settings.optimizer == "sgd" else torch.optim.AdamW
-    return optimizer(groups, settings.lr, fused=settings.device.type in ("cpu", "cuda"))
+    kind = torch.optim.SGD if settings.optimizer == "sgd" else torch.optim.AdamW
+    # every step sets the learning rate of each group anew, see `fit`
+    return kind(groups, settings.lr, fused=settings.device.type in ("cpu", "cuda"))
 
 
 def one_step(forward, params, optimizer, adapter, layers, batches, step, settings):
@@ -112,8 +113,9 @@ def fit(run):
     model.train()
     for step in bar:
         # the learning rate of this step
+        lr = lr_at(step, settings)
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, settings) * group["lr_scale"]
+            group["lr"] = lr * group["lr_scale"]
 
         # forward and backward over the accumulation, the method's hooks, clipping, the optimizer
         batches = next(stream)
@@ -138,8 +140,8 @@ def fit(run):
             values = evaluate.validate(model, data, settings.device, settings.amp)
             log.check_finite([[values["loss"]]], step)
         train_loss, grad_norm = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
-        log.add(dict(step=step, lr=lr_at(step, settings), train_loss=train_loss,
-                     grad_norm=grad_norm, val_loss=values.get("loss"),
+        log.add(dict(step=step, lr=lr, train_loss=train_loss, grad_norm=grad_norm,
+                     val_loss=values.get("loss"),
                      seconds=round(log.seconds + seconds, 3)), values, run.ranks())
         bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s")
 
@@ -207,7 +209,7 @@ class Run:
                                     settings.amp)
 
 
-def merge(run, metrics):
+def merge_and_measure(run, metrics):
     """Measure every way to merge that was asked for, each on a copy. Merge by the first one, and
     write the adapter."""
     settings, model, adapter = run.settings, run.model, run.adapter
@@ -276,7 +278,7 @@ def one_run(settings):
     metrics["unmerged" if run.layers else "trained"] = run.report(run.model, "the trained model")
     ranks = run.ranks()
     if run.layers:
-        merge(run, metrics)
+        merge_and_measure(run, metrics)
     if settings.save_merged and save_merged(out / "merged", run.model, run.source,
                                             run.data.tokenizer, run.data.labels):
         metrics["merged, saved in bfloat16"] = run.report(

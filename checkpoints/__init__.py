@@ -1,2 +1,1 @@
-"""Files: the hub's downloads, tokenizers, pretrained folders, adapters, and the state to resume
-from."""
+"""Files: the hub's downloads, tokenizers, pretrained folders, adapters."""

@@ -48,31 +48,35 @@ def peft_lora(model):
     PEFT's scale is lora_alpha / rank, per module, so lora_alpha = scaling * rank says any scale
     exactly; use_rslora stays false, and loaders that do not know that flag read the adapter right.
     """
-    modules, scaling = {}, None
+    modules = {}  # {module: (A, B, scaling)}
     for name, layer in adapters(model):
         A, B = no_wider(*(t.detach().float() for t in layer.as_lora()))
         if not len(A):
             continue  # AdaLoRA left this layer no rank
-        scaling = layer.scaling  # one r and alpha for all layers of a run
+        scaling = layer.scaling
         module, third = family(model).module(name)
         if third is not None:
             rows = B.new_zeros(3 * len(B), B.shape[1])
             rows[third * len(B):(third + 1) * len(B)] = B
             B = rows
         if module in modules:
-            A, B = torch.cat([modules[module][0], A]), torch.cat([modules[module][1], B], 1)
-        modules[module] = A, B
+            A_before, B_before, scaling = modules[module]
+            A, B = (torch.cat([A_before, A]),
+                    torch.cat([B_before, B * (layer.scaling / scaling)], 1))
+        modules[module] = A, B, scaling
     if not modules:
         raise ValueError("there is no adapter to write: no layer has a rank")
-    r = Counter(len(A) for A, _ in modules.values()).most_common(1)[0][0]
-    others = {module: len(A) for module, (A, _) in modules.items() if len(A) != r}
-    tensors = {f"{module}.lora_{factor}.weight": t for module, pair in modules.items()
-               for factor, t in zip("AB", pair, strict=True)}
-    return tensors, {"peft_type": "LORA", "r": r, "lora_alpha": scaling * r, "use_rslora": False,
-                     "rank_pattern": others,
-                     "alpha_pattern": {module: scaling * rank for module, rank in others.items()},
-                     "target_modules": targets_of(model, modules),
-                     "fan_in_fan_out": family(model).conv1d, "bias": "none"}
+    ranks = {module: len(A) for module, (A, _, _) in modules.items()}
+    alphas = {module: scaling * ranks[module] for module, (_, _, scaling) in modules.items()}
+    (r, alpha), _ = Counter(zip(ranks.values(), alphas.values(), strict=True)).most_common(1)[0]
+    tensors = {f"{module}.lora_{factor}.weight": t for module, (A, B, _) in modules.items()
+               for factor, t in (("A", A), ("B", B))}
+    return tensors, {
+        "peft_type": "LORA", "r": r, "lora_alpha": alpha, "use_rslora": False,
+        "rank_pattern": {module: rank for module, rank in ranks.items() if rank != r},
+        "alpha_pattern": {module: a for module, a in alphas.items() if a != alpha},
+        "target_modules": targets_of(model, modules), "fan_in_fan_out": family(model).conv1d,
+        "bias": "none"}
 
 
 def peft_own(model):
@@ -141,6 +145,8 @@ def save_adapter(folder, model, base, dropout=0.0):
     `calibrate` and before `merge`. ValueError for a value that is not finite."""
     folder = Path(folder)
     kinds = {layer.peft_type for _, layer in adapters(model)}
+    if not kinds:
+        raise ValueError("there is no adapter to write: the model holds none (any more)")
     with torch.no_grad():
         tensors, config = (peft_lora if kinds == {"LORA"} or family(model).conv1d
                            else peft_own)(model)

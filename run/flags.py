@@ -65,13 +65,9 @@ def parser(description):
     add("--targets", help="which linears, of q,k,v,o,gate,up,down (q,v, the papers' choice)")
     add("--init-from", help="method lora: go on from an adapter folder, ours or PEFT's, with its "
         "ranks and targets")
-    known = set()
     for name, method in METHODS.items():
-        # two methods may share a flag
-        flags = {flag: spec for flag, spec in method.flags.items() if flag not in known}
-        known |= flags.keys()
-        add = parser.add_argument_group(name).add_argument if flags else None
-        for flag, spec in flags.items():  # SUPPRESS: a flag that was not given leaves no trace
+        add = parser.add_argument_group(name).add_argument if method.flags else None
+        for flag, spec in method.flags.items():  # SUPPRESS: what was not given leaves no trace
             add("--" + flag.replace("_", "-"), **{**spec, "default": argparse.SUPPRESS})
     add = parser.add_argument_group("model and data").add_argument
     add("--model", help=f"{', '.join(MODELS)}, a checkpoint folder or a hub id (the tiny one that "
@@ -139,7 +135,7 @@ class Settings(Namespace):
 
     @property
     def warmup_steps(self):
-        """The steps of --warmup, which below 1 is a share of the run."""
+        """The steps of --warmup, which below 1 is a share of the run; may be fractional."""
         return self.warmup if self.warmup >= 1 else self.warmup * self.steps
 
     @property
@@ -189,7 +185,7 @@ def stored_flags(args, known):
     """The flags of the run that `args` resumes, from its folder. known: the names of all flags but
     the methods' own."""
     out = args.out or with_defaults(args).out
-    stored = folder.read_identity(out / "resume.safetensors")
+    stored = folder.read_identity(out / folder.STATE)
     for name in ("method", "dataset"):
         if getattr(args, name) not in (None, stored.get(name)):
             raise ValueError(f"cannot resume {out} with {name} {getattr(args, name)}: it began "
@@ -255,7 +251,7 @@ def check_method(args):
         raise ValueError(f"--method {args.method} trains a classifier's head alone, and "
                          f"{args.dataset} has nothing to classify")
     for other in METHODS:
-        for name in METHODS[other].flags.keys() & vars(args).keys() - method.flags.keys():
+        for name in (METHODS[other].flags.keys() & vars(args).keys()) - method.flags.keys():
             raise ValueError(f"--{name.replace('_', '-')} is a flag of method {other}, not of "
                              f"{args.method}")
     if args.rs and (adapter is None or adapter.scale is not LoRALinear.scale):
@@ -281,6 +277,7 @@ def fill_in(args):
             if getattr(args, name) is not None:
                 print(f"note     --{name} does nothing here: method {args.method} has no adapter")
             setattr(args, name, None)
+        # an adapter to go on from brings its own rank, alpha and targets, but no dropout
         elif getattr(args, name) is None and (name == "dropout" or args.init_from is None):
             setattr(args, name, value)
     defaults = DEFAULTS.get(args.dataset.split("/")[0], OTHER)

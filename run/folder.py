@@ -25,7 +25,7 @@ from checkpoints.weights import fingerprint_weights
 from lora import LoRALinear
 from methods import adapt
 
-STATE = "resume.safetensors", "log.csv"
+STATE, LOG = "resume.safetensors", "log.csv"
 RESULTS = ("result.json", "curve.png", "ranks.png", "adapter_config.json",
            "adapter_model.safetensors",
            *(f"predictions-{split}.jsonl" for split in ("train", "validation", "test")),
@@ -98,7 +98,7 @@ def difference(before, now, free=FREE):
 def check_replaceable(folder, identity):
     """A run may replace one with the same identity, and no other. ValueError if `folder` holds
     another."""
-    result, resume = folder / "result.json", folder / STATE[0]
+    result, resume = folder / "result.json", folder / STATE
     if result.exists():
         before = read_json(result).get("settings")
     else:
@@ -114,7 +114,7 @@ def check_replaceable(folder, identity):
 def check_resume(folder, identity, method):
     """How many steps a run has done; ValueError if it cannot go on with this identity. method: its
     methods.Method."""
-    _, step, _, before = read_state(folder / STATE[0])
+    _, step, _, before = read_state(folder / STATE)
     other = difference(before, identity, (*FREE, *method.merge_only_flags, "steps"))
     if other:
         otherwise = (f", or go on from its adapter with --init-from {folder}"
@@ -190,15 +190,15 @@ class Log:
                          for name, t in changing(model).items()}
         # what an earlier run has left goes, now that this one has something to show
         if not self.saved:
-            clear(self.folder, STATE + RESULTS)
-        save_state(self.folder / STATE[0], model, optimizer, self.step, self.identity, self.rows,
+            clear(self.folder, (STATE, LOG, *RESULTS))
+        save_state(self.folder / STATE, model, optimizer, self.step, self.identity, self.rows,
                    self.best, self.first)
-        write_csv(self.folder / STATE[1], self.rows)
+        write_csv(self.folder / LOG, self.rows)
         self.saved = self.step
 
     def resume(self, model, optimizer):
         """Go on from the state in the run folder."""
-        self.saved, self.rows, self.best, before = load_state(self.folder / STATE[0], model,
+        self.saved, self.rows, self.best, before = load_state(self.folder / STATE, model,
                                                               optimizer, self.first)
         steps, schedule = self.identity["steps"], self.identity["schedule"]
         longer = ((f", for {steps} steps instead of {before['steps']}: from here on the learning "
@@ -209,7 +209,7 @@ class Log:
     def finish(self, model):
         """Put the best weights back into the model, and see that log.csv is complete: a kill may
         have cut it short."""
-        write_csv(self.folder / STATE[1], self.rows)
+        write_csv(self.folder / LOG, self.rows)
         put(model, self.best)
 
 
@@ -224,8 +224,8 @@ def best_step(rows, first=1):
 
 
 def save_state(path, model, optimizer, step, identity, rows, best=None, first=1):
-    """Weights, optimizer, random state, the weights `best` of an earlier step if they were better,
-    and as metadata the step, the identity and the rows of log.csv."""
+    """What `changing` names, the optimizer's moments, the random state, the weights `best` of an
+    earlier step if they were better, and as metadata the step, the identity and the rows."""
     tensors = {f"model.{name}": t for name, t in changing(model).items()}
     if best_step(rows, first) != step:
         tensors.update({f"best.{name}": t for name, t in best.items()})

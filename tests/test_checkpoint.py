@@ -253,6 +253,33 @@ def test_of_two_patterns_that_match_the_one_of_peft_is_taken(tmp_path, ranks, al
 
 
 @every_model
+@pytest.mark.filterwarnings("ignore:.*pattern")
+def test_layers_of_unequal_scales_go_out_as_they_came_in(tmp_path, tiny):
+    """An adapter of PEFT whose layers have scales and ranks of their own, loaded and written again:
+    PEFT gives the logits that it gave before. On GPT-2 q, k and v share a module there."""
+    names = {"GPT": "c_attn", "Llama": "v_proj", "RoBERTa": "value"}
+    name = names[type(tiny(torch.float32)).__name__]
+    target = rf".*\.1\..*{name}"
+    model, _ = made_by_peft(tmp_path, tiny, target_modules=[name], r=2,
+                            alpha_pattern={target: 40}, rank_pattern={target: 3})
+    adapters.load_adapter(model, tmp_path / "adapter")
+    assert len({layer.scaling for _, layer in adapters.adapters(model)}) == 2
+    adapters.save_adapter(tmp_path / "again", model, tmp_path / "base")
+    idx = batch(model)[0]
+    before, after = (peft_logits(tmp_path / "base", tmp_path / folder, idx)[0]
+                     for folder in ("adapter", "again"))
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_adapters_has_none_to_write(tmp_path):
+    """After merging, say: a line, and no folder."""
+    for tiny in (tiny_gpt, tiny_roberta):
+        with pytest.raises(ValueError, match="holds none"):
+            adapters.save_adapter(tmp_path / "a", tiny(), "base")
+    assert not (tmp_path / "a").exists()
+
+
+@every_model
 def test_every_module_stays_in_training_or_in_evaluation(tmp_path, tiny):
     """A loaded model trains throughout. Loading and merging an adapter leave each module's mode,
     and a layer with its dropout has that of the linear whose place it takes."""

@@ -108,7 +108,7 @@ def test_the_result_of_an_earlier_run_goes_when_another_has_begun(tmp_path, base
     monkeypatch.setattr(train.evaluate, "validate", stopping)
     with pytest.raises(SystemExit):
         train.main(flags)
-    assert {file.name for file in tmp_path.iterdir()} == set(folder.STATE)
+    assert {file.name for file in tmp_path.iterdir()} == {folder.STATE, folder.LOG}
 
 
 def test_what_changes_no_number_may_change_when_a_run_goes_on():

@@ -27,7 +27,7 @@ from checkpoints import adapters, files, tokenizers
 from evaluation import evaluate
 from methods import METHODS
 from run.flags import Parser
-from run.folder import STATE, load_state, save_state
+from run.folder import LOG, STATE, load_state, save_state
 
 
 def cases(test):
@@ -111,7 +111,7 @@ def check_readable(folder, flags):
 
 def on(base, folder, flags):
     """The command line of a run that goes on from what a folder holds, or begins."""
-    return command(base, folder, *flags, *["--resume"] * (folder / STATE[0]).exists())
+    return command(base, folder, *flags, *["--resume"] * (folder / STATE).exists())
 
 
 @pytest.mark.parametrize("how, method", [("kill", "reslora"), ("full", "lora")])
@@ -123,7 +123,7 @@ def test_stopped_inside_the_write_of_each_file_and_resumed(tmp_path, base, how, 
     whole = train.main(command(base, tmp_path / "whole", *flags))
 
     def names_and_log(folder):
-        rows = [{**row, "seconds": None} for row in files.read_csv(folder / STATE[1])]
+        rows = [{**row, "seconds": None} for row in files.read_csv(folder / LOG)]
         return sorted(str(path.relative_to(folder)) for path in folder.rglob("*")), rows
     while code := child(train.main, on(base, tmp_path / str(stopped), flags), tmp_path / "said",
                         die_in_write, stopped + 1, 0.5, how):
@@ -169,10 +169,10 @@ def test_a_file_that_may_not_grow_is_one_line(tmp_path, base):
     and a run that goes on."""
     flags, said = ["--method", "lora"], tmp_path / "said"
     whole = train.main(command(base, tmp_path / "whole", *flags))
-    most = (tmp_path / "whole" / STATE[0]).stat().st_size
+    most = (tmp_path / "whole" / STATE).stat().st_size
     for folder, size in ((tmp_path / "a", most // 2), (tmp_path / "b", most - 1)):
         assert child(train.main, command(base, folder, *flags), said, limit, size) == 2
-        assert f"{STATE[0]} cannot be written" in said.read_text().splitlines()[-1]
+        assert f"{STATE} cannot be written" in said.read_text().splitlines()[-1]
         assert not list(folder.rglob("*.part"))
         assert train.main(on(base, folder, flags))["metrics"] == whole["metrics"]
 
@@ -355,9 +355,9 @@ def test_any_result_json(change, finished, capsys):
 def test_nothing_that_is_read_can_run_code(tmp_path):
     """A pickle, as torch.save makes it, is no state under that name either, and what would read
     one, or run what it reads, is called nowhere."""
-    torch.save({"a": torch.zeros(3)}, tmp_path / STATE[0])
+    torch.save({"a": torch.zeros(3)}, tmp_path / STATE)
     with pytest.raises(ValueError, match="damaged"):
-        files.read_safetensors(tmp_path / STATE[0])
+        files.read_safetensors(tmp_path / STATE)
     product = [path for path in ROOT.rglob("*.py") if path.parent != ROOT / "tests"]
     assert len(product) > 50
     for path in product:

@@ -749,8 +749,8 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(
     monkeypatch.setattr(train, "one_step", lambda *args: steps.append(args) or (
         torch.tensor([math.nan, 1.0]) if len(steps) == 5 else real(*args)))
     assert "is not finite at step 5" in refused(capsys, command(base, tmp_path / "other"))
-    assert {p.name for p in (tmp_path / "other").iterdir()} == set(folder.STATE)
-    assert folder.read_state(tmp_path / "other" / folder.STATE[0])[1] == 4
+    assert {p.name for p in (tmp_path / "other").iterdir()} == {folder.STATE, folder.LOG}
+    assert folder.read_state(tmp_path / "other" / folder.STATE)[1] == 4
 
 
 def test_damaged_checkpoints(tmp_path, base, capsys):
