@@ -288,6 +288,8 @@ def generate(args):
         print(f"note     {len(records) - len(fits)} of {len(records)} records leave no room in a "
               f"context of {model.context} tokens: left out")
     records = fits
+    for name in ("sacrebleu", "nltk", "rouge_score"):
+        metrics.library(name)  # said before anything is written
     with args.amp:
         texts = write_many(model, tokenizer, records, args, dataset)
     references = [of[record] for record in records]

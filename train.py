@@ -27,7 +27,7 @@ from evaluation import evaluate, plots
 from evaluation.evaluate import in_fp32, to_device
 from methods import METHODS
 from run import flags, folder, machine
-from run.report import announce, print_examples, print_table
+from run.report import announce, model_card, print_examples, print_table
 
 LOG_EVERY = 10  # steps between two readings of the loss: reading it makes a GPU wait
 parse = functools.partial(flags.parse, description=__doc__)
@@ -291,17 +291,20 @@ def one_run(settings):
                            "by": f"validation {run.data.metric}"},
               "versions": {"python": platform.python_version(), "torch": torch.__version__},
               "seconds": {"training": rows[-1]["seconds"],
-                          "all": round(time.time() - started, 1)}}
+                          "all": round(run.log.earlier + time.time() - started, 1)}}
     rank = f" r {settings.rank}" * bool(settings.rank)
     title = f"{settings.method}{rank} on {settings.dataset}, learning rate {settings.lr:g}"
     if ranks:
         result["ranks"] = dict(zip(run.names, ranks, strict=True))
-        plots.draw_ranks(out / "ranks.png", rows, run.names, title)
     files.write_json(out / "result.json", result)
-    plots.draw_curve(out / "curve.png", rows, title, metrics["base"], run.data.metric)
+    files.write_text(out / "README.md", model_card(result, flags.command_of(result["settings"])))
+    if plots.available():
+        plots.draw_curve(out / "curve.png", rows, title, metrics["base"], run.data.metric)
+        if ranks:
+            plots.draw_ranks(out / "ranks.png", rows, run.names, title)
     print_examples(run.model, run.data, settings.device, settings.amp)
     print_table(f"{settings.dataset} (test)", metrics)
-    print(f"{rows[-1]['seconds']:.0f} s of training, {time.time() - started:.0f} s in all; "
+    print(f"{rows[-1]['seconds']:.0f} s of training, {result['seconds']['all']:.0f} s in all; "
           f"everything is in {out}")
     return result
 

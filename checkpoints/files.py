@@ -25,9 +25,12 @@ def write(path, write_to):
             part.unlink()
 
 
+def write_text(path, text):
+    write(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
 def write_json(path, content):
-    write(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n",
-                                             encoding="utf-8"))
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_csv(path, rows):

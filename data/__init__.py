@@ -93,6 +93,8 @@ class Dataset:
     def __init__(self, name, data_dir=None, test_texts=None, *flags):
         self.name, self.module = name, module(name, *flags)
         self.pairs = load(name, data_dir, self.module)
+        if score := about(self.module, "score", None):
+            score(self.pairs["test"][:1], [self.pairs["test"][0][1]])  # lacks it a library?
         self.labels, self.metrics = about(self.module, "LABELS"), about(self.module, "METRICS")
         self.metric = self.metrics[0] if self.metrics else "loss"
         self.splits = dict(about(self.module, "SPLITS",

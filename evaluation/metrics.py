@@ -6,9 +6,19 @@ correlation for CoLA, Pearson's and Spearman's for STS-B. They are 1 for perfect
 there is a single class F1 and the correlations are undefined and count as 0, which is what guessing
 is worth.
 """
+import importlib
 import math
 
 import numpy as np
+
+
+def library(name):
+    """A library of the extra [eval]; ValueError with what installs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(f"{name.partition('.')[0]} is not installed: pip install -r "
+                         "requirements.txt has all that scores texts and draws pictures") from None
 
 
 def accuracy(predicted, truth):
@@ -76,7 +86,7 @@ def streams(references):
 def bleu(texts, references):
     """BLEU-4 of the corpus by sacrebleu (Post 2018, arXiv:1804.08771), 0 to 100, tokenised by 13a,
     case kept."""
-    import sacrebleu
+    sacrebleu = library("sacrebleu")
     # force: our texts are tokenised, do not warn
     return sacrebleu.corpus_bleu(texts, streams(references), force=True).score
 
@@ -84,20 +94,19 @@ def bleu(texts, references):
 def ter(texts, references):
     """Translation edit rate of the corpus by sacrebleu (Snover et al. 2006): edits in percent of
     the words of a reference, 0 is perfect."""
-    import sacrebleu
+    sacrebleu = library("sacrebleu")
     return sacrebleu.corpus_ter(texts, streams(references)).score
 
 
 def words(text):
     """A text as BLEU's 13a splits it."""
-    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-    return Tokenizer13a()(text).split()
+    return library("sacrebleu.tokenizers.tokenizer_13a").Tokenizer13a()(text).split()
 
 
 def nist(texts, references):
     """NIST-5 of the corpus by nltk (Doddington 2002), 0 for nothing in common, tokenised as for
     BLEU."""
-    from nltk.translate.nist_score import corpus_nist
+    corpus_nist = library("nltk.translate.nist_score").corpus_nist
     texts = [words(text) for text in texts]
     if not any(len(text) >= 5 for text in texts):
         return 0.0  # nltk divides by the number of 5-grams
@@ -121,7 +130,7 @@ def cider(texts, references):
 def meteor(texts, references):
     """Mean METEOR (Banerjee and Lavie 2005) with the best reference, by nltk, 0 to 1. None where
     nltk has no WordNet, for synonyms. The official one is in Java and gives other numbers."""
-    from nltk.translate.meteor_score import meteor_score
+    meteor_score = library("nltk.translate.meteor_score").meteor_score
     try:
         scores = [meteor_score([words(r) for r in group], words(text))
                   for text, group in zip(texts, references, strict=True)]
@@ -139,8 +148,7 @@ def same_text(texts, references):
 def rouge_l(texts, references):
     """Mean F1 of the longest common subsequence with the best reference (Lin 2004) by rouge-score,
     0 to 1, no stems."""
-    from rouge_score.rouge_scorer import RougeScorer
-    scorer = RougeScorer(["rougeL"])
+    scorer = library("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
     scores = [scorer.score_multi(group, text)["rougeL"].fmeasure
               for text, group in zip(texts, references, strict=True)]
     return sum(scores) / len(scores)
@@ -149,9 +157,8 @@ def rouge_l(texts, references):
 def rouge(texts, references):
     """Mean F1 of ROUGE-1, -2 and -L with the best reference by rouge-score, 0 to 1, with stems, as
     for summaries."""
-    from rouge_score.rouge_scorer import RougeScorer
     names = "rouge1", "rouge2", "rougeL"
-    scorer = RougeScorer(names, use_stemmer=True)
+    scorer = library("rouge_score.rouge_scorer").RougeScorer(names, use_stemmer=True)
     scores = [scorer.score_multi(group, text)
               for text, group in zip(texts, references, strict=True)]
     return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in names}

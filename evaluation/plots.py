@@ -1,15 +1,28 @@
-"""Pictures of a run."""
+"""Pictures of a run.
+
+    python -m evaluation.plots      draws docs/shortcuts.png, ResLoRA's shortcuts
+"""
 import contextlib
+import importlib.util
+from pathlib import Path
 
 from checkpoints.files import write
+from evaluation.metrics import library
+
+
+def available():
+    """Whether pictures can be drawn; a line says so if not."""
+    if importlib.util.find_spec("matplotlib"):
+        return True
+    print("note     no picture is drawn: matplotlib is not installed")
+    return False
 
 
 @contextlib.contextmanager
 def picture(path, rows=1, columns=1, **options):
     """(figure, axes) of matplotlib to draw on; what is drawn is written to a PNG file."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    library("matplotlib").use("Agg")
+    plt = library("matplotlib.pyplot")
     figure, axes = plt.subplots(rows, columns, layout="constrained", **options)
     yield figure, axes
     write(path, lambda part: figure.savefig(part, dpi=150, format="png"))
@@ -96,3 +109,10 @@ def draw_shortcut(axis, shortcut):
                   fontsize=13, bbox=box)
     axis.set(xlim=(-0.8, 5.6 if again else 4.6), ylim=(-0.4, 3.4), title=shortcut)
     axis.axis("off")
+
+
+if __name__ == "__main__":
+    page = Path(__file__).parent.parent / "docs/shortcuts.png"
+    with picture(page, 1, 3, figsize=(11.5, 2.9)) as (_, panels):
+        for panel, name in zip(panels, ("input", "block", "middle"), strict=True):
+            draw_shortcut(panel, name)

@@ -3,7 +3,7 @@ floor.
 
     python -m experiments.bench                                    needs nothing
     python -m experiments.bench --preset gpt2-small --peer peft
-        beside transformers + peft (requirements-dev.txt)
+        beside transformers + peft (the extra [dev])
     python -m experiments.bench --peer peft --e2e FOLDER
         also examples per second on real E2E text
 
@@ -134,8 +134,7 @@ def parse(argv):
         raise ValueError(f"--e2e is for a GPT-2, not for {args.preset}: the others' shapes come "
                          "without a tokenizer")
     if args.peer and not all(map(importlib.util.find_spec, ("transformers", "peft"))):
-        raise ValueError("--peer peft needs transformers and peft: pip install -r "
-                         "requirements-dev.txt")
+        raise ValueError('--peer peft needs transformers and peft: pip install -e ".[dev]"')
     if args.e2e:
         data.load("e2e", args.e2e)  # what cannot be read is said before anything is measured
     args.device, args.dtype, args.amp = pick_device(args.device, args.dtype)

@@ -1,5 +1,5 @@
 """Everything that is to be measured on one GPU, in parts of at most eight minutes; needs
-requirements-dev.txt.
+the extra [dev].
 
     sh experiments/gpu.sh --weights out/smollm2 --data FOLDER      all parts; FOLDER: real E2E text
     sh experiments/gpu.sh bench memory                             some of them

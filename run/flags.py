@@ -190,16 +190,29 @@ def stored_flags(args, known):
         if getattr(args, name) not in (None, stored.get(name)):
             raise ValueError(f"cannot resume {out} with {name} {getattr(args, name)}: it began "
                              f"with {stored.get(name)}")
-    if stored.get("method") in METHODS:
-        known = known.keys() | METHODS[stored["method"]].flags.keys()
     given = {"steps"} if args.epochs else {}  # --epochs says it anew
-    argv = [f"--out={out}"]
-    for name, value in stored.items():
-        flag = "--" + name.replace("_", "-")
-        if name in known and name not in given and value is not None and value is not False:
+    return [f"--out={out}", *as_flags({name: value for name, value in stored.items()
+                                       if name not in given}, known)]
+
+
+def as_flags(identity, known):
+    """The command line of a run, [flag, …], by its identity (see folder.identify). known: {name of
+    a flag: its default}; what has its default is left out."""
+    method = METHODS.get(identity.get("method"))
+    known = {**dict.fromkeys(method.flags if method else ()), **known}
+    flags = []
+    for name, value in identity.items():
+        if name in known and value not in (None, False, known[name]):
+            flag = "--" + name.replace("_", "-")
             value = ",".join(map(str, value)) if isinstance(value, list) else value
-            argv.append(flag if value is True else f"{flag}={value}")
-    return argv
+            flags.append(flag if value is True else f"{flag}={value}")
+    return flags
+
+
+def command_of(identity):
+    """The command that starts this run, in one line."""
+    known = vars(parser("").parse_args([]))
+    return shlex.join(["python", "train.py", *as_flags(identity, known)])
 
 
 def with_defaults(args):

@@ -4,6 +4,7 @@ and half of another. The folder holds
     adapter_config.json, adapter_model.safetensors    the adapter as an ordinary LoRA, for PEFT
     resume.safetensors                                everything that training changes
     result.json, log.csv, curve.png, merged/          for people, and for `transformers`
+    README.md                                         the card of the adapter, as PEFT has it
     ranks.png                                         of a method that moves ranks between layers
 
 Only JSON and safetensors are ever read back. The identity of a run is what makes it this one and no
@@ -26,7 +27,7 @@ from lora import LoRALinear
 from methods import adapt
 
 STATE, LOG = "resume.safetensors", "log.csv"
-RESULTS = ("result.json", "curve.png", "ranks.png", "adapter_config.json",
+RESULTS = ("result.json", "README.md", "curve.png", "ranks.png", "adapter_config.json",
            "adapter_model.safetensors",
            *(f"predictions-{split}.jsonl" for split in ("train", "validation", "test")),
            *(f"merged/{name}" for name in ("config.json", "model.safetensors", *tokenizers.FILES)))
@@ -138,12 +139,12 @@ class Log:
     """What a run has measured, the rows of log.csv, and the weights that validated best.
 
     first: the first step whose weights may be kept, see `begin` of a method. saved: the last step
-    in the run folder.
+    in the run folder. earlier: seconds of training before it was resumed.
     """
 
     def __init__(self, folder, identity, metric):
         self.folder, self.identity, self.metric = folder, identity, metric
-        self.rows, self.best, self.first, self.saved = [], {}, 1, 0
+        self.rows, self.best, self.first, self.saved, self.earlier = [], {}, 1, 0, 0.0
 
     @property
     def step(self):
@@ -200,6 +201,7 @@ class Log:
         """Go on from the state in the run folder."""
         self.saved, self.rows, self.best, before = load_state(self.folder / STATE, model,
                                                               optimizer, self.first)
+        self.earlier = self.seconds
         steps, schedule = self.identity["steps"], self.identity["schedule"]
         longer = ((f", for {steps} steps instead of {before['steps']}: from here on the learning "
                    f"rate is that of the {schedule} schedule over {steps} steps") if steps

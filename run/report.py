@@ -1,4 +1,6 @@
-"""What a run prints: what it is going to do, three examples, and the table of results."""
+"""What a run says: what it is going to do, three examples, a table of results, a model card."""
+from pathlib import Path
+
 from data.tasks import Write
 from evaluation.evaluate import decode, evaluate
 
@@ -52,3 +54,30 @@ def print_table(title, metrics):
         cells = (f"{values[name]:{width}.4f}" if name in values else " " * width
                  for name, width in widths.items())
         print(f"{stage:28}" + "".join(cells))
+
+
+def model_card(result, command):
+    """The README.md of a run folder: PEFT's model card, for people and for the hub.
+
+    result: the content of result.json. command: what starts the run."""
+    settings, metrics = result["settings"], result["metrics"]
+    method, model = settings["method"], settings["model"]
+    head = [f"library_name: {'peft' if settings['rank'] else 'transformers'}",
+            f"tags: [{', '.join(dict.fromkeys(['lora', method]))}]"]
+    if model.count("/") == 1 and not Path(model).exists():
+        head.insert(0, f"base_model: {model}")  # an id of the hub
+    scale = ""
+    if settings["rank"]:
+        root = settings["rs"] or method == "rslora"
+        scale = (f", r {settings['rank']}, scale alpha / {'sqrt(r)' if root else 'r'} with alpha "
+                 f"{settings['alpha']:g}, on {settings['targets']}")
+    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    rows = [["", *names], ["---"] * (1 + len(names))] + [
+        [stage, *(f"{values[name]:.4f}" if name in values else "" for name in names)]
+        for stage, values in metrics.items()]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return "\n".join(["---", *head, "---", "", f"# {method} on {settings['dataset']}", "",
+                      f"{model}, adapted by {method}{scale}. The test split of "
+                      f"{settings['dataset']}:", "", table, "", "```sh", command, "```", "",
+                      f"Trained with {versions}.", ""])

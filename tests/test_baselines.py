@@ -127,7 +127,7 @@ def test_where_training_starts(adapter, d_in, d_out, r, own, zero, columns):
 
 def peft_layer(layer, kind, **config):
     """PEFT's layer of the same shape with our factors, W and b in it."""
-    peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
+    peft = pytest.importorskip("peft", reason="the oracle, in [dev]")
     model = nn.Sequential()
     model.add_module("q", nn.Linear(*layer.weight.shape[::-1]).double())
     model = peft.get_peft_model(model, getattr(peft, kind)(target_modules=["q"], **config)).double()

@@ -179,7 +179,7 @@ def test_the_peak_is_the_highest_point_of_what_stands_in_memory():
 def test_the_report_has_every_row(tmp_path, capsys, monkeypatch, preset):
     """One entry for each preset, kept beside those of other presets; ratios of a row to itself are
     1; a picture."""
-    pytest.importorskip("peft", reason="the peer; pip install -r requirements-dev.txt")
+    pytest.importorskip("peft", reason="the peer, in [dev]")
     if preset != "tiny":
         monkeypatch.setattr(bench, "first_steps", lambda *_: {})  # fresh processes once are enough
     out = tmp_path / "bench-x.json"

@@ -41,7 +41,7 @@ HUB = {tiny_gpt: ("transformer.h.", dict(q="attn.c_attn", k="attn.c_attn", v="at
 
 
 def oracle(name):
-    return pytest.importorskip(name, reason="the oracle; pip install -r requirements-dev.txt")
+    return pytest.importorskip(name, reason="the oracle, in [dev]")
 
 
 def peft_logits(folder, adapter, idx, dtype=torch.float32):

@@ -84,8 +84,7 @@ def test_gpt2_checkpoints_get_gpt2s_tokenizer(tmp_path, capsys):
 def test_robertas_ids_are_those_of_transformers(tmp_path, texts_folder):
     """GPT-2's BPE and the checkpoint's vocab.json, on lines of SST-2 and odd texts,
     single and in pairs."""
-    transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r "
-                                       "requirements-dev.txt")
+    transformers = pytest.importorskip("transformers", reason="the oracle, in [dev]")
     ours = tokenizers.RobertaTokenizer(texts_folder / "roberta-base-vocab", 50265)
     assert not DATA or ours.build(ours.encode_ordinary("Hello world")) == [0, 31414, 232, 2]
     # transformers wants GPT-2's merges, which follow from the ranks: a token was merged from its

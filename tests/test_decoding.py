@@ -133,7 +133,7 @@ def test_enough_beams_find_the_best_of_all_texts(penalty):
 def test_beam_search_is_that_of_transformers(tmp_path, beams, penalty, llama):
     """Token for token, for prompts of different lengths decoded together, texts that end early and
     texts that max_new or the context cuts; one beam is greedy decoding."""
-    transformers = pytest.importorskip("transformers", reason="the oracle: requirements-dev.txt")
+    transformers = pytest.importorskip("transformers", reason="the oracle, in [dev]")
     prompts = [[1, 3], [5, 4, 3, 2], [2, 7, 1, 4, 3, 2], [3], [8, *range(8), 1, 2, 3, 4]]
     model, lengths = few_words(9, llama), set()
     save_pretrained(model, tmp_path)

@@ -28,9 +28,8 @@ from evaluation import evaluate, plots
 from methods import METHODS
 from model import GPTConfig, LlamaConfig, rotary, rotate
 
-transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r "
-                                   "requirements-dev.txt")
-peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
+transformers = pytest.importorskip("transformers", reason="the oracle, in [dev]")
+peft = pytest.importorskip("peft", reason="the oracle, in [dev]")
 
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=16)

@@ -17,8 +17,7 @@ from experiments import bench
 from loss import vocabulary_loss
 from model import GPT, GPTConfig, Llama, LlamaConfig, RoBERTa, RobertaConfig
 
-transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r "
-                                   "requirements-dev.txt")
+transformers = pytest.importorskip("transformers", reason="the oracle, in [dev]")
 
 
 def matter(theirs, folder):

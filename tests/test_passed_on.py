@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_roberta
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_own_data import PAIRS, jsonl
 from test_train import command, few_records, weights  # noqa: F401
 
@@ -213,6 +215,43 @@ def test_a_change_of_any_file_that_decides_a_number_is_another_code(tmp_path, mo
     changed = [name for name, before, now in zip(files, seen, seen[1:], strict=False) if before
                != now]
     assert changed == files[:-3]
+
+
+@pytest.mark.parametrize("flags", [["--method", "rslora"], ["--method", "reslora", "--merge",
+                                   "bi,none"], ["--method", "dylora", "--frozen"],
+                                   ["--method", "full"]], ids=" ".join)
+def test_a_run_folder_has_a_card_whose_command_is_that_run(tmp_path, base, flags):
+    """The card is one of huggingface_hub, with the table of result.json, and its command has the
+    identity of the run that wrote it."""
+    import shlex
+
+    from huggingface_hub import ModelCard
+    result = train.main(command(base, tmp_path / "a", *flags))
+    card = ModelCard.load(tmp_path / "a/README.md")
+    assert card.data.library_name == ("transformers" if "full" in flags else "peft")
+    assert flags[1] in card.data.tags and card.data.base_model is None  # the base is no hub id
+    for stage, values in result["metrics"].items():
+        row, = [line for line in card.text.splitlines() if line.startswith(f"| {stage} |")]
+        assert [float(cell) for cell in row.split("|")[2:-1]] == pytest.approx(
+            list(values.values()), abs=1e-4)
+    line, = [line for line in card.text.splitlines() if line.startswith("python train.py")]
+    settings = train.parse([*shlex.split(line)[2:], "--out", str(tmp_path / "b")])
+    assert train.Run(settings).identity == {
+        name: value for name, value in result["settings"].items() if name != "device"}
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(tmp_path, base, monkeypatch):
+    """All takes longer than training, also where most of the training was done before."""
+    train.main(command(base, tmp_path))
+    path = tmp_path / folder.STATE
+    tensors = load_file(path)
+    with safe_open(path, "pt") as f:
+        about = dict(f.metadata())
+    rows = json.loads(about["rows"])
+    rows[-1]["seconds"] = 1000.0
+    save_file(tensors, path, {**about, "rows": json.dumps(rows)})
+    seconds = train.main(["--resume", "--out", str(tmp_path), "--steps", "8"])["seconds"]
+    assert seconds["all"] >= seconds["training"] > 1000
 
 
 def test_the_report_of_a_base_in_bf16_is_computed_in_fp32(tmp_path, small_llama):

@@ -20,47 +20,58 @@ import train
 from methods import METHODS, Method
 from reslora import ResLoRALinear, calibrate
 
-README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (
+    "README.md", "docs/own-model.md", "CONTRIBUTING.md", "data/README.md", "RESULTS.md", "LOG.md")}
+README, OWN_MODEL = PAGES["README.md"], PAGES["docs/own-model.md"]
+
+
+def snippet(page, word):
+    """The one block of Python on a page that has a word in it."""
+    found, = (s for s in re.findall(r"```python\n(.*?)```", PAGES[page], re.S) if word in s)
+    return found
 
 
 def test_the_table_of_methods():
     """For each file the trained numbers of a 768 -> 768 linear at r 8, and how it merges."""
-    rows = [line.split("|")[1:-1] for line in README.splitlines()
-            if re.match(r"\| \S.* · .*\| \[", line)]
+    rows = [line.split("|")[1:-1] for line in OWN_MODEL.splitlines()
+            if re.match(r"\| \S.* \| \[", line)]
     of = {method.adapter.__module__.replace(".", "/") + ".py": method.adapter
           for method in METHODS.values() if method.adapter}
-    files = {re.search(r"\[(.*?)\]", row[2])[1]: row for row in rows}
-    assert len(files) >= 8 and files.keys() <= of.keys()
-    for file, (_, _, _, trained, merges) in files.items():
-        layers = lora.apply(nn.ModuleDict({"q": nn.Linear(768, 768)}), of[file], ["q"], r=8,
-                            alpha=16)
+    files = {re.search(r"\[(.*?)\]", row[1])[1]: row for row in rows}
+    assert files.keys() == of.keys()
+    for file, (_, _, trained, merges) in files.items():
+        layers = lora.apply(nn.ModuleList([nn.ModuleDict({"q": nn.Linear(768, 768)})
+                                           for _ in range(2)]), of[file], ["q"], r=8, alpha=16)
         number = int(re.search(r"[\d,]+", trained)[0].replace(",", ""))
-        assert number == sum(p.numel() for p in factors(layers)), file
+        assert number == sum(p.numel() for p in factors(layers[:1])), file
         assert ("approximately" in merges) == (file == "reslora.py") and "exactly" in merges
-    assert "590,592" in README and sum(p.numel()
-                                       for p in nn.Linear(768, 768).parameters()) == 590592
+        assert f"]({file})" in README
+    full = sum(p.numel() for p in nn.Linear(768, 768).parameters())
+    assert full == 590592 and f"{full:,}" in OWN_MODEL
 
 
-def test_every_file_that_readme_names_exists():
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_page_names_exists(page):
     """Links into the repository, and the scripts and recipes of its commands."""
-    named = [name.partition("#")[0] for name in re.findall(r"\]\((?!http)([^)]+)\)", README)]
-    named += re.findall(r"`((?:experiments|data|checkpoints|evaluation|tests)/[\w./]*)`", README)
-    named += re.findall(r"python ((?:tests/)?\w+\.py)", README) + re.findall(r"@(\S+\.args)",
-                                                                             README)
-    assert len(named) > 20
+    text, here = PAGES[page], (ROOT / page).parent
+    for link in re.findall(r"\]\((?!http|#)([^)]+)\)", text):
+        assert (here / link.partition("#")[0]).exists(), link
+    named = re.findall(r"python ((?:tests/)?\w+\.py)", text) + re.findall(r"@(\S+\.args)", text)
+    if page != "LOG.md":  # which tells of scripts that are gone
+        named += re.findall(r"\bsh ((?:experiments|pretraining)/\w+\.sh)", text)
     for name in named:
         assert (ROOT / name).exists(), name
 
 
-def test_links_into_the_results_meet_a_heading():
-    """A link RESULTS.md#anchor, and one inside RESULTS.md, names a heading of that page as GitHub
-    spells it."""
-    page = (ROOT / "RESULTS.md").read_text()
-    headings = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
-                for title in re.findall(r"^#+ (.*)$", page, re.M)}
-    anchors = re.findall(r"\]\(RESULTS\.md#([^)]+)\)", README) + re.findall(r"\]\(#([^)]+)\)", page)
-    assert len(anchors) > 5 and set(anchors) <= headings
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_into_a_page_meets_a_heading(page):
+    """A link PAGE#anchor, and one inside a page, names a heading as GitHub spells it."""
+    for link in re.findall(r"\]\(([\w./]*#[^)]+)\)", PAGES[page]):
+        name, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / name).read_text() if name else PAGES[page]
+        headings = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+                    for title in re.findall(r"^#+ (.*)$", target, re.M)}
+        assert anchor in headings, link
 
 
 # The house
@@ -109,20 +120,20 @@ class Own(nn.Module):
 def test_the_snippet_for_your_own_model_runs():
     """As it stands: adapters go in, train, are calibrated, and the merged model is nearly the
     trained one."""
-    snippet, = (s for s in SNIPPETS if "calibrate" in s)
+    code = snippet("README.md", "calibrate")
     train_it = """
     for _ in range(20):
         optimizer.zero_grad()
         F.cross_entropy(model(idx).transpose(1, 2), idx.roll(1, 1)).backward()
         optimizer.step()
     """
-    calibration = snippet.index("# for ResLoRA")
+    calibration = code.index("# for ResLoRA")
     idx = torch.randint(1, 11, (8, 12))
-    scope = {"torch": torch, "F": F, "model": Own(), "idx": idx, "calibration_texts": [idx],
+    scope = {"torch": torch, "F": F, "model": Own(), "idx": idx, "batches": [idx],
              "pad_id": 0}
-    exec(re.sub(r"^\.\.\..*$", textwrap.dedent(train_it), snippet[:calibration], flags=re.M), scope)
+    exec(re.sub(r"^\.\.\..*$", textwrap.dedent(train_it), code[:calibration], flags=re.M), scope)
     before = scope["model"](idx)
-    exec(snippet[calibration:], scope)
+    exec(code[calibration:], scope)
     assert not any(isinstance(m, lora.LoRALinear) for m in scope["model"].modules())
     assert 0 < (scope["model"](idx) - before).norm() / before.norm() < 0.2
 
@@ -137,7 +148,7 @@ def test_a_classifier_of_your_own_is_calibrated_with_its_margins(grad, frozen):
     for layer in layers:
         nn.init.normal_(layer.lora_B, std=0.3)
     model.eval().requires_grad_(not frozen)
-    margin = eval(re.search(r"`margin=(lambda logits: \(logits\.amax.*?\.sum\(\))`", README)[1])
+    margin = eval(re.search(r"`margin=(lambda logits: \(logits\.amax.*?\.sum\(\))`", OWN_MODEL)[1])
     with torch.set_grad_enabled(grad):
         calibrate(model, [idx], real=lambda idx: idx != 0, margin=margin)
         weighted = layers[1].A_star.clone()
@@ -171,17 +182,17 @@ def test_layers_without_neighbours_are_said():
 
 
 def test_the_snippet_that_loads_a_run_elsewhere_gives_our_logits(tmp_path, base):
-    """PEFT on the base and the merged folder in transformers, loaded as README does, agree with
-    generate's model."""
+    """PEFT on the base and the merged folder in transformers, loaded as docs/own-model.md does,
+    agree with generate's model."""
     import generate
     train.main(command(base, tmp_path / "run", "--method", "reslora", "--save-merged"))
-    snippet, = (s for s in SNIPPETS if "PeftModel" in s)
+    code = snippet("docs/own-model.md", "PeftModel")
     for theirs, ours in (("data/tiny-gpt", base),
                          ("out/restaurants-reslora-r64-s0", tmp_path / "run"),
                          ("out/RUN/merged", tmp_path / "run/merged")):
-        snippet = snippet.replace(theirs, str(ours))
+        code = code.replace(theirs, str(ours))
     scope = {}
-    exec(snippet, scope)
+    exec(code, scope)
     assert scope["peft"] is peft if "peft" in scope else scope["transformers"] is transformers
     idx = torch.randint(0, 300, (2, 9))
     with torch.no_grad():
@@ -228,6 +239,18 @@ def test_a_new_method_is_a_class_and_a_line(tmp_path, base, monkeypatch):
                                                                dtype=torch.float32).eval()
     idx = torch.randint(0, 300, (2, 9))
     torch.testing.assert_close(theirs(idx).logits, merged(idx).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_template_of_contributing_is_a_method(tmp_path, base, monkeypatch):
+    """VeRA as it stands there, with its line in methods.py: it trains, merges exactly, and PEFT's
+    folder holds it as a LoRA."""
+    scope = {"__name__": "vera"}
+    exec(snippet("CONTRIBUTING.md", "VeRA"), scope)
+    monkeypatch.setitem(METHODS, "vera", Method(scope["VeRALinear"]))
+    metrics = train.main(command(base, tmp_path, "--method", "vera", "--lr", "0.1"))["metrics"]
+    assert metrics["unmerged"]["loss"] < metrics["base"]["loss"]
+    assert metrics["merged"]["loss"] == pytest.approx(metrics["unmerged"]["loss"], rel=1e-4)
+    assert (tmp_path / "adapter_config.json").exists()
 
 
 def test_a_run_keeps_the_ratio_of_the_rates_at_every_step(tmp_path, base, monkeypatch):

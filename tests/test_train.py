@@ -378,7 +378,7 @@ def test_what_a_method_adds_to_the_gradient_is_clipped_with_it(tmp_path, base, m
 def test_a_run_goes_on_from_an_adapter_that_peft_made(tmp_path, base, capsys, targets, config):
     """--init-from: step 0 is PEFT's model, training lowers its loss, what comes out loads in PEFT
     again; the run resumes, and generate.py knows where it came from."""
-    peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
+    peft = pytest.importorskip("peft", reason="the oracle, in [dev]")
     import transformers
     theirs = peft.get_peft_model(transformers.GPT2LMHeadModel.from_pretrained(base),
                                  peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets,

@@ -32,9 +32,8 @@ from data.tasks import Write
 from evaluation import decoding
 from run.report import print_table
 
-transformers = pytest.importorskip("transformers", reason="the oracle; pip install -r "
-                                   "requirements-dev.txt")
-peft = pytest.importorskip("peft", reason="the oracle; pip install -r requirements-dev.txt")
+transformers = pytest.importorskip("transformers", reason="the oracle, in [dev]")
+peft = pytest.importorskip("peft", reason="the oracle, in [dev]")
 
 RECORD = "name : The Mill | food : Italian"
 TEXTS = ["a stirring , funny film", " two  spaces\n\nand <|endoftext|> <mask> </s>",
