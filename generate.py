@@ -21,15 +21,16 @@ from tqdm import tqdm
 import data
 import lora
 from checkpoints import adapters, tokenizers
-from checkpoints.files import read_json, write
+from checkpoints.files import check_new, read_json, read_text, write_text
 from checkpoints.pretrained import from_pretrained, locate
 from checkpoints.weights import fingerprint_weights
 from data.tasks import Label
 from evaluation import decoding, metrics
 from methods import METHODS
 from run.flags import Parser, command
-from run.folder import LOG, RESULTS, STATE, adapters_of, load_best
+from run.folder import adapters_of, load_best
 from run.machine import base_dtype, pick_device
+from run.owner import LOG, RESULTS, STATE, RunFolder
 
 NONE = type(None)  # of full fine-tuning, or not given
 SETTINGS = dict(model=[str], method=[str], dataset=[str], base_weights=[str], rs=[bool],
@@ -87,17 +88,28 @@ def parse(argv):
     if not 0 <= args.seed < 2**62:
         raise ValueError(f"--seed must be in 0..2^62 - 1, not {args.seed}")
     args.split = args.split or "test"
-    if args.out is not None:
-        if args.out.is_dir() or not args.out.parent.is_dir():
-            raise ValueError(f"--out {args.out} cannot be written there")
-        if args.out.resolve() in [(args.run / name).resolve() for name in (STATE, LOG, *RESULTS)
-                                  if not name.startswith("predictions")]:
+    if args.out is None:
+        args.out = args.run / f"predictions-{args.split}.jsonl"
+    elif args.out.is_dir() or not args.out.parent.is_dir():
+        raise ValueError(f"--out {args.out} cannot be written there")
+    if args.out.parent.resolve() == args.run.resolve() and args.out.name in (STATE, LOG, *RESULTS):
+        if not args.out.name.startswith("predictions"):
             raise ValueError(f"--out {args.out} is a file of the run itself")
-    args.out = args.out or args.run / f"predictions-{args.split}.jsonl"
+    else:
+        check_new(args.out, predictions)
     if not -100 <= args.length_penalty <= 100:
         raise ValueError(f"--length-penalty {args.length_penalty} is not in -100..100")
     args.device, args.dtype, args.amp = pick_device(args.device, "auto")
     return args
+
+
+def predictions(path):
+    """Whether a file holds what `generate` writes, by its first line."""
+    try:
+        first = json.loads(read_text(path).partition("\n")[0])
+        return list(first) == ["record", "text", "references"]
+    except (ValueError, TypeError):
+        return False
 
 
 def load_run(folder, unmerged=False, cut=None, base=None, dtype=torch.float32):
@@ -295,7 +307,9 @@ def generate(args):
     references = [of[record] for record in records]
     rows = [json.dumps(dict(record=record, text=text, references=group)) + "\n"
             for record, text, group in zip(records, texts, references, strict=True)]
-    write(args.out, lambda part: part.write_text("".join(rows), encoding="utf-8"))
+    if args.out.parent.resolve() == args.run.resolve() and args.out.name in RESULTS:
+        RunFolder(args.run).begin(args.out.name)
+    write_text(args.out, "".join(rows))
     for record, text in list(zip(records, texts, strict=True))[:3]:
         print(f"{record}\n  -> {text}")
     scores = judge(of_run, records, texts, references)

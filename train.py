@@ -27,6 +27,7 @@ from evaluation import evaluate, plots
 from evaluation.evaluate import in_fp32, to_device
 from methods import METHODS
 from run import flags, folder, machine
+from run.owner import RESULTS, RunFolder
 from run.report import announce, model_card, print_examples, print_table
 
 LOG_EVERY = 10  # steps between two readings of the loss: reading it makes a GPU wait
@@ -191,7 +192,8 @@ class Run:
         self.parameters = {"trainable": sum(p.numel() for p in self.params),
                            "total": sum(p.numel() for p in self.model.parameters())}
         self.identity = folder.identify(settings, self.source, self.data.pairs, machine.WORLD)
-        self.log = folder.Log(settings.out, self.identity, self.data.metric)
+        self.folder = RunFolder(settings.out)
+        self.log = folder.Log(self.folder, self.identity, self.data.metric)
 
     def ranks(self):
         """[rank of each layer] of a method that moves ranks, else None."""
@@ -213,8 +215,6 @@ def merge_and_measure(run, metrics):
     """Measure every way to merge that was asked for, each on a copy. Merge by the first one, and
     write the adapter."""
     settings, model, adapter = run.settings, run.model, run.adapter
-    # those of another merge must not stand beside the new adapter
-    folder.clear(settings.out, folder.RESULTS)
     for layer in run.layers:
         # a bf16 base is widened, so only saving rounds a merged W
         layer.weight.data = in_fp32(layer.weight.data)
@@ -226,7 +226,7 @@ def merge_and_measure(run, metrics):
         metrics[name] = run.report(lora.merge(trial), f"the model {name}")
     adapter.prepare_merge(model, kept, run.calibration(model))
     base = MODELS.get(settings.model, settings.model)
-    adapters.save_adapter(settings.out, model, base, settings.dropout)
+    adapters.save_adapter(run.folder.place, model, base, settings.dropout)
     metrics["merged"] = run.report(lora.merge(model), "the merged model")
 
 
@@ -235,24 +235,24 @@ def merge_and_measure(run, metrics):
 
 def train(settings):
     """One run. Returns the content of result.json; an empty run folder is removed."""
-    try:
-        return one_run(settings)
-    finally:
-        out = settings.out
-        if not machine.RANK and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
-
-
-def one_run(settings):
-    """Set up, measure the base, train, measure, merge, measure again, report."""
     started = time.time()
     machine.join(settings.device)
     run = Run(settings)
+    try:
+        return one_run(run, started)
+    finally:
+        run.folder.release()
+
+
+def one_run(run, started):
+    """Measure the base, train, measure, merge, measure again, report."""
     settings, out = run.settings, run.settings.out
     announce(settings, run.data.examples, run.data.cut, run.parameters, machine.WORLD)
     # what cannot be resumed or replaced, or does not suit the method, is refused before anything
     # is computed
     done = 0
+    if not machine.RANK:
+        run.folder.claim()
     if settings.resume:
         done = folder.check_resume(out, run.identity, METHODS[settings.method])
     elif not machine.RANK:
@@ -276,10 +276,11 @@ def one_run(settings):
         more = ", --resume goes on from there" if run.log.saved else ""
         raise KeyboardInterrupt(run.log.where() + more) from None
     metrics["unmerged" if run.layers else "trained"] = run.report(run.model, "the trained model")
-    ranks = run.ranks()
+    ranks, place = run.ranks(), run.folder.place
+    run.folder.begin(*RESULTS)
     if run.layers:
         merge_and_measure(run, metrics)
-    if settings.save_merged and save_merged(out / "merged", run.model, run.source,
+    if settings.save_merged and save_merged(place / "merged", run.model, run.source,
                                             run.data.tokenizer, run.data.labels):
         metrics["merged, saved in bfloat16"] = run.report(
             run.model, "the merged model as it is saved, in bfloat16")
@@ -296,12 +297,13 @@ def one_run(settings):
     title = f"{settings.method}{rank} on {settings.dataset}, learning rate {settings.lr:g}"
     if ranks:
         result["ranks"] = dict(zip(run.names, ranks, strict=True))
-    files.write_json(out / "result.json", result)
-    files.write_text(out / "README.md", model_card(result, flags.command_of(result["settings"])))
+    files.write_text(place / "README.md", model_card(result, flags.command_of(result["settings"])))
     if plots.available():
-        plots.draw_curve(out / "curve.png", rows, title, metrics["base"], run.data.metric)
+        plots.draw_curve(place / "curve.png", rows, title, metrics["base"], run.data.metric)
         if ranks:
-            plots.draw_ranks(out / "ranks.png", rows, run.names, title)
+            plots.draw_ranks(place / "ranks.png", rows, run.names, title)
+    files.write_json(place / "result.json", result)
+    run.folder.settle()
     print_examples(run.model, run.data, settings.device, settings.amp)
     print_table(f"{settings.dataset} (test)", metrics)
     print(f"{rows[-1]['seconds']:.0f} s of training, {result['seconds']['all']:.0f} s in all; "

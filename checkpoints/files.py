@@ -11,9 +11,14 @@ from safetensors.torch import load_file
 
 
 def write(path, write_to):
-    """Let `write_to(temporary path)` write a file, then rename it to `path`. OSError if it cannot
-    be written."""
-    part = path.with_name(path.name + ".part")
+    """Let `write_to(temporary path)` write a file, then rename it to `path`. The temporary file is
+    a new one, NAME.xxxxxxxx.part. OSError if it cannot be written."""
+    try:
+        handle, part = tempfile.mkstemp(".part", path.name + ".", path.parent)
+    except OSError as e:
+        raise OSError(f"{path} cannot be written: {e.strerror or e}") from None
+    os.close(handle)
+    part = Path(part)
     try:
         write_to(part)
         part.chmod(0o644)  # safetensors would leave it 0600
@@ -23,6 +28,14 @@ def write(path, write_to):
     finally:
         if part.is_file():
             part.unlink()
+
+
+def check_new(path, ours):
+    """ValueError if what stands at a path would be lost: a link, or a file that `ours(path)` does
+    not know as one that this program wrote."""
+    if path.is_symlink() or path.exists() and not (path.is_file() and ours(path)):
+        raise ValueError(f"{path} was not written by this program, and is kept: choose another "
+                         "name, or remove it")
 
 
 def write_text(path, text):

@@ -22,6 +22,7 @@ from checkpoints.pretrained import MODELS
 from lora import LoRALinear
 from methods import METHODS
 from run import folder, machine
+from run.owner import RunFolder
 
 # Steps, examples per step and learning rate. With the shipped models a run takes half a minute on
 # two CPU cores. Full fine-tuning wants a smaller rate than an adapter, and methods that start with
@@ -185,7 +186,7 @@ def stored_flags(args, known):
     """The flags of the run that `args` resumes, from its folder. known: the names of all flags but
     the methods' own."""
     out = args.out or with_defaults(args).out
-    stored = folder.read_identity(out / folder.STATE)
+    stored = folder.read_identity(RunFolder(out).state())
     for name in ("method", "dataset"):
         if getattr(args, name) not in (None, stored.get(name)):
             raise ValueError(f"cannot resume {out} with {name} {getattr(args, name)}: it began "

@@ -6,6 +6,7 @@ and half of another. The folder holds
     result.json, log.csv, curve.png, merged/          for people, and for `transformers`
     README.md                                         the card of the adapter, as PEFT has it
     ranks.png                                         of a method that moves ranks between layers
+    .written, .again                                  see owner.py
 
 Only JSON and safetensors are ever read back. The identity of a run is what makes it this one and no
 other: its settings, with fingerprints of the base and the data. result.json has it as "settings".
@@ -25,20 +26,7 @@ from checkpoints.pretrained import MODELS
 from checkpoints.weights import fingerprint_weights
 from lora import LoRALinear
 from methods import adapt
-
-STATE, LOG = "resume.safetensors", "log.csv"
-RESULTS = ("result.json", "README.md", "curve.png", "ranks.png", "adapter_config.json",
-           "adapter_model.safetensors",
-           *(f"predictions-{split}.jsonl" for split in ("train", "validation", "test")),
-           *(f"merged/{name}" for name in ("config.json", "model.safetensors", *tokenizers.FILES)))
-
-
-def clear(folder, names):
-    """Remove what an earlier run, or an earlier merge, left in a run folder."""
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
-    if (folder / "merged").is_dir() and not any((folder / "merged").iterdir()):
-        (folder / "merged").rmdir()
+from run.owner import LOG, STATE, RunFolder
 
 
 def changing(model):
@@ -99,7 +87,7 @@ def difference(before, now, free=FREE):
 def check_replaceable(folder, identity):
     """A run may replace one with the same identity, and no other. ValueError if `folder` holds
     another."""
-    result, resume = folder / "result.json", folder / STATE
+    result, resume = folder / "result.json", RunFolder(folder).state()
     if result.exists():
         before = read_json(result).get("settings")
     else:
@@ -115,11 +103,12 @@ def check_replaceable(folder, identity):
 def check_resume(folder, identity, method):
     """How many steps a run has done; ValueError if it cannot go on with this identity. method: its
     methods.Method."""
-    _, step, _, before = read_state(folder / STATE)
+    _, step, _, before = read_state(RunFolder(folder).state())
     other = difference(before, identity, (*FREE, *method.merge_only_flags, "steps"))
     if other:
-        otherwise = (f", or go on from its adapter with --init-from {folder}"
-               * (folder / "adapter_config.json").exists())
+        otherwise = ""
+        if (folder / "adapter_config.json").exists():
+            otherwise = f", or go on from its adapter with --init-from {folder}"
         raise ValueError(f"cannot resume {folder}: {other}. Start a new run with "
                          f"another --out{otherwise}")
     if identity["steps"] < step:
@@ -138,8 +127,8 @@ class Diverged(ValueError):
 class Log:
     """What a run has measured, the rows of log.csv, and the weights that validated best.
 
-    first: the first step whose weights may be kept, see `begin` of a method. saved: the last step
-    in the run folder. earlier: seconds of training before it was resumed.
+    folder: a RunFolder. first: the first step whose weights may be kept, see `begin` of a method.
+    saved: the last step in the run folder. earlier: seconds of training before it was resumed.
     """
 
     def __init__(self, folder, identity, metric):
@@ -157,7 +146,7 @@ class Log:
 
     def where(self):
         """What an interrupted run has left, in words."""
-        return f"step {self.saved} is in {self.folder}" if self.saved else "nothing was saved"
+        return f"step {self.saved} is in {self.folder.out}" if self.saved else "nothing was saved"
 
     def check_finite(self, readings, step):
         """Diverged at the first step, of those up to `step`, with a value that is not finite."""
@@ -189,29 +178,31 @@ class Log:
         if best_step(self.rows, self.first) == self.step:
             self.best = {name: t.detach().to("cpu", copy=True)
                          for name, t in changing(model).items()}
-        # what an earlier run has left goes, now that this one has something to show
-        if not self.saved:
-            clear(self.folder, (STATE, LOG, *RESULTS))
-        save_state(self.folder / STATE, model, optimizer, self.step, self.identity, self.rows,
+        if not self.saved:  # what an earlier run has left goes, now that there is something to show
+            self.folder.clear()
+        self.folder.begin(STATE, LOG)
+        place = self.folder.place
+        save_state(place / STATE, model, optimizer, self.step, self.identity, self.rows,
                    self.best, self.first)
-        write_csv(self.folder / LOG, self.rows)
+        write_csv(place / LOG, self.rows)
         self.saved = self.step
 
     def resume(self, model, optimizer):
         """Go on from the state in the run folder."""
-        self.saved, self.rows, self.best, before = load_state(self.folder / STATE, model,
+        self.saved, self.rows, self.best, before = load_state(self.folder.state(), model,
                                                               optimizer, self.first)
         self.earlier = self.seconds
         steps, schedule = self.identity["steps"], self.identity["schedule"]
         longer = ((f", for {steps} steps instead of {before['steps']}: from here on the learning "
                    f"rate is that of the {schedule} schedule over {steps} steps") if steps
                   != before["steps"] else "")
-        print(f"resume   {self.folder} after step {self.saved}{longer}")
+        print(f"resume   {self.folder.out} after step {self.saved}{longer}")
 
     def finish(self, model):
         """Put the best weights back into the model, and see that log.csv is complete: a kill may
         have cut it short."""
-        write_csv(self.folder / LOG, self.rows)
+        self.folder.begin(STATE, LOG)
+        write_csv(self.folder.place / LOG, self.rows)
         put(model, self.best)
 
 
