@@ -259,8 +259,8 @@ def test_cut_texts_are_counted_over_all_splits(base, monkeypatch):
     n = len(tokenizer.encode_ordinary("a ||")) + len(tokenizer.encode_ordinary(" abc")) + 2
     for context, cut in ((n - 1, 0), (n - 2, 1)):
         assert Write(tokenizer, context).encode([("a", "abc")])[1] == cut
-    pairs = {"train": [("a", "abc " * 40)] * 3, "validation": [("a", "abc " * 40)],
-             "test": [("a", "abc " * 40)] * 2}
+    pairs = {"train": [("name : a", "abc " * 40)] * 3, "validation": [("name : a", "abc " * 40)],
+             "test": [("name : a", "abc " * 40)] * 2}
     monkeypatch.setattr(data, "load", lambda *_: pairs)
     assert data.Dataset("restaurants").encode(base, from_pretrained(base), 32).cut == 6
 
@@ -337,7 +337,8 @@ def test_an_interrupted_run_says_what_it_has_left(tmp_path, base, monkeypatch, c
             assert not out.exists()
             out.mkdir()
             (out / "mine.txt").write_text("x")
-    assert {file.name for file in out.iterdir()} == {"mine.txt", "log.csv", "resume.safetensors"}
+    assert {file.name for file in out.iterdir()} == {
+        "mine.txt", ".written", "log.csv", "resume.safetensors"}
 
 
 def test_a_failure_to_compile_is_a_line_and_any_other_a_traceback(capsys):
@@ -492,5 +493,5 @@ def test_a_run_merges_in_one_mode(tmp_path, base, flags):
     run, modes = train.Run(args), []
     run.report = lambda model, stage: modes.append({m.training for m in model.modules()})
     run.model.eval()
-    train.merge(run, {})
+    train.merge_and_measure(run, {})
     assert modes == [{False}] * (1 if flags == "lora" else 2)

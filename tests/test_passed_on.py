@@ -23,6 +23,7 @@ from checkpoints.files import read_csv
 from checkpoints.pretrained import from_pretrained, save_pretrained
 from evaluation import evaluate
 from run import flags, folder
+from run.owner import AGAIN, LOG, STATE
 
 
 def test_the_default_in_a_help_is_the_default():
@@ -86,20 +87,20 @@ def test_a_base_is_measured_again_in_another_context_or_by_another_metric(tmp_pa
 def test_what_an_earlier_run_or_merge_has_left_is_gone(tmp_path, base, again):
     """Texts, pictures and a merged model of other weights must not stand beside the new adapter."""
     flags = command(base, tmp_path, "--method", "reslora")
-    train.main(flags)
-    old = ["predictions-test.jsonl", "predictions-train.jsonl", "ranks.png", "merged/config.json"]
-    (tmp_path / "merged").mkdir()
-    for name in old:
-        (tmp_path / name).write_text("old")
+    train.main([*flags, "--save-merged"])
+    generate.main([str(tmp_path), "--max-new", "1"])
+    old = ["predictions-test.jsonl", *["merged/config.json", "merged"] * (not again)]
+    assert all((tmp_path / name).exists() for name in old)
     train.main(["--out", str(tmp_path), *again] if again else flags)
-    assert not [name for name in (*old, "merged") if (tmp_path / name).exists()]
+    assert not [name for name in old if (tmp_path / name).exists()]
 
 
-def test_the_result_of_an_earlier_run_goes_when_another_has_begun(tmp_path, base, monkeypatch):
-    """The same run again, stopped between two validations: no result stands beside a state that it
-    does not belong to."""
+def test_a_finished_run_stays_until_another_has_finished(tmp_path, base, monkeypatch):
+    """The same run again, stopped between two validations: every file of the first one is as it
+    was, and generate.py uses it; the second goes on with --resume, and takes its place."""
     flags = command(base, tmp_path)
     train.main(flags)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.suffix}
     validate, calls = train.evaluate.validate, []
 
     def stopping(*args):
@@ -110,7 +111,14 @@ def test_the_result_of_an_earlier_run_goes_when_another_has_begun(tmp_path, base
     monkeypatch.setattr(train.evaluate, "validate", stopping)
     with pytest.raises(SystemExit):
         train.main(flags)
-    assert {file.name for file in tmp_path.iterdir()} == {folder.STATE, folder.LOG}
+    assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.suffix}
+    assert {file.name for file in (tmp_path / AGAIN).iterdir()} == {STATE, LOG}
+    generate.load_run(tmp_path, unmerged=True)
+    monkeypatch.setattr(train.evaluate, "validate", validate)
+    again = train.main(["--resume", "--out", str(tmp_path)])
+    assert not (tmp_path / AGAIN).exists() and again["seconds"] != json.loads(
+        before["result.json"])["seconds"]
+    assert again["metrics"] == json.loads(before["result.json"])["metrics"]
 
 
 def test_what_changes_no_number_may_change_when_a_run_goes_on():
@@ -243,7 +251,7 @@ def test_a_run_folder_has_a_card_whose_command_is_that_run(tmp_path, base, flags
 def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts(tmp_path, base, monkeypatch):
     """All takes longer than training, also where most of the training was done before."""
     train.main(command(base, tmp_path))
-    path = tmp_path / folder.STATE
+    path = tmp_path / STATE
     tensors = load_file(path)
     with safe_open(path, "pt") as f:
         about = dict(f.metadata())

@@ -27,7 +27,8 @@ from checkpoints import adapters, files, tokenizers
 from evaluation import evaluate
 from methods import METHODS
 from run.flags import Parser
-from run.folder import LOG, STATE, load_state, save_state
+from run.folder import load_state, save_state
+from run.owner import LOG, STATE
 
 
 def cases(test):

@@ -23,6 +23,7 @@ from methods import METHODS
 from model import RoBERTa, RobertaConfig
 from pretraining import vocabulary
 from run import folder
+from run.owner import LOG, STATE
 
 FAST = ["--rank", "4", "--steps", "6", "--batch-size", "8", "--eval-every", "2", "--lr", "1e-2"]
 
@@ -88,7 +89,7 @@ def test_every_method_trains_merges_and_leaves_a_whole_run_folder(tmp_path, base
     if "ranks" in result:
         adapter.add("ranks.png")
     assert names == {"result.json", "log.csv", "curve.png", "resume.safetensors", "merged",
-                     *adapter}
+                     "README.md", ".written", *adapter}
     out = capsys.readouterr().out
     assert "parameters train" in out and "ref " in out and last in out
     # merged/ is the model whose loss was reported
@@ -574,16 +575,16 @@ def test_a_run_replaces_one_of_the_same_settings_and_no_other(tmp_path, base, ca
     train.main([*flags, "--save-merged"])
     train.main(flags)
     names = {"result.json", "log.csv", "curve.png", "resume.safetensors", "adapter_config.json",
-             "adapter_model.safetensors"}
+             "adapter_model.safetensors", "README.md", ".written"}
     assert {p.name for p in tmp_path.iterdir()} == names
     for _ in range(2):
-        before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+        before = {p: p.read_bytes() for p in tmp_path.glob("[!.]*")}
         for more, message in ((["--shortcut", "block"], "shortcut is block now, and it began with "
                                "input"), (["--method", "lora"], "method is lora now"),
                               (["--steps", "3"], "steps is 3 now"),
                               (["--steps", "60", "--eval-every", "6"], "steps is 60 now")):
             assert f"holds another run ({message}" in refused(capsys, [*flags, *more])
-        assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+        assert {p: p.read_bytes() for p in tmp_path.glob("[!.]*")} == before
         (tmp_path / "result.json").unlink(missing_ok=True)
 
 
@@ -749,8 +750,8 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(
     monkeypatch.setattr(train, "one_step", lambda *args: steps.append(args) or (
         torch.tensor([math.nan, 1.0]) if len(steps) == 5 else real(*args)))
     assert "is not finite at step 5" in refused(capsys, command(base, tmp_path / "other"))
-    assert {p.name for p in (tmp_path / "other").iterdir()} == {folder.STATE, folder.LOG}
-    assert folder.read_state(tmp_path / "other" / folder.STATE)[1] == 4
+    assert {p.name for p in (tmp_path / "other").iterdir()} == {STATE, LOG, ".written"}
+    assert folder.read_state(tmp_path / "other" / STATE)[1] == 4
 
 
 def test_damaged_checkpoints(tmp_path, base, capsys):
