@@ -1,9 +1,11 @@
 """Reading and writing single files. A file appears by rename, so it is whole or not there."""
 import csv
+import gzip
 import hashlib
 import json
 import os
 import tempfile
+import zlib
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -65,15 +67,27 @@ def read_csv(path):
         return list(csv.DictReader(f))
 
 
+def read_bytes(path):
+    """The bytes of a file, unpacked if its name ends in .gz. ValueError for what does not exist and
+    for pipes and devices, whose end may never come."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    try:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as f:
+            return f.read()
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise ValueError(f"{path} is damaged: {e}") from None
+
+
 def read_text(path):
     """The text of a file, whatever the locale: UTF-8, without a byte order mark, every line ending
     in a line feed. ValueError, with the line, for what is not UTF-8, and for what does not exist.
     """
+    data = read_bytes(path)
     try:
-        data = path.read_bytes()
         return one_kind_of_line_end(data.decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
     except UnicodeDecodeError as e:
         utf16 = " (it begins as UTF-16 does)" * data.startswith((b"\xff\xfe", b"\xfe\xff"))
         raise ValueError(f"{path}, line {data[:e.start].count(10) + 1}: not UTF-8{utf16}") from None

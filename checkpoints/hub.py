@@ -33,6 +33,22 @@ def fetch(repo, patterns, repo_type="model", revision=None, cache_dir=None, away
         raise OSError(f"{repo}: {e}") from e
 
 
+def reason(error):
+    """Why something did not come from the hub, and what to do about it, in words."""
+    name, text = type(error).__name__, str(error)
+    if name == "GatedRepoError" or "awaiting a review" in text:
+        return ("it asks you to accept a licence: open its page on the hub, accept, and log in "
+                "with `hf auth login`")
+    if "Invalid credentials" in text or "Invalid user token" in text or "401" in text[:60]:
+        return ("the hub refuses your token, or there is no such name: `hf auth login` takes "
+                "another token, `hf auth logout` removes it")
+    if name == "RepositoryNotFoundError":
+        return "the hub has no such name"
+    if name == "LocalEntryNotFoundError":
+        return "the hub was not asked, or did not answer, and the cache does not hold all of it"
+    return f"it is not on the hub ({name})"
+
+
 def offline(repo, repo_type):
     """Whether the hub is not to be asked, or does not answer."""
     from huggingface_hub import constants

@@ -33,6 +33,8 @@ MODELS = {"tiny-gpt": ROOT / "data/tiny-gpt", "tiny-roberta": ROOT / "data/tiny-
 
 def locate(source):
     """A local checkpoint folder for a name of MODELS, a folder or a Hugging Face hub id."""
+    if source in MODELS and Path(source).is_dir():
+        print(f"model    {source} is {MODELS[source]}; the folder here would be ./{source}")
     source = MODELS.get(source, source)
     if Path(source).is_dir():
         return Path(source)
@@ -41,9 +43,8 @@ def locate(source):
     try:
         return hub.fetch(source, ["config.json", *weights.PATTERNS, *tokenizers.FILES])
     except (OSError, ValueError) as e:
-        raise ValueError(f"model {source!r} is neither a folder nor on the hub "
-                         f"({type(e).__name__}): give --model a folder with config.json and "
-                         "model.safetensors") from None
+        raise ValueError(f"model {source!r} is no folder here, and {hub.reason(e)}; or give "
+                         "--model a folder with config.json and model.safetensors") from None
 
 
 class Found(NamedTuple):

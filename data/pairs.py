@@ -31,7 +31,7 @@ class Pairs:
         """{split: [(prompt, completion)]}; ValueError, with file and line, for a row without."""
         rows = {split: [self.row(row, where) for where, row in table] for split, table in
                 files.own_rows(data_dir).items()}
-        rows, self.SPLITS = files.hold_out(rows)
+        rows, self.SPLITS = files.hold_out(rows, data_dir)
         self.completions = metrics.grouped(rows)
         return rows
 
@@ -48,7 +48,12 @@ class Pairs:
         else:
             raise ValueError(f"{where}: no columns prompt and completion, only "
                              f"{', '.join(map(str, row))}: name two with --columns")
-        return ("\n".join(files.text_of(row, column, where) for column in prompt),
+        # what has no text, an empty `input` say, is as if it were not there
+        parts = [files.text_of(row, column, where, empty=True) for column in prompt]
+        if not any(part.strip() for part in parts):
+            raise ValueError(f"{where}: {' and '.join(prompt)} must be text, not "
+                             f"{row[prompt[0]]!r}")
+        return ("\n".join(part for part in parts if part.strip()),
                 files.text_of(row, completion, where))
 
     def judge(self, pairs, texts):
@@ -61,6 +66,8 @@ def turns(messages, where):
     """[{"role": …, "content": …}, …] -> (prompt, completion)"""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError(f"{where}: messages must be a list of turns, not {messages!r:.60}")
+    if messages[:1] and messages[0].get("role") == "system" and messages[0].get("content") == "":
+        messages = messages[1:]
     roles = [m.get("role") for m in messages]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise ValueError(f"{where}: messages must be a user's turn and the assistant's, not those "

@@ -203,7 +203,7 @@ def as_flags(identity, known):
     known = {**dict.fromkeys(method.flags if method else ()), **known}
     flags = []
     for name, value in identity.items():
-        if name in known and value not in (None, False, known[name]):
+        if name in known and value is not None and value is not False and value != known[name]:
             flag = "--" + name.replace("_", "-")
             value = ",".join(map(str, value)) if isinstance(value, list) else value
             flags.append(flag if value is True else f"{flag}={value}")

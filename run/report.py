@@ -80,4 +80,4 @@ def model_card(result, command):
     return "\n".join(["---", *head, "---", "", f"# {method} on {settings['dataset']}", "",
                       f"{model}, adapted by {method}{scale}. The test split of "
                       f"{settings['dataset']}:", "", table, "", "```sh", command, "```", "",
-                      f"Trained with {versions}.", ""])
+                      f"Trained with {versions}.", ""]).encode(errors="replace").decode()

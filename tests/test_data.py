@@ -341,6 +341,7 @@ def test_glue_holds_out_a_tenth_of_train_and_reports_validation(tmp_path):
     pyarrow.csv.write_csv(pyarrow.Table.from_pylist(SST2), tmp_path / "train.csv")
     (tmp_path / "train.jsonl").unlink()
     assert data.load("glue/sst2", tmp_path) == found
+    (tmp_path / "train.csv").unlink()
     write_rows(tmp_path, train=[{"sentence": f"{i}", "label": i % 2} for i in range(10020)])
     found = data.load("glue/sst2", tmp_path)
     assert [len(found[s]) for s in ("train", "validation")] == [9020, 1000]
