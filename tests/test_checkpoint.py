@@ -445,6 +445,24 @@ def test_resuming_restores_everything_that_training_changes(tmp_path, method, hp
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
 
+def test_a_delta_lora_run_that_is_loaded_exports_the_motion_of_its_W(tmp_path):
+    """Without another step, as a finished run that is resumed to merge anew: the adapter that it
+    exports is the one that it exported before, and all of W_T - W_0 + s B_T A_T is in it."""
+    model, file = tiny_gpt(), tmp_path / "resume.safetensors"
+    layers = adapt(model, "deltalora", dict(delta_start=2), random=False)
+    W_0 = [layer.weight.clone() for layer in layers]
+    train_steps(model, layers, 6)
+    row = dict(step=6, val_loss=1.0, seconds=1.0)
+    folder.save_state(file, model, torch.optim.SGD(factors(layers)), 6, {}, [row])
+    fresh = tiny_gpt()
+    again = adapt(fresh, "deltalora", dict(delta_start=2))
+    folder.load_state(file, fresh, torch.optim.SGD(factors(again)))
+    for layer, other, start in zip(layers, again, W_0, strict=True):
+        (A, B), theirs = other.as_lora(), layer.as_lora()
+        assert torch.equal(A, theirs[0]) and torch.equal(B, theirs[1])
+        torch.testing.assert_close(layer.scaling * B @ A, layer.weight + layer.delta() - start)
+
+
 @every_variant
 def test_the_state_is_adapter_sized(method, hparams):
     """What is saved are the adapters, their buffers and weights that the method moves; not the

@@ -167,6 +167,21 @@ def test_the_vocabulary_loss_is_cross_entropy(eps, chunk, monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(ours, x), torch.autograd.grad(theirs, x))
 
 
+def test_tokens_of_one_chunk_may_have_logits_hundreds_of_nats_apart():
+    """In fp32: rows of logits near 300, near 0 and near -300 have the loss of F.cross_entropy in
+    float64, and its gradients."""
+    x = torch.cat([torch.tensor([[300.0], [0.0], [-300.0]]), torch.randn(3, 4)], 1)
+    W = torch.cat([torch.ones(50, 1), torch.randn(50, 4)], 1)
+    given = [t.requires_grad_() for t in (x, W, torch.randn(50))]
+    exact = [t.detach().double().requires_grad_() for t in given]
+    targets = torch.randint(0, 50, (3,))
+    ours, theirs = vocabulary_loss(*given, targets), F.cross_entropy(F.linear(*exact), targets)
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+    gradients = torch.autograd.grad(ours, given), torch.autograd.grad(theirs, exact)
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtypes",
                          [(torch.float32, torch.float32, True),
                           (torch.float32, torch.bfloat16, True),

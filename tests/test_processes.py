@@ -10,6 +10,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 from methods import METHODS
+from run import machine
 
 # (`middle` is the Llama's below; what DyLoRA puts back without --frozen it puts back with it too)
 RUNS = ["lora", "reslora --shortcut input", "deltalora --delta-start 2",
@@ -85,3 +86,18 @@ def test_accumulating_equals_the_large_batch(runs):
     for place, i in enumerate(chosen):
         for kind in ("accumulated", "two-accumulated"):
             compare(runs / "one" / str(i), runs / kind / str(place))
+
+
+def test_a_process_draws_its_own_numbers_and_others_once_it_is_resumed(monkeypatch):
+    """Dropout of process 1 and of process 2, of another seed, and behind step 50, is not that of
+    process 1 at its start; the same run again has the same. The first process keeps its numbers,
+    which are saved."""
+    def drawn(rank, *seed):
+        monkeypatch.setattr(machine, "RANK", rank)
+        torch.manual_seed(7)
+        machine.parallel(torch.nn.Linear(2, 2), seed)
+        return torch.rand(4).tolist()
+    start = drawn(1, 0, 0)
+    assert start == drawn(1, 0, 0)
+    assert start not in (drawn(2, 0, 0), drawn(1, 3, 0), drawn(1, 0, 50))
+    assert drawn(0, 0, 0) == drawn(0, 0, 50)
