@@ -19,7 +19,7 @@ import data
 import lora
 import train
 from checkpoints import tokenizers
-from checkpoints.files import write_csv
+from checkpoints.files import read_csv, write_csv
 from checkpoints.pretrained import from_pretrained
 from data.tasks import Label, Mask, Write
 from evaluation import evaluate, plots
@@ -183,6 +183,18 @@ def test_a_masked_word_is_shown_as_mask_as_itself_or_as_an_ordinary_token(small_
     assert shown[tok.mask] > shown[100] > 0 and set(range(4, tok.mask)) <= shown.keys()
 
 
+def test_every_epoch_masks_other_words(small_roberta):
+    """Of one text, which is a batch and an epoch; a run that goes on in the second epoch masks what
+    it would have masked."""
+    tok = tokenizers.for_model(small_roberta, Namespace(model_type="roberta", vocab_size=325))
+    one = [([0, *[100] * 60, 2], None)], Mask(tok, 64), 1
+    steps = data.step_batches(*one)
+    first, second, resumed = (next(stream)[0][1] != -100
+                              for stream in (steps, steps, data.step_batches(*one, skip=1)))
+    assert first.any() and second.any() and not torch.equal(first, second)
+    assert torch.equal(second, resumed)
+
+
 # Evaluation
 
 @pytest.mark.parametrize("batch", [1, 4, 32])
@@ -339,6 +351,25 @@ def test_an_interrupted_run_says_what_it_has_left(tmp_path, base, monkeypatch, c
             (out / "mine.txt").write_text("x")
     assert {file.name for file in out.iterdir()} == {
         "mine.txt", ".written", "log.csv", "resume.safetensors"}
+
+
+def test_the_log_counts_every_second_of_training_once(tmp_path, base, monkeypatch):
+    """By a clock on which a step takes a second and a validation 100, which are no training. The
+    loss is read every 10 steps, and before each validation, one in 12."""
+    now = [0]
+
+    def takes(seconds, what):
+        def timed(*args):
+            now[0] += seconds
+            return what(*args)
+        return timed
+    monkeypatch.setattr(train, "time", Namespace(time=lambda: now[0]))
+    monkeypatch.setattr(train, "one_step", takes(1, train.one_step))
+    monkeypatch.setattr(evaluate, "validate", takes(100, evaluate.validate))
+    result = train.main(command(base, tmp_path, "--steps", "24", "--eval-every", "12"))
+    seconds = {row["step"]: float(row["seconds"]) for row in read_csv(tmp_path / "log.csv")}
+    assert seconds == {"10": 10, "12": 12, "20": 20, "24": 24}
+    assert result["seconds"]["training"] == 24
 
 
 def test_a_failure_to_compile_is_a_line_and_any_other_a_traceback(capsys):
