@@ -1,6 +1,8 @@
 """generate.py: what a run folder writes, from the command line."""
+import contextlib
 import json
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import data
 import generate
 import lora
 import train
+from checkpoints import tokenizers
 from checkpoints.pretrained import from_pretrained, save_pretrained
 from evaluation import evaluate
 from methods import METHODS
@@ -97,6 +100,20 @@ def test_pairs_and_single_texts_are_classified_in_one_call(tmp_path, capsys, sma
     alone = [written(capsys, tmp_path, text)[1].strip() for text in ("good || bad", "good")]
     both = written(capsys, tmp_path, "good || bad", "good")[1]
     assert both == f"good || bad\n  -> {alone[0]}\ngood\n  -> {alone[1]}\n" and alone[0] != alone[1]
+
+
+def test_the_first_of_two_bars_separates_two_texts(small_roberta):
+    """"good || bad || fine" is the pair of "good" and "bad || fine", framed as RoBERTa's pairs."""
+    tok, read = tokenizers.RobertaTokenizer(small_roberta, 325), []
+
+    def model(idx):
+        read.extend(idx.tolist())
+        return torch.zeros(1, 2), None
+    settings = {"labels": ["no", "yes"], "context": 64}
+    args = Namespace(device="cpu", amp=contextlib.nullcontext())
+    generate.classify(model, tok, ["good || bad || fine"], settings, args)
+    a, b = tok.encode_ordinary("good"), tok.encode_ordinary("bad || fine")
+    assert read == [[0, *a, 2, 2, *b, 2]]
 
 
 def test_a_dylora_run_writes_at_any_rank(run):

@@ -83,6 +83,21 @@ def test_a_base_is_measured_again_in_another_context_or_by_another_metric(tmp_pa
         assert ("exact_match" in result["metrics"]["base"]) == (name == "d")
 
 
+def test_a_base_is_measured_again_with_another_adapter_or_none(tmp_path, base):
+    """A run that goes on from an adapter begins at the loss that this adapter was merged with,
+    whatever the runs beside it began with; one without an adapter begins at that of the base."""
+    first = {None: None}
+    for seed in "1", "2":
+        made = train.main(command(base, tmp_path / seed / "out", "--seed", seed))["metrics"]
+        first |= {seed: made["merged"]["loss"], None: made["base"]["loss"]}
+    assert len(set(first.values())) == 3
+    for name, seed in ("a", "1"), ("b", "2"), ("c", None), ("d", "1"):
+        flags = ["--init-from", tmp_path / seed / "out"] if seed else ["--rank", "4"]
+        flags += ["--model", base, "--steps", "1", "--out", tmp_path / "beside" / name]
+        found = train.main(list(map(str, flags)))["metrics"]["base"]["loss"]
+        assert found == pytest.approx(first[seed], abs=1e-5), name
+
+
 @pytest.mark.parametrize("again", [(), ("--resume", "--merge", "none")])
 def test_what_an_earlier_run_or_merge_has_left_is_gone(tmp_path, base, again):
     """Texts, pictures and a merged model of other weights must not stand beside the new adapter."""
@@ -204,6 +219,17 @@ def test_generate_passes_its_flags_on(tmp_path, base, monkeypatch):
         asked.clear()
         generate.main([str(tmp_path / "out"), *texts, "--beams", "3", "--length-penalty", "0.5"])
         assert set(asked) == {(128, 3, 0.5)}
+
+
+def test_another_dataset_is_not_read_from_the_folder_of_the_run_s_own(tmp_path, base):
+    """A run on pairs in a file writes for restaurants, which are generated and in no file."""
+    jsonl(tmp_path / "pairs.jsonl", PAIRS[:60])
+    flags = "--dataset", "pairs", "--data-dir", tmp_path / "pairs.jsonl"
+    train.main(command(base, tmp_path / "out", *flags))
+    generate.main([str(tmp_path / "out"), "--dataset", "restaurants", "--max-new", "3"])
+    lines = (tmp_path / "out/predictions-test.jsonl").read_text().splitlines()
+    records = dict.fromkeys(record for record, _ in data.load("restaurants")["test"])
+    assert [json.loads(line)["record"] for line in lines] == list(records)
 
 
 def test_a_change_of_any_file_that_decides_a_number_is_another_code(tmp_path, monkeypatch):
