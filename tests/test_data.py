@@ -3,6 +3,7 @@ import base64
 import contextlib
 import http.client
 import json
+import os
 import random
 import runpy
 import shutil
@@ -24,6 +25,7 @@ import data
 from checkpoints import hub, tokenizers
 from checkpoints.pretrained import from_pretrained
 from data import glue, restaurants, reviews, sets, text
+from data.files import hub_rows
 from data.tasks import Label, Mask, Write
 from pretraining import opinions, vocabulary, world
 
@@ -428,6 +430,28 @@ def test_datasets_of_the_hub_are_read_from_its_cache(no_network, tmp_path):
         write_rows(tmp_path, **splits)
         hub_cache(no_network, repo, {path: parquet(part) for path, part in files.items()}, revision)
         assert data.load(name) == data.load(name, tmp_path)
+
+
+@pytest.mark.parametrize("newer", "ab")
+def test_of_two_revisions_in_the_cache_the_newer_one_is_used(tmp_path, newer):
+    """Whatever the alphabet says of their names, where the cache knows none of them as main."""
+    kept = tmp_path / "datasets--some--repo/snapshots"
+    for name in "ab":
+        (kept / name).mkdir(parents=True)
+        (kept / name / "a.json").write_text("{}")
+        os.utime(kept / name, (10**9, 10**9 + (name == newer)))
+    assert hub.fetch("some/repo", ["a.json"], "dataset", None, tmp_path, away=True) == kept / newer
+
+
+def test_offline_too_only_the_first_rows_are_taken(no_network):
+    """Of a split in two parts of ten rows the first 15; of another one, which has 4, all."""
+    rows = [{"text": str(i)} for i in range(20)]
+    parts = {"train-0-of-2": rows[:10], "train-1-of-2": rows[10:], "test-0-of-1": rows[:4]}
+    hub_cache(no_network, "a/b", {f"{name}.parquet": parquet(some) for name, some in parts.items()})
+    patterns = {split: f"{split}-*.parquet" for split in ("train", "test")}
+    found = hub_rows("a/b", patterns, first=15)
+    assert {split: [row for _, row in some] for split, some in found.items()} == {
+        "train": rows[:15], "test": rows[:4]}
 
 
 def test_text_is_split_in_order_or_by_file(tmp_path):

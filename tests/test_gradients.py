@@ -326,3 +326,17 @@ def test_adapters_are_fp32_on_a_bf16_base():
     for layer in layers:
         assert layer.weight.dtype == torch.bfloat16
         assert layer.lora_B.dtype == layer.lora_B.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_layer_outside_autocast_answers_in_the_half_precision_of_its_input(dtype):
+    """And as exactly as that precision allows: fp16 has three bits more than bf16."""
+    layer = LoRALinear(nn.Linear(32, 32).to(dtype), 4, 4)
+    nn.init.normal_(layer.lora_B, std=0.3)
+    x = torch.randn(50, 32).to(dtype)
+    h = layer(x)
+    W = layer.weight.double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    exact = x.double() @ W.T + layer.bias.double()
+    assert h.dtype == dtype and not torch.is_autocast_enabled("cpu")
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(h.double(), exact, rtol=2 * eps, atol=2 * eps)
