@@ -392,6 +392,35 @@ def test_the_merged_checkpoint_loads_in_transformers(tmp_path, base):
     assert (tmp_path / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
 
 
+def test_a_model_is_what_was_saved_in_bf16(tmp_path, small_llama):
+    """Behind the save of a merged model on a bf16 base: every parameter in memory is that of the
+    file, so that what is measured then is what others load."""
+    model = from_pretrained(small_llama)
+    adapt(model, "lora", {})
+    lora.merge(model)
+    W = model.h[1].attn.q.weight.clone()
+    assert save_merged(tmp_path, model, small_llama, tokenizers.load(small_llama, 320))
+    saved = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(saved["model.layers.1.self_attn.q_proj.weight"], W.bfloat16())
+    assert not torch.equal(model.h[1].attn.q.weight, W)
+    again = from_pretrained(tmp_path)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, again.get_parameter(name)), name
+
+
+def test_a_chat_template_outlives_a_tokenizer_that_is_written_anew(tmp_path, base):
+    """A tokenizer_config.json that is there stays as it is, and transformers reads it beside the
+    new tokenizer.json."""
+    ours, path = tokenizers.load(base, 320), tmp_path / "tokenizer_config.json"
+    said = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ messages }}!"}
+    path.write_text(json.dumps(said))
+    ours.save(tmp_path, roberta=False)
+    assert json.loads(path.read_text()) == said
+    theirs = oracle("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.chat_template == "{{ messages }}!"
+    assert theirs("a cheap pub")["input_ids"] == ours.encode_ordinary("a cheap pub")
+
+
 # Resuming
 
 def optimizer_of(model):

@@ -516,6 +516,22 @@ def test_merging_on_a_half_precision_base_rounds_once_and_keeps_the_mode(dtype):
         assert same.double().mean() > 0.999
 
 
+def test_a_run_on_a_bf16_base_is_merged_in_fp32(tmp_path, base):
+    """The W that is measured is W + s B A to the last digits of fp32: bf16 would round it."""
+    args = train.parse(command(base, tmp_path, "--dtype", "bfloat16", "--device", "cpu"))
+    run, expected = train.Run(args), {}
+    for name, layer in zip(run.names, run.layers, strict=True):
+        nn.init.normal_(layer.lora_B, std=0.3)
+        A, B, W = layer.lora_A.double(), layer.lora_B.double(), layer.weight
+        assert W.dtype == torch.bfloat16
+        expected[name] = W.double() + layer.scaling * B @ A
+    run.report = lambda *_: None
+    train.merge_and_measure(run, {})
+    for name, W in expected.items():
+        found = run.model.get_submodule(name).weight
+        torch.testing.assert_close(found.double(), W, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("flags", ["lora", "reslora --merge bi,none"])
 def test_a_run_merges_in_one_mode(tmp_path, base, flags):
     """A model in eval stays so, calibrated or not: every module of the merged one, and of the copy
