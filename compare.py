@@ -16,6 +16,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -23,8 +24,10 @@ import os
 import queue
 import re
 import shlex
+import signal
 import sys
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -32,14 +35,24 @@ import torch
 from tqdm import tqdm
 
 import data
-from checkpoints.files import check_writable, read_csv, write, write_csv
+from checkpoints.files import (
+    check_new,
+    check_writable,
+    fingerprint,
+    read_csv,
+    read_json,
+    read_text,
+    write,
+    write_csv,
+)
 from checkpoints.pretrained import ROOT, from_pretrained
 from data import Dataset
 from evaluation import evaluate
-from evaluation.plots import picture
+from evaluation.plots import drawn_here, picture
 from methods import METHODS
-from run.flags import Parser, command
+from run.flags import Parser, command, path
 from run.folder import Diverged, best_step
+from run.owner import lock
 
 RESULTS = ROOT / "experiments/results"
 
@@ -57,7 +70,7 @@ class Also(str):
 def parse(argv):
     parser = Parser("compare.py", __doc__)
     add = parser.add_argument
-    add("to", type=Path, help="PATH of PATH.csv and PATH.png")
+    add("to", type=lambda text: Path(path(text)), help="PATH of PATH.csv and PATH.png")
     add("--row", action="append", required=True, help='"LABEL: flags of train.py", one for each '
         'line of the table')
     add("--also", dest="row", action="append", type=Also, help="a row that --quick leaves out")
@@ -124,8 +137,10 @@ def own_rates(flags):
 
 
 def words(flags):
-    """"--a=1 --b 2" or a list of such -> ["--a", "1", "--b", "2"]"""
+    """"--a=1 --b 2 @FILE" or a list of such -> ["--a", "1", "--b", "2", …], with what the file
+    holds."""
     flags = shlex.split(flags) if isinstance(flags, str) else flags
+    flags = Parser("train.py", None).from_files(flags)
     return [part for word in flags
             for part in (word.split("=", 1) if word.startswith("--") else [word])]
 
@@ -138,15 +153,30 @@ def slug(label):
 # One run
 
 def folder(flags):
-    """Of a run: the same flags on the same kind of device, in whatever order, are the same run in
-    every grid; the last of a flag counts."""
+    """Of a run: the same flags on the same kind of device, in whatever order, over the same bytes
+    of data and base, are the same run in every grid; the last of a flag counts."""
     pairs = [pair.split() for pair in " ".join(map(str, flags)).split("--")]
     last = sorted({tuple(pair[:1]): pair for pair in pairs}.values())
     device = next((pair[1] for pair in last if pair[:1] == ["device"]), "auto")
     if device.startswith("cuda") or device == "auto" and torch.cuda.is_available():
         # in bf16 unless --dtype says otherwise: another run than that of a CPU
         last.append(["on", "cuda"])
+    for flag, value in dict(itertools.pairwise(map(str, flags))).items():
+        if flag in ("--data-dir", "--model", "--init-from") and Path(value).exists():
+            last.append([f"bytes of {flag}", contents(Path(value))])
     return ROOT / "out/compare" / hashlib.sha256(json.dumps(last).encode()).hexdigest()[:12]
+
+
+def contents(path):
+    """Fingerprint of a file, or of all files of a folder, as they are now."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return fingerprint([fingerprint_file(file, file.stat().st_mtime_ns, file.stat().st_size)
+                        for file in files])
+
+
+@functools.cache
+def fingerprint_file(file, changed, size):
+    return f"{file.name} {fingerprint(file)}"
 
 
 def code():
@@ -167,10 +197,14 @@ def cell(flags, forgetting=None, test=True):
     Without `test` it ends after training, and the test split is measured when it is asked for."""
     evaluate.SCORED = 0  # the tables are of losses and accuracies: no time for decoding
     out, flags = folder(flags), list(map(str, flags))
+    # another grid may have the same run
+    with lock(f"{out} in a grid", wait=True):
+        return locked_cell(out, flags, forgetting, test)
+
+
+def locked_cell(out, flags, forgetting, test):
     done = out / "cell.json"
-    known = {"flags": flags, "code": code()}
-    if done.exists():
-        known = json.loads(done.read_text(encoding="utf-8"))
+    known = read_json(done) if done.exists() else {"flags": flags, "code": code()}
     also = known.setdefault("also", {})
     todo, result_file = [], out / "result.json"
     if "diverged" not in also and not result_file.exists() and (test or "trained" not in known):
@@ -190,8 +224,7 @@ def cell(flags, forgetting=None, test=True):
                 raise ValueError(f"{shlex.join(flags)}: {e}") from None
         out.mkdir(exist_ok=True)  # a run that left nothing has left no folder either
         write(done, lambda part: part.write_text(json.dumps(known), encoding="utf-8"))
-    result = (json.loads(result_file.read_text(encoding="utf-8")) if result_file.exists()
-              else known.get("trained", {}))
+    result = read_json(result_file) if result_file.exists() else known.get("trained", {})
     return {**result, **known["also"], "also": known["also"], "stale": known.get("code") != code()}
 
 
@@ -253,12 +286,16 @@ def before(dataset, source, context, device):
 def validation(out):
     """(value, loss, better high?) of the checkpoint that a run kept: the value by the metric that
     chose it."""
-    result = out / "result.json" if (out / "result.json").exists() else out / "cell.json"
-    result = json.loads(result.read_text(encoding="utf-8"))
-    selected = result.get("trained", result)["selected"]
-    metric = selected["by"].removeprefix("validation ")
-    kept = next(row for row in read_csv(out / "log.csv") if int(row["step"]) == selected["step"])
-    return float(kept[f"val_{metric}"]), float(kept["val_loss"]), metric != "loss"
+    path = out / "result.json" if (out / "result.json").exists() else out / "cell.json"
+    try:
+        result = read_json(path)
+        selected = result.get("trained", result)["selected"]
+        metric = selected["by"].removeprefix("validation ")
+        kept = next(row for row in read_csv(out / "log.csv") if int(row["step"])
+                    == selected["step"])
+        return float(kept[f"val_{metric}"]), float(kept["val_loss"]), metric != "loss"
+    except (KeyError, TypeError, AttributeError, StopIteration, ValueError) as e:
+        raise ValueError(f"{out} is damaged, remove that folder: {e!r}") from None
 
 
 def worth(args, key, results):
@@ -275,9 +312,22 @@ def worth(args, key, results):
 
 def pool(jobs, setup=None):
     """Processes for `jobs` runs at a time, one thread each; `setup()` is called first in each of
-    them."""
+    them. They end with the process that made them, however that ends."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before a worker imports torch
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=setup)
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"),
+                               initializer=begin_worker, initargs=(os.getpid(), setup))
+
+
+def begin_worker(parent, setup):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+    if setup:
+        setup()
 
 
 def flags_of(args, label, rank, lr, seed):
@@ -380,8 +430,9 @@ class Grid:
                 for job in as_completed([rows.submit(self.row, key) for key in self.rates]):
                     job.result()
             except BaseException:
-                self.workers.shutdown(cancel_futures=True)
-                rows.shutdown(cancel_futures=True)
+                rows.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()  # a run goes on from its last checkpoint
                 raise
         return self.rows()
 
@@ -411,8 +462,10 @@ def compare(args, setup=None):
         for rank in args.rank if METHODS[asked.method].adapter and args.rank else [None]:
             rates[label, rank] = args.rates[label]
     check_writable(ROOT / "out/quick" if args.quick else to.parent)
+    csv_file, png_file = (to.with_name(to.name + ending) for ending in (".csv", ".png"))
+    check_new(csv_file, is_table)
+    check_new(png_file, lambda png: csv_file.exists() or drawn_here(png))
     if args.quick:
-        csv_file = to.with_name(to.name + ".csv")
         known = read_csv(csv_file) if csv_file.exists() else []
         for key in rates:
             best = [float(r["lr"]) for r in known if r["best"] == "1" and r["row"] == key[0]
@@ -436,7 +489,18 @@ def compare(args, setup=None):
     if args.plot != "none":
         draw(args, to.with_name(to.name + ".png"), rows)
     report(args, rows)
+    if rows and all(row.get("diverged") for row in rows):
+        raise SystemExit("every run diverged: lower rates may help")
     return rows
+
+
+def is_table(path):
+    """Whether a file is a csv that `compare` wrote, by its first line."""
+    try:
+        columns = read_text(path).partition("\n")[0].split(",")
+    except ValueError:
+        return False
+    return {"row", "lr", "best", "run"} <= set(columns)
 
 
 def groups(rows, *columns):

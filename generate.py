@@ -23,12 +23,11 @@ import lora
 from checkpoints import adapters, tokenizers
 from checkpoints.files import check_new, read_json, read_text, write_text
 from checkpoints.pretrained import from_pretrained, locate
-from checkpoints.weights import fingerprint_weights
 from data.tasks import Label
 from evaluation import decoding, metrics
 from methods import METHODS
-from run.flags import Parser, command
-from run.folder import adapters_of, load_best
+from run.flags import Parser, command, path
+from run.folder import adapters_of, fingerprint_base, load_best
 from run.machine import base_dtype, pick_device
 from run.owner import LOG, RESULTS, STATE, RunFolder
 
@@ -42,18 +41,18 @@ SETTINGS = dict(model=[str], method=[str], dataset=[str], base_weights=[str], rs
 def parse(argv):
     """Flags -> a namespace; ValueError for what does not fit together."""
     parser = Parser("generate.py", __doc__, files=False)
-    parser.add_argument("run", type=Path, help="a run folder of train.py")
+    parser.add_argument("run", type=lambda text: Path(path(text)), help="a run folder of train.py")
     parser.add_argument("texts", nargs="*", help="records, beginnings of plain texts, or texts to "
                         "classify")
     add = parser.add_argument_group("instead of texts").add_argument
     add("--dataset", help="write for every record of a split (that of the run)")
     add("--split", choices=("train", "validation", "test"), help="(test)")
-    add("--data-dir", help="read the dataset from this folder")
+    add("--data-dir", type=path, help="read the dataset from this folder")
     add("--first", type=int, help="only so many records")
-    add("--out", type=Path, help="predictions, one JSON object a line (predictions-<split>.jsonl "
-        "in the run folder)")
+    add("--out", type=lambda text: Path(path(text)), help="predictions, one JSON object a line "
+        "(predictions-<split>.jsonl in the run folder)")
     add = parser.add_argument_group("base and adapter").add_argument
-    add("--model", help="the base, if it has moved since")
+    add("--model", type=path, help="the base, if it has moved since")
     add("--unmerged", action="store_true", help="keep the adapter's layers: slower, to compare")
     add("--cut", type=int, help="a DyLoRA run: use this rank (that of the run)")
     add = parser.add_argument_group("decoding").add_argument
@@ -151,8 +150,11 @@ def load_run(folder, unmerged=False, cut=None, base=None, dtype=torch.float32):
     except ValueError as e:
         raise ValueError(f"{e}" if base else f"{e}; if the base has moved, --model gives its new "
                          "place") from None
-    if fingerprint_weights(source) != settings["base_weights"]:
-        raise ValueError(f"{source} has other weights than those that {folder} was trained on")
+    now = fingerprint_base(source)
+    for name, what in (("base_weights", "other weights than those"),
+                       ("base_files", "another config.json or tokenizer than that")):
+        if settings.get(name, now[name]) != now[name]:
+            raise ValueError(f"{source} has {what} that {folder} was trained on")
     with redirect_stdout(StringIO()):  # a head that the base lacks comes with the run
         model = from_pretrained(source, labels=labels,
                                 dtype=torch.float32 if method.trains_base else dtype)

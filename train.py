@@ -15,6 +15,7 @@ import math
 import platform
 import sys
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -130,7 +131,8 @@ def fit(run):
             continue
         # (steps, 2): losses and norms; here the CPU waits
         pairs = machine.mean_over_processes(torch.stack(pending)).tolist()
-        seconds, pending, speed = time.time() - clock, [], tokens / (time.time() - clock)
+        seconds = max(time.time() - clock, 0.0)  # somebody may have set the clock back
+        pending, speed = [], tokens / max(seconds, 1e-6)
         log.check_finite(pairs, step)
         if machine.RANK:
             continue  # the first of several processes validates and writes
@@ -169,7 +171,9 @@ class Run:
         # the data, the model with a head for their labels, and the data encoded for this model
         self.data = Dataset(settings.dataset, settings.data_dir, settings.test_texts,
                             settings.columns, settings.metric, settings.regression)
-        self.model, found = load(self.source, labels=self.data.labels, dtype=settings.base_dtype)
+        head = settings.init_from if adapters.has_head(settings.init_from) else None
+        self.model, found = load(self.source, labels=self.data.labels, dtype=settings.base_dtype,
+                                 head_from=head)
         self.fresh_head = found.fresh_head
         trains_base = METHODS[settings.method].trains_base
         if self.fresh_head and not self.data.labels and not trains_base:
@@ -226,6 +230,8 @@ def merge_and_measure(run, metrics):
         metrics[name] = run.report(lora.merge(trial), f"the model {name}")
     adapter.prepare_merge(model, kept, run.calibration(model))
     base = MODELS.get(settings.model, settings.model)
+    if Path(base).is_dir():
+        base = Path(base).resolve()  # from wherever the adapter is read
     adapters.save_adapter(run.folder.place, model, base, settings.dropout)
     metrics["merged"] = run.report(lora.merge(model), "the merged model")
 

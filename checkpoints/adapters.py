@@ -24,6 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from checkpoints.families import family
@@ -37,6 +38,18 @@ def fingerprint_adapter(folder):
     """16 hex digits that change with an adapter's weights or its config, which holds the scale."""
     return "-".join(fingerprint(Path(folder) / f"adapter_{name}")
                     for name in ("config.json", "model.safetensors"))
+
+
+def has_head(folder):
+    """Whether an adapter folder brings a classifier's head."""
+    path = Path(folder or "") / "adapter_model.safetensors"
+    if folder is None or not path.exists():
+        return False
+    try:
+        with safe_open(path, "pt") as f:
+            return any(".classifier." in name for name in f.keys())
+    except SafetensorError:
+        return False  # read_adapter says what is wrong
 
 
 def peft_lora(model):

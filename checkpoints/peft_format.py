@@ -6,6 +6,8 @@ scale.
 import math
 import re
 
+import regex
+
 from checkpoints.files import read_json, read_safetensors
 from checkpoints.weights import short
 
@@ -80,11 +82,13 @@ def peft_scaling(config, module, rank, where):
     matches the end of the module's name, as a regular expression, goes before either."""
     def of(name, default):
         try:
+            # of the library `regex`, because that gives up on a pattern that does not end
             values = [value for key, value in (config.get(f"{name}_pattern") or {}).items()
-                     if re.fullmatch(rf"(.*\.)?({key})", module)]
-        except (re.error, AttributeError) as e:
-            raise ValueError(f"{where}: {name}_pattern {config[f'{name}_pattern']!r} is not a "
-                             f"valid pattern: {e}") from None
+                      if regex.fullmatch(rf"(.*\.)?({key})", module, timeout=1)]
+        except (regex.error, AttributeError, OverflowError, RecursionError, TimeoutError,
+                MemoryError) as e:
+            raise ValueError(f"{where}: {name}_pattern {str(config[f'{name}_pattern'])[:80]} is "
+                             f"not a valid pattern: {e}") from None
         return values[0] if values else config.get({"rank": "r", "alpha": "lora_alpha"}[name],
                                                    default)
     r, alpha = of("rank", 8), of("alpha", 8)

@@ -58,7 +58,7 @@ def from_pretrained(source, num_labels=None, labels=None, dtype=torch.float32):
     return load(source, num_labels, labels, dtype)[0]
 
 
-def load(source, num_labels=None, labels=None, dtype=torch.float32):
+def load(source, num_labels=None, labels=None, dtype=torch.float32, head_from=None):
     """(model, Found): a folder or hub id -> GPT, Llama or RoBERTa, by the model_type in
     config.json, on the CPU.
 
@@ -68,7 +68,7 @@ def load(source, num_labels=None, labels=None, dtype=torch.float32):
     None takes the head that the checkpoint has. labels, in its place: names of the classes 0, 1, …
     A head that config.json gives the same names in another order is reordered. Where the checkpoint
     lacks the head, a fresh one is made and a line says so. ValueError for a checkpoint that is
-    incomplete or of another kind.
+    incomplete or of another kind. head_from: what brings a head, where the checkpoint lacks it.
     """
     folder, num_labels = locate(source), num_labels if labels is None else len(labels)
     config, state = read_config(folder), weights.read_weights(folder)
@@ -94,7 +94,8 @@ def load(source, num_labels=None, labels=None, dtype=torch.float32):
         return origin.get(name, name.removeprefix(kind.prefix) if bare else name)
     fresh = False
     if not model.causal:
-        state, fresh = fit_head(state, model, head, expected, others, source, where, named)
+        state, fresh = fit_head(state, model, head, expected, others, source, where, named,
+                                head_from)
     elif others:
         print(f"head     {source}: left out is {', '.join(sorted(others))}, the head of another "
               "task")
@@ -123,7 +124,7 @@ class WithoutDrawing(TorchFunctionMode):
                 else function(*args, **(kwargs or {})))
 
 
-def fit_head(state, model, head, expected, others, source, where, named):
+def fit_head(state, model, head, expected, others, source, where, named, head_from):
     """(state, whether it is fresh): with the head that the model asks for, the checkpoint's or a
     fresh one."""
     output = state.get("classifier.out_proj.weight")
@@ -142,8 +143,8 @@ def fit_head(state, model, head, expected, others, source, where, named):
     fresh = Classifier(model.config, model.num_labels) if model.classifier else LMHead(model.config)
     what = (f"{model.num_labels} label{'s' * (model.num_labels > 1)}" if model.classifier
             else "masked tokens")
-    print(f"head     {source} has no head for {what}: a fresh one is trained from "
-          f"scratch{left_out}")
+    then = f"that of {head_from} is taken" if head_from else "a fresh one is trained from scratch"
+    print(f"head     {source} has no head for {what}: {then}{left_out}")
     return {**state, **{f"{head}{key}": t for key, t in fresh.state_dict().items()}}, True
 
 

@@ -51,7 +51,8 @@ def load(folder, vocab_size, first="<|endoftext|>"):
     path, template = folder / "tokenizer_config.json", tokenizer.backend.post_processor
     names = read_json(path) if path.exists() else {}
     tokenizer.eos = ending(tokenizer, folder, names, vocab_size, first)
-    added = tokenizer.backend.encode("", add_special_tokens=True).ids if template else []
+    added = from_file(tokenizer.where, lambda: tokenizer.backend.encode(
+        "", add_special_tokens=True).ids) if template else []
     if names.get("add_bos_token") is True:
         added = [tokenizer.backend.token_to_id(content(names.get("bos_token")) or "")]
     begins = (added and names.get("add_bos_token") is not False and added[0] is not None
@@ -218,8 +219,10 @@ def from_file(path, make):
     """make(), where the library's complaints name the file."""
     try:
         return make()
-    except Exception as e:  # it has one class of errors for all: Exception
-        raise ValueError(f"{path} is damaged: {e}") from None
+    except BaseException as e:  # its errors are plain Exceptions, or panics, which are none
+        if isinstance(e, Exception) or type(e).__name__ == "PanicException":
+            raise ValueError(f"{path} is damaged: {e}") from None
+        raise
 
 
 def byte_level(ids, merges, roberta, pattern=None):
@@ -322,7 +325,10 @@ def ending(tokenizer, folder, names, vocab_size, first):
 
 def content(token):
     """The letters of a token in tokenizer_config.json, which may be an object that says more."""
-    return token.get("content") if isinstance(token, dict) else token
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(token, (str, type(None))):
+        raise ValueError(f"tokenizer_config.json: a token is text, not {token!r}")
+    return token
 
 
 @functools.cache

@@ -7,7 +7,6 @@
 import argparse
 import math
 import os
-import re
 import shlex
 import sys
 from argparse import Namespace
@@ -64,19 +63,19 @@ def parser(description):
     add("--rs", action="store_true", help="rsLoRA's scale, alpha / sqrt(r), with any method")
     add("--dropout", type=float, help="probability, on the input of A (0)")
     add("--targets", help="which linears, of q,k,v,o,gate,up,down (q,v, the papers' choice)")
-    add("--init-from", help="method lora: go on from an adapter folder, ours or PEFT's, with its "
-        "ranks and targets")
+    add("--init-from", type=path, help="method lora: go on from an adapter folder, ours or PEFT's, "
+        "with its ranks and targets")
     for name, method in METHODS.items():
         add = parser.add_argument_group(name).add_argument if method.flags else None
         for flag, spec in method.flags.items():  # SUPPRESS: what was not given leaves no trace
             add("--" + flag.replace("_", "-"), **{**spec, "default": argparse.SUPPRESS})
     add = parser.add_argument_group("model and data").add_argument
-    add("--model", help=f"{', '.join(MODELS)}, a checkpoint folder or a hub id (the tiny one that "
-        "fits the dataset)")
+    add("--model", type=path, help=f"{', '.join(MODELS)}, a checkpoint folder or a hub id (the "
+        "tiny one that fits the dataset)")
     add("--dataset", help=", ".join(data.DATASETS) + " (restaurants; with a RoBERTa by name, "
         "reviews)")
-    add("--data-dir", help="read the dataset from this folder (pairs, labels, text: or file) "
-        "instead of the hub")
+    add("--data-dir", type=path, help="read the dataset from this folder (pairs, labels, text: or "
+        "file) instead of the hub")
     add("--columns", type=lambda names: names.split(","), help="pairs: of prompt and completion; "
         "labels: of text and label (see data/README.md)")
     add("--metric", choices=tuple(data.pairs.METRICS), help="pairs: judge decoded texts, instead "
@@ -111,7 +110,8 @@ def parser(description):
         "backward: less memory, slower")
     add("--compile", action="store_true", help="torch.compile: a slow start, then faster on a GPU")
     add = parser.add_argument_group("run folder").add_argument
-    add("--out", type=Path, help="out/<dataset>-<method>-<its own flags>-r<rank>-<ratio>-s<seed>")
+    add("--out", type=lambda text: Path(path(text)), help="out/<dataset>-<method>-<its own "
+        "flags>-r<rank>-<ratio>-s<seed>")
     add("--eval-every", type=int, help="steps between validations, each a checkpoint (a tenth of "
         "the run)")
     add("--resume", action="store_true", help="go on from --out's last checkpoint, with the flags "
@@ -119,6 +119,11 @@ def parser(description):
     add("--save-merged", action="store_true", help="write merged/, a checkpoint that transformers "
         "loads")
     return parser
+
+
+def path(text):
+    """A path as people type it, with ~ for the home folder; a hub id stays as it is."""
+    return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
 class Settings(Namespace):
@@ -351,7 +356,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(name, description=description,
                          formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                          epilog="@FILE reads flags from a file, one a line." if files else None)
-        self.files = files
+        self.files, self.included = files, 0
 
     def error(self, message):
         raise ValueError(message)
@@ -369,22 +374,42 @@ class Parser(argparse.ArgumentParser):
 
     def from_files(self, argv, depth=0):
         """The flags with those of the files in the place of @FILE."""
-        if depth > 20:
-            raise ValueError("a file of flags includes itself")
         flags = []
         for flag in map(str, argv):
-            if flag.startswith("@"):
-                lines = read_text(Path(flag[1:])).split("\n")
-                inside = [part for line in lines
-                          for part in shlex.split(re.sub(r"(^|\s)#.*", "", line))]
-                flags += self.from_files(inside, depth + 1)
-            else:
+            if not flag.startswith("@"):
                 flags.append(flag)
+                continue
+            file = Path(path(flag[1:]))
+            for number, line in enumerate(read_text(file).split("\n"), 1):
+                try:
+                    words = shlex.split(without_comment(line))
+                except ValueError as e:
+                    raise ValueError(f"{file}, line {number}: {e}") from None
+                self.included += len(words)
+                if depth > 20 or self.included > 10000:
+                    raise ValueError(f"{file} includes itself, or has thousands of flags")
+                flags += self.from_files(words, depth + 1)
         return flags
+
+
+def without_comment(line):
+    """A line up to the # that begins a word outside of quotes."""
+    quote = ""
+    for i, letter in enumerate(line):
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'":
+            quote = letter
+        elif letter == "#" and (i == 0 or line[i - 1].isspace()):
+            return line[:i]
+    return line
 
 
 def command(name, parse, run, argv=None):
     """run(parse(argv)), with every expected failure as one line on stderr."""
+    # some job runners start programs without them
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w")
+                              for stream in (sys.stdout, sys.stderr))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
 
@@ -398,12 +423,12 @@ def command(name, parse, run, argv=None):
         raise SystemExit(141) from None
     except (ValueError, OSError) as e:
         end(str(e))
-    except torch.OutOfMemoryError as e:
-        end("out of memory: a smaller --batch-size may help, in training with --grad-accum "
-            f"({str(e).splitlines()[0]})")
     except KeyboardInterrupt as e:
         end("; ".join(["interrupted", *map(str, e.args)]), 130)
     except Exception as e:
+        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(e):
+            end("out of memory: a smaller --batch-size may help, in training with --grad-accum "
+                f"({(str(e).splitlines() or [''])[0]})")
         if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         end(f"--compile does not work on this machine: {' '.join(str(e).split()[:12])}")

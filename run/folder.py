@@ -56,10 +56,16 @@ def identify(settings, source, pairs, processes):
     if about["init_from"]:
         about["init_from"] = str(Path(about["init_from"]).resolve())
         about["init_weights"] = fingerprint_adapter(about["init_from"])
+    if about["data_dir"]:
+        about["data_dir"] = str(Path(about["data_dir"]).resolve())
+    return {**about, **fingerprint_base(source), "data": fingerprint(pairs)}
+
+
+def fingerprint_base(source):
+    """{"base_weights", "base_files"} of a checkpoint folder: what makes a base another one."""
     small = (source / name for name in ("config.json", *tokenizers.FILES))
-    return {**about, "base_weights": fingerprint_weights(source),
-            "base_files": fingerprint([file.read_bytes() for file in small if file.exists()]),
-            "data": fingerprint(pairs)}
+    return {"base_weights": fingerprint_weights(source),
+            "base_files": fingerprint([file.read_bytes() for file in small if file.exists()])}
 
 
 # What may differ between two runs that compute the same: where the files lie, which fingerprints

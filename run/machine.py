@@ -10,8 +10,13 @@ import torch.distributed as dist
 import torch.nn as nn
 
 # One of several processes that torchrun has started, or the only one
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in
-                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+try:
+    RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in
+                               (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if not 0 <= RANK < WORLD:
+        raise ValueError(f"RANK {RANK} of WORLD_SIZE {WORLD}")
+except ValueError as e:
+    sys.exit(f"the environment does not come from torchrun: {e}")
 
 
 def pick_device(name, dtype):

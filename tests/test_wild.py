@@ -433,7 +433,7 @@ def test_a_head_that_does_not_fit_its_labels_is_refused(tmp_path):
 
 def test_label_names_and_the_bases_name_are_written(tmp_path, small_roberta, monkeypatch):
     """merged/ and the run folder, which is the adapter's, know what the classes are called; the
-    adapter names its base as the user did. Keys of config.json that we do not read are kept; dtype
+    adapter names its base by its whole path. Keys of config.json that we do not read are kept; dtype
     is that of the new file."""
     shutil.copytree(small_roberta, tmp_path / "base")
     monkeypatch.chdir(tmp_path)
@@ -448,7 +448,7 @@ def test_label_names_and_the_bases_name_are_written(tmp_path, small_roberta, mon
     assert (result["labels"] == json.loads(Path("out/result.json").read_text())["labels"]
             == ["bad", "good"])
     assert (json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"]
-            == "base")
+            == str(tmp_path / "base"))
 
 
 # Paths are not identity
