@@ -269,7 +269,11 @@ def rotary(pos, config):
     # w_i = theta^(-2 i / hs), i = 0 .. hs / 2 - 1
     i = torch.arange(config.head_dim // 2, device=pos.device, dtype=torch.float32)
     w = config.rope_theta ** (-2 * i / config.head_dim)
-    if scaling := config.rope_scaling:
+    scaling = config.rope_scaling or {"rope_type": "default"}
+    if scaling["rope_type"] == "linear":
+        # Chen et al. 2023, arXiv:2306.15595: every position is divided by the factor
+        w = w / scaling["factor"]
+    elif scaling["rope_type"] == "llama3":
         # Llama 3.1: slow rotations, with few turns in the original context, are slowed down further
         # by the factor
         turns = w * scaling["original_max_position_embeddings"] / (2 * math.pi)

@@ -52,7 +52,8 @@ def check_value(path, name, value):
             raise ValueError(f"{path}: {name} must be in (0, 1), not {value!r}")
     else:
         # more only in a damaged file
-        most = 1000 if name in ("n_layer", "num_hidden_layers") else 2**20
+        most = {"n_layer": 1000, "num_hidden_layers": 1000,
+                "max_position_embeddings": 2**26}.get(name, 2**20)
         if type(value) is not int or not 1 <= value <= most:
             raise ValueError(f"{path}: {name} must be a whole number in 1..{most}, not {value!r}")
 
@@ -135,9 +136,14 @@ def rope(raw, path):
                          "not supported, only 1")
     if scaling["rope_type"] == "default":
         return float(theta), None
-    if scaling["rope_type"] != "llama3":
+    if scaling["rope_type"] not in ("llama3", "linear"):
         raise ValueError(f"{path}: rope_type {scaling['rope_type']!r} is not supported, only "
-                         "'default' or 'llama3'")
+                         "'default', 'linear' or 'llama3'")
+    if scaling["rope_type"] == "linear":
+        if not number(scaling.get("factor")):
+            raise ValueError(f"{path}: factor of rope_type linear must be a number above 0, not "
+                             f"{scaling.get('factor')!r}")
+        return float(theta), {"rope_type": "linear", "factor": scaling["factor"]}
     keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
     for key in keys:
         if not number(scaling.get(key)):

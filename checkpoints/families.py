@@ -165,7 +165,7 @@ OF_LLAMA = Names(LLAMA_NAMES, "model.", "layers")
 LLAMA = Family(Llama, OF_LLAMA.to_hub, OF_LLAMA.from_hub, OF_LLAMA.module, describe_llama,
                prefix="model.", tied={"lm_head.weight": "model.embed_tokens.weight"},
                # old checkpoints carry them along
-               ignored=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq$")
+               ignored=r"(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 FAMILIES = {
     "gpt2": Family(GPT, to_gpt2, from_gpt2, gpt2_module, describe_gpt2, prefix="transformer.",
                    tied={"lm_head.weight": "transformer.wte.weight"},

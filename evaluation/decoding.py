@@ -78,8 +78,8 @@ def stream(model, prompts, max_new, stop, temperature=0.0, top_k=0, seed=0):
     for t in range(max_new):
         logits = cached.logits()
         if temperature:
-            # at most 0, so that a small temperature overflows nothing
-            logits = (logits.float() - logits.amax(1, keepdim=True)) / temperature
+            # at most 0, so that a small temperature overflows nothing; below 1e-30 fp32 has 0
+            logits = (logits.float() - logits.amax(1, keepdim=True)) / max(temperature, 1e-30)
             if top_k:
                 least = logits.topk(min(top_k, logits.size(1))).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -torch.inf)

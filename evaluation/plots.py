@@ -9,7 +9,6 @@ from pathlib import Path
 from checkpoints.files import write
 from evaluation.metrics import library
 
-
 MAKER = "lora-family"  # stands in every picture
 
 

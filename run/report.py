@@ -12,7 +12,8 @@ def announce(settings, splits, cut, parameters, processes=1):
     context. parameters: {"trainable", "total"}."""
     sizes = ", ".join(f"{len(examples)} {split}" for split, examples in splits.items())
     cuts = f"; {cut} texts cut at {settings.context} tokens" * bool(cut)
-    print(f"data     {settings.dataset}: {sizes} examples{cuts}")
+    source = f" from {settings.data_dir}" if settings.data_dir else ""
+    print(f"data     {settings.dataset}{source}: {sizes} examples{cuts}")
     flags = ""
     for name, value in settings.method_flags.items():
         if value is not None:

@@ -40,6 +40,8 @@ THEIRS = {"llama": {}, "llama, eps": dict(rms_norm_eps=0.3),
           "llama, one head for all": dict(num_key_value_heads=1),
           "llama, own head_dim": dict(head_dim=12),
           "llama, rope_theta": dict(rope_parameters={"rope_type": "default", "rope_theta": 50.0}),
+          "llama, linear": dict(rope_parameters={"rope_type": "linear", "factor": 2.5,
+                                                 "rope_theta": 1e4}),
           "llama, llama3": dict(rope_parameters={**LLAMA3, "rope_theta": 500000.0}),
           "mistral": dict(sliding_window=None), "mistral, window": dict(sliding_window=40),
           "qwen2": {}, "qwen2, tied": dict(tie_word_embeddings=True), "qwen3": dict(head_dim=12),}

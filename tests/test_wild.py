@@ -433,8 +433,8 @@ def test_a_head_that_does_not_fit_its_labels_is_refused(tmp_path):
 
 def test_label_names_and_the_bases_name_are_written(tmp_path, small_roberta, monkeypatch):
     """merged/ and the run folder, which is the adapter's, know what the classes are called; the
-    adapter names its base by its whole path. Keys of config.json that we do not read are kept; dtype
-    is that of the new file."""
+    adapter names its base by its whole path. Keys of config.json that we do not read are kept;
+    dtype is that of the new file."""
     shutil.copytree(small_roberta, tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     config = json.loads(Path("base/config.json").read_text())
