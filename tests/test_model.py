@@ -389,8 +389,8 @@ def test_models_of_the_hub_are_read_from_its_cache(tmp_path, no_network):
 def test_a_model_that_is_not_to_be_had_says_what_to_do(no_network):
     """Not cached, not reachable: within seconds, one line that asks for a local folder."""
     start = time.time()
-    with pytest.raises(ValueError, match="'FacebookAI/roberta-base' is neither a folder nor on the "
-                       "hub .*: give --model a folder with config.json and model.safetensors"):
+    with pytest.raises(ValueError, match="'FacebookAI/roberta-base' is no folder here, and the hub "
+                       ".*; or give --model a folder with config.json and model.safetensors"):
         from_pretrained("FacebookAI/roberta-base", 2)
     assert time.time() - start < 10
 

@@ -227,8 +227,8 @@ GOOD = {"prompt": "a", "completion": "b"}
                            "'high' is not a number"),
                           ("regression", "a.csv", "text,label\na,1.5\nb,inf\n", "line 3: label "
                            "'inf' is not a number"),
-                          ("labels", "a.csv", "word,label\na,x\nb,y\n", "line 2: no column 'text', "
-                           "only word, label")])
+                          ("labels", "a.csv", "word,label\na,x\nb,y\n", "line 2: no columns text "
+                           "and label, only word, label: name two with --columns")])
 def test_a_bad_file_is_a_line_with_its_place(tmp_path, base, small_roberta, capsys, dataset, name,
                                              content, message):
     """Exit code 2, one line with file and line, no run folder."""

@@ -251,6 +251,11 @@ def test_the_template_of_contributing_is_a_method(tmp_path, base, monkeypatch):
     assert metrics["unmerged"]["loss"] < metrics["base"]["loss"]
     assert metrics["merged"]["loss"] == pytest.approx(metrics["unmerged"]["loss"], rel=1e-4)
     assert (tmp_path / "adapter_config.json").exists()
+    layer = scope["VeRALinear"](nn.Linear(5, 7), r=2, alpha=6)
+    nn.init.normal_(layer.b_v)
+    x, (A, B) = torch.randn(3, 5), layer.as_lora()
+    for delta in (layer.delta(), layer.scaling * B @ A):
+        torch.testing.assert_close(F.linear(x, layer.weight + delta, layer.bias), layer(x))
 
 
 def test_a_run_keeps_the_ratio_of_the_rates_at_every_step(tmp_path, base, monkeypatch):
