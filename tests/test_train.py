@@ -275,8 +275,8 @@ def test_a_run_on_sst2_with_robertas_own_vocabulary_is_loaded_elsewhere(tmp_path
                                             (["--dataset", "opinions", "--targets", "dense"],
                                              "lm_head.dense belongs to the head"),
                                             (["--targets", "q,query"], "'query' matches no linear"),
-                                            (["--dataset", "glue/sst2"], "dataset nyu-mll/glue: the "
-                                             "hub was not asked"),
+                                            (["--dataset", "glue/sst2"], "dataset nyu-mll/glue: "
+                                             "the hub was not asked"),
                                             (["--dataset", "glue/sst3"],
                                              "unknown dataset 'glue/sst3'"),
                                             (["--dataset", "glue/stsb", "--label-smoothing", ".1"],
