@@ -22,13 +22,13 @@ import data
 import lora
 from checkpoints import adapters, tokenizers
 from checkpoints.files import check_new, read_json, read_text, write_text
-from checkpoints.pretrained import from_pretrained, locate
+from checkpoints.pretrained import load, locate
 from data.tasks import Label
 from evaluation import decoding, metrics
 from methods import METHODS
 from run.flags import Parser, command, path
 from run.folder import adapters_of, fingerprint_base, load_best
-from run.machine import base_dtype, pick_device
+from run.machine import pick_device
 from run.owner import LOG, RESULTS, STATE, RunFolder
 
 NONE = type(None)  # of full fine-tuning, or not given
@@ -156,8 +156,8 @@ def load_run(folder, unmerged=False, cut=None, base=None, dtype=torch.float32):
         if settings.get(name, now[name]) != now[name]:
             raise ValueError(f"{source} has {what} that {folder} was trained on")
     with redirect_stdout(StringIO()):  # a head that the base lacks comes with the run
-        model = from_pretrained(source, labels=labels,
-                                dtype=torch.float32 if method.trains_base else dtype)
+        model, _ = load(source, labels=labels, bits=settings.get("base_bits"),
+                        dtype=torch.float32 if method.trains_base else dtype)
     # LoHa and LoKr are rebuilt from the run's state
     plain = method.adapter and method.adapter.peft_type == "LORA"
     if plain and not unmerged and cut is None:
@@ -261,7 +261,7 @@ def judge(dataset, records, texts, references):
 def generate(args):
     """From flags to texts; returns the metrics of a split, else None."""
     model, settings, source = load_run(args.run, args.unmerged, args.cut, args.model,
-                                       base_dtype(args.dtype))
+                                       getattr(torch, args.dtype))
     if model.classifier:
         if not args.texts:
             raise ValueError(f"{args.run} is a classifier: give it texts")

@@ -163,7 +163,7 @@ def apply(model, adapter, targets, **hparams):
     if adapter.delta is not LoRALinear.delta and adapter.as_lora is LoRALinear.as_lora:
         raise ValueError(f"{adapter.__name__} overrides delta, so it must override as_lora too: "
                          "exports rely on it")
-    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and name}
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name}
     uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     chains, new = {}, {}
     for target in targets:
@@ -175,8 +175,15 @@ def apply(model, adapter, targets, **hparams):
         for name in names:
             if name in new:
                 raise ValueError(f"target {target!r}: {name} is meant by an earlier target already")
+            if type(linears[name]) is not nn.Linear:
+                raise ValueError(f"target {target!r}: {name} is a {type(linears[name]).__name__}, "
+                                 "which computes its product in a way of its own: an adapter needs "
+                                 "an nn.Linear")
             if uses.count(id(linears[name].weight)) > 1:
                 raise ValueError(f"target {target!r}: {name} shares its weight with another module")
+            if adapter.moves_weight and not isinstance(linears[name].weight, nn.Parameter):
+                raise ValueError(f"target {target!r}: {name} has its weight in 4 bits, and "
+                                 f"{adapter.__name__} moves it")
             new[name] = adapter(linears[name], **hparams).train(linears[name].training)
         chains[target] = [new[name] for name in names]
     adapter.connect(chains)
@@ -201,8 +208,8 @@ def merge(model):
     for name, layer in layers.items():
         d_out, d_in = layer.weight.shape
         linear = nn.Linear(d_in, d_out, bias=layer.bias is not None, device="meta")
-        linear.weight, linear.bias = layer.weight, layer.bias
-        linear.weight.copy_(merged(layer))
+        linear.weight = nn.Parameter(merged(layer), requires_grad=False)
+        linear.bias = layer.bias
         model.set_submodule(name, linear.train(layer.training))
     return model
 

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 import lora
+import qlora
 from checkpoints import adapters, files
 from checkpoints.pretrained import MODELS, load, locate, save_merged
 from data import Dataset, step_batches
@@ -78,19 +79,34 @@ def make_optimizer(model, settings):
     return kind(groups, settings.lr, fused=settings.device.type in ("cpu", "cuda"))
 
 
-def one_step(forward, params, optimizer, adapter, layers, batches, step, settings):
+def is_finite(params):
+    """Whether the gradient is. Here the CPU waits."""
+    return torch.stack([p.grad.isfinite().all() for p in params if p.grad is not None]).all()
+
+
+def one_step(forward, params, optimizer, scaler, adapter, layers, batches, step, settings):
     """One optimizer step on `batches`, [(idx (B, T), targets, share)], one for each accumulation
-    (data.step_batches). Returns (2,): the loss and the norm of the gradient, on the device."""
+    (data.step_batches). Returns (2,): the loss and the norm of the gradient, on the device.
+
+    In float16, whose numbers end at 65504, the gradient may overflow. Then the step is skipped, by
+    the method too, and None is returned."""
     loss = 0
     for number, (idx, targets, share) in enumerate(batches, 1):
         with machine.accumulating(forward, more=number < len(batches)), settings.amp:
             _, mean = forward(to_device(idx, settings.device), targets, settings.label_smoothing)
         part = mean * share  # so that the sum is the mean over all targets of the step
-        part.backward()
+        # float16 alone has a scale, so that small gradients do not vanish in it
+        scaler.scale(part).backward()
         loss = loss + part.detach()
+    scaler.unscale_(optimizer)
+    if scaler.is_enabled() and not is_finite(params):
+        scaler.update()  # the next scale is half as large
+        optimizer.zero_grad()
+        return None
     adapter.before_step(layers, step)  # AdaLoRA adds its orthogonality term to the gradient here
     norm = torch.nn.utils.clip_grad_norm_(params, settings.clip or math.inf)
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad()
     adapter.after_step(layers, step)  # Delta-LoRA moves W here
     return torch.stack([loss, norm])
@@ -103,13 +119,14 @@ def fit(run):
     """Train. Leaves the model as it was at its best validation, returns the rows of log.csv."""
     settings, model, data, log = run.settings, run.model, run.data, run.log
     optimizer = make_optimizer(model, settings)
+    scaler = torch.amp.GradScaler(settings.device.type, enabled=settings.dtype == "float16")
     if settings.resume:
-        log.resume(model, optimizer)
+        log.resume(model, optimizer, scaler)
     forward = machine.parallel(machine.compiled(model) if settings.compile else model,
                                seed=(settings.seed, log.step))
     stream = step_batches(data.examples["train"], data.task, settings.batch_size,
                           settings.grad_accum, settings.seed, log.step, machine.RANK, machine.WORLD)
-    pending, tokens, clock = [], 0, time.time()
+    pending, tokens, clock = {}, 0, time.time()
     bar = tqdm(range(log.step + 1, settings.steps + 1), initial=log.step, total=settings.steps,
                unit="step", disable=machine.RANK > 0 or None)
     model.train()
@@ -121,19 +138,25 @@ def fit(run):
 
         # forward and backward over the accumulation, the method's hooks, clipping, the optimizer
         batches = next(stream)
-        pending.append(one_step(forward, run.params, optimizer, run.adapter, run.layers, batches,
-                                step, settings))
+        reading = one_step(forward, run.params, optimizer, scaler, run.adapter, run.layers, batches,
+                           step - log.skipped, settings)
+        if reading is None:
+            log.skipped += 1
+        else:
+            pending[step] = reading
         tokens += machine.WORLD * sum(idx.numel() for idx, _, _ in batches)
 
         # every LOG_EVERY steps, and before a validation: read the losses since the last reading
         validate_now = step % settings.eval_every == 0 or step == settings.steps
         if step % LOG_EVERY and not validate_now:
             continue
-        # (steps, 2): losses and norms; here the CPU waits
-        pairs = machine.mean_over_processes(torch.stack(pending)).tolist()
+        pairs = {}  # {step: (loss, norm)}
+        if pending:  # (steps, 2); here the CPU waits
+            pairs = machine.mean_over_processes(torch.stack([*pending.values()])).tolist()
+            pairs = dict(zip(pending, pairs, strict=True))
         seconds = max(time.time() - clock, 0.0)  # somebody may have set the clock back
-        pending, speed = [], tokens / max(seconds, 1e-6)
-        log.check_finite(pairs, step)
+        pending, speed = {}, tokens / max(seconds, 1e-6)
+        log.check_finite(pairs)
         if machine.RANK:
             continue  # the first of several processes validates and writes
 
@@ -141,17 +164,19 @@ def fit(run):
         values = {}
         if validate_now:
             values = evaluate.validate(model, data, settings.device, settings.amp)
-            log.check_finite([[values["loss"]]], step)
-        train_loss, grad_norm = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+            log.check_finite({step: [values["loss"]]})
+        means = [sum(column) / len(pairs) for column in zip(*pairs.values(), strict=True)]
+        train_loss, grad_norm = means or (None, None)  # None: all of these steps were skipped
         log.add(dict(step=step, lr=lr, train_loss=train_loss, grad_norm=grad_norm,
                      val_loss=values.get("loss"),
                      seconds=round(log.seconds + seconds, 3)), values, run.ranks())
-        bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s")
+        if pairs:
+            bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s")
 
         # keep the weights if they are the best so far, and save the state to resume from
         if validate_now:
             bar.write(f"{log.last_line()}  {speed:7,.0f} tokens/s", file=sys.stdout)
-            log.save(model, optimizer)
+            log.save(model, optimizer, scaler)
         tokens, clock = 0, time.time()
     if not machine.RANK:
         log.finish(model)
@@ -173,7 +198,7 @@ class Run:
                             settings.columns, settings.metric, settings.regression)
         head = settings.init_from if adapters.has_head(settings.init_from) else None
         self.model, found = load(self.source, labels=self.data.labels, dtype=settings.base_dtype,
-                                 head_from=head)
+                                 head_from=head, bits=settings.base_bits)
         self.fresh_head = found.fresh_head
         trains_base = METHODS[settings.method].trains_base
         if self.fresh_head and not self.data.labels and not trains_base:
@@ -194,7 +219,7 @@ class Run:
         name_of = {module: name for name, module in self.model.named_modules()}
         self.names = [name_of[layer] for layer in self.layers]
         self.parameters = {"trainable": sum(p.numel() for p in self.params),
-                           "total": sum(p.numel() for p in self.model.parameters())}
+                           "total": qlora.total(self.model)}
         self.identity = folder.identify(settings, self.source, self.data.pairs, machine.WORLD)
         self.folder = RunFolder(settings.out)
         self.log = folder.Log(self.folder, self.identity, self.data.metric)
@@ -220,7 +245,8 @@ def merge_and_measure(run, metrics):
     write the adapter."""
     settings, model, adapter = run.settings, run.model, run.adapter
     for layer in run.layers:
-        # a bf16 base is widened, so only saving rounds a merged W
+        # a base in 16 or 4 bits is widened, so only saving rounds a merged W
+        qlora.dequantise(layer, torch.float32)
         layer.weight.data = in_fp32(layer.weight.data)
     kept, *others = run.layers[0].merges
     for way in others:
@@ -234,6 +260,29 @@ def merge_and_measure(run, metrics):
         base = Path(base).resolve()  # from wherever the adapter is read
     adapters.save_adapter(run.folder.place, model, base, settings.dropout)
     metrics["merged"] = run.report(lora.merge(model), "the merged model")
+    if settings.base_bits:
+        merge_otherwise(run, metrics)
+
+
+def merge_otherwise(run, metrics):
+    """Measure what else people do with an adapter that was trained beside a base in 4 bits."""
+    settings = run.settings
+    trial = copy.deepcopy(run.model)
+    for name in run.names:
+        qlora.quantise(trial.get_submodule(name))
+    metrics["merged, in 4 bits again"] = run.report(trial, "the merged model in 4 bits again")
+    # W as it was before rounding, in all linears: a whole model in 16 or 32 bits
+    trial, _ = load(run.source, labels=run.data.labels, dtype=settings.base_dtype)
+    try:
+        trial.to(settings.device)
+    except torch.OutOfMemoryError:
+        print(f"merged into W before 4 bits: not measured, {settings.device} does not hold it")
+        return
+    for name, layer in zip(run.names, run.layers, strict=True):
+        W = trial.get_submodule(name).weight
+        W.data = in_fp32(W.data) + layer.delta()
+    trial.classifier = run.model.classifier
+    metrics["merged into W before 4 bits"] = run.report(trial, "the base before 4 bits, merged")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -287,7 +336,8 @@ def one_run(run, started):
     if run.layers:
         merge_and_measure(run, metrics)
     if settings.save_merged and save_merged(place / "merged", run.model, run.source,
-                                            run.data.tokenizer, run.data.labels):
+                                            run.data.tokenizer, run.data.labels,
+                                            settings.base_bits):
         metrics["merged, saved in bfloat16"] = run.report(
             run.model, "the merged model as it is saved, in bfloat16")
 

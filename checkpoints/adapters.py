@@ -99,7 +99,7 @@ def peft_own(model):
     for name, layer in adapters(model):
         module, _ = family(model).module(name)
         modules.add(module)
-        factors = {key: p.detach() for key, p in layer.named_parameters()
+        factors = {key: p.detach() for key, p in layer.named_parameters(recurse=False)
                    if key not in ("weight", "bias")}
         tensors.update({f"{module}.{key}": p for key, p in factors.items()})
     return tensors, {"peft_type": layer.peft_type, "r": layer.r, "alpha": layer.scaling * layer.r,
@@ -216,6 +216,9 @@ def load_adapter(model, folder, dropout=0.0):
     for name, linear in linear_of.items():
         module, third = family(model).module(name)
         if f"{module}.lora_A.weight" in tensors:
+            if type(linear) is not torch.nn.Linear:
+                raise ValueError(f"{name} is a {type(linear).__name__}, which computes its product "
+                                 "in a way of its own: an adapter needs an nn.Linear")
             places[name] = module, third
             rank = len(tensors[f"{module}.lora_A.weight"])
             wanted[f"{module}.lora_A.weight"] = torch.empty(rank, linear.in_features, device="meta")

@@ -15,6 +15,7 @@ import torch.nn as nn
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
+import qlora
 from checkpoints import hub, tokenizers, weights
 from checkpoints.configs import read_config
 from checkpoints.families import FAMILIES, family
@@ -58,11 +59,13 @@ def from_pretrained(source, num_labels=None, labels=None, dtype=torch.float32):
     return load(source, num_labels, labels, dtype)[0]
 
 
-def load(source, num_labels=None, labels=None, dtype=torch.float32, head_from=None):
+def load(source, num_labels=None, labels=None, dtype=torch.float32, head_from=None, bits=None):
     """(model, Found): a folder or hub id -> GPT, Llama or RoBERTa, by the model_type in
     config.json, on the CPU.
 
     dtype: of linears and embeddings. Norms and a classifier's head, which trains, are fp32 always.
+    bits: 4 for the linears of the blocks in 4 bits, see qlora.py; they are rounded one by one, so
+    the whole model is never there in more.
 
     num_labels, RoBERTa only: 0 for the masked-LM head, 1 for regression, more for a classifier.
     None takes the head that the checkpoint has. labels, in its place: names of the classes 0, 1, …
@@ -109,9 +112,18 @@ def load(source, num_labels=None, labels=None, dtype=torch.float32, head_from=No
     state = kind.from_hub(state)
     for key, t in state.items():
         module = model.get_submodule(key.rpartition(".")[0])
+        if bits and key.startswith("h.") and key.endswith(".weight") and type(module) is nn.Linear:
+            module.weight = nn.Parameter(t.contiguous(), requires_grad=False)
+            try:
+                qlora.quantise(module)
+            except ValueError as e:
+                raise ValueError(f"{where}: {key}: {e}") from None
+            module.weight.dtype = dtype  # what it is dequantised to
+            continue
         fp32 = key.startswith("classifier.") or isinstance(module, (nn.LayerNorm, nn.RMSNorm))
         state[key] = t.to(torch.float32 if fp32 else dtype).contiguous()
-    model.load_state_dict(state, assign=True)
+    # not strict: what is in 4 bits has names of its own, and all others were checked above
+    model.load_state_dict(state, assign=True, strict=not bits)
     return model, Found(fresh, tuple(labels or ()) or None)
 
 
@@ -191,16 +203,17 @@ def save_pretrained(model, folder, dtype=None, more=(), labels=None):
                 **kind.describe(model, labels)})
 
 
-def save_merged(folder, model, source, tokenizer, labels=None):
+def save_merged(folder, model, source, tokenizer, labels=None, bits=None):
     """The merged model as a checkpoint folder of its own, with the tokenizer of the folder it came
     from, and what its config.json said beside what we write anew. Texts end with the token that
     they were trained to end with. labels: names of a classifier's classes.
 
-    A base in bfloat16 stays so: the model's own weights are then rounded too, as they are written;
-    returns True."""
-    half = torch.bfloat16 in (weights.stored_dtype(source), model.wte.weight.dtype)
+    A base in bfloat16 stays so, and one in 4 bits, `bits`, becomes so: the model's own weights are
+    then rounded too, as they are written; returns True."""
+    qlora.dequantise(model, model.wte.weight.dtype)
+    half = bits or torch.bfloat16 in (weights.stored_dtype(source), model.wte.weight.dtype)
     anew = ("id2label", "label2id", "num_labels", "problem_type", "dtype", "torch_dtype",
-            "rope_parameters", "transformers_version")
+            "rope_parameters", "transformers_version", "quantization_config")
     kept = {key: value for key, value in read_json(source / "config.json").items()
             if key not in anew}
     if model.causal:
@@ -212,7 +225,7 @@ def save_merged(folder, model, source, tokenizer, labels=None):
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
         tokenizer.save(folder, roberta=not model.causal)
     if half:
-        print(f"merged   {folder} is in bfloat16, as the base is")
+        print(f"merged   {folder} is in bfloat16" + ("" if bits else ", as the base is"))
         for p in model.parameters():
             p.data = p.data.bfloat16().to(p.dtype)
-    return half
+    return bool(half)

@@ -26,7 +26,7 @@ CALIBRATION_LABELLED = 128
 
 
 class InFp32(TorchFunctionMode):
-    """Inside, products with weights in bf16 are computed in fp32, one weight at a time: where a
+    """Inside, products with weights in 16 bits are computed in fp32, one weight at a time: where a
     report compares models, rounding must not be what differs."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -37,8 +37,9 @@ class InFp32(TorchFunctionMode):
 
 
 def in_fp32(value):
-    """A bf16 tensor in fp32; anything else as it is."""
-    return value.float() if torch.is_tensor(value) and value.dtype == torch.bfloat16 else value
+    """A tensor of 16 bits in fp32; anything else as it is."""
+    half = torch.bfloat16, torch.float16
+    return value.float() if torch.is_tensor(value) and value.dtype in half else value
 
 
 def to_device(idx, device):

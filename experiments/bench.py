@@ -52,7 +52,7 @@ from methods import METHODS, adapt
 from model import GPT, GPTConfig, Llama, LlamaConfig, RoBERTa, RobertaConfig
 from run import flags
 from run.flags import Parser, command
-from run.machine import base_dtype, compiled, pick_device
+from run.machine import compiled, pick_device
 
 # name: (config, batch, tokens per text)
 PRESETS = {
@@ -578,7 +578,7 @@ def bench(args):
              "dtype": args.dtype, "rounds": args.rounds, "GFLOP": gflop(args)}
     with tempfile.TemporaryDirectory() as folder:
         # ours and the peer's: a frozen base is in the type of the arithmetic
-        dtype = base_dtype(args.dtype)
+        dtype = getattr(torch, args.dtype)
         save_pretrained(base, folder, dtype)
         del base
         base = from_pretrained(folder, dtype=dtype).requires_grad_(False).to(args.device)

@@ -46,7 +46,7 @@ from experiments import bench
 from loss import vocabulary_loss
 from reslora import SHORTCUTS
 from run.flags import Parser, command
-from run.machine import base_dtype, pick_device
+from run.machine import pick_device
 
 MINUTES = 8  # of a part
 RUNS = {"lora": [], "reslora input": ["--shortcut", "input"],
@@ -176,7 +176,7 @@ def random_model(setup):
     kind = {bench.GPTConfig: bench.GPT, bench.LlamaConfig: bench.Llama,
             bench.RobertaConfig: bench.RoBERTa}
     with torch.device("meta"):
-        model = kind[type(setup.config)](setup.config).to(base_dtype(setup.dtype))
+        model = kind[type(setup.config)](setup.config).to(getattr(torch, setup.dtype))
     for module in model.modules():
         if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
             module.float()

@@ -104,8 +104,10 @@ def parser(description):
         "dropout (0)")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="cpu, cuda, mps (cuda, else cpu)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="of the arithmetic (cuda: bfloat16)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="of the arithmetic (a GPU: bfloat16, or float16 where it has no bfloat16)")
+    add("--base-bits", type=int, choices=(4,), help="QLoRA: keep the frozen linears of the blocks "
+        "in 4 bits")
     add("--checkpoint-activations", action="store_true", help="compute them again in the "
         "backward: less memory, slower")
     add("--compile", action="store_true", help="torch.compile: a slow start, then faster on a GPU")
@@ -240,9 +242,9 @@ def with_defaults(args):
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file, not a folder")
     args.device, args.dtype, args.amp = machine.pick_device(args.device, args.dtype)
-    # where the arithmetic is bf16 a frozen base is, too; weights that train are fp32
+    # where the arithmetic is in 16 bits a frozen base is, too; weights that train are fp32
     trains_base = METHODS[args.method].trains_base
-    args.base_dtype = machine.base_dtype("float32" if trains_base else args.dtype)
+    args.base_dtype = torch.float32 if trains_base else getattr(torch, args.dtype)
     return Settings(**vars(args))
 
 
@@ -273,6 +275,9 @@ def check_method(args):
         for name in (METHODS[other].flags.keys() & vars(args).keys()) - method.flags.keys():
             raise ValueError(f"--{name.replace('_', '-')} is a flag of method {other}, not of "
                              f"{args.method}")
+    if args.base_bits and (method.trains_base or adapter is not None and adapter.moves_weight):
+        raise ValueError(f"--base-bits {args.base_bits} keeps W as it is, and {args.method} moves "
+                         "it: choose another method")
     if args.rs and (adapter is None or adapter.scale is not LoRALinear.scale):
         raise ValueError(f"--rs is not for {args.method}: it gives the square root to adapters "
                          "that scale by alpha / r")

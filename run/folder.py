@@ -107,9 +107,9 @@ def check_replaceable(folder, identity):
 
 
 def check_resume(folder, identity, method):
-    """How many steps a run has done; ValueError if it cannot go on with this identity. method: its
-    methods.Method."""
-    _, step, _, before = read_state(RunFolder(folder).state())
+    """How many steps a run has made, without those that were skipped; ValueError if it cannot go on
+    with this identity. method: its methods.Method."""
+    _, step, rows, before = read_state(RunFolder(folder).state())
     other = difference(before, identity, (*FREE, *method.merge_only_flags, "steps"))
     if other:
         otherwise = ""
@@ -123,7 +123,7 @@ def check_resume(folder, identity, method):
     if method.fixed_length and identity["steps"] != before.get("steps"):
         raise ValueError(f"cannot resume {folder} for {identity['steps']} steps: "
                          f"{identity['method']} has planned its ranks for {before.get('steps')}")
-    return step
+    return step - rows[-1].get("skipped", 0)
 
 
 class Diverged(ValueError):
@@ -135,11 +135,13 @@ class Log:
 
     folder: a RunFolder. first: the first step whose weights may be kept, see `begin` of a method.
     saved: the last step in the run folder. earlier: seconds of training before it was resumed.
+    skipped: steps whose gradient was too large for float16, and that changed nothing.
     """
 
     def __init__(self, folder, identity, metric):
         self.folder, self.identity, self.metric = folder, identity, metric
         self.rows, self.best, self.first, self.saved, self.earlier = [], {}, 1, 0, 0.0
+        self.skipped = 0
 
     @property
     def step(self):
@@ -154,11 +156,11 @@ class Log:
         """What an interrupted run has left, in words."""
         return f"step {self.saved} is in {self.folder.out}" if self.saved else "nothing was saved"
 
-    def check_finite(self, readings, step):
-        """Diverged at the first step, of those up to `step`, with a value that is not finite."""
-        for number, values in enumerate(readings, step - len(readings) + 1):
+    def check_finite(self, readings):
+        """Diverged at the first step of {step: values} with a value that is not finite."""
+        for step, values in readings.items():
             if not all(map(math.isfinite, values)):
-                raise Diverged(f"loss or gradient is not finite at step {number}: stopped; "
+                raise Diverged(f"loss or gradient is not finite at step {step}: stopped; "
                                f"{self.where()}. A lower --lr than {self.identity['lr']:g} may "
                                "help")
 
@@ -167,6 +169,8 @@ class Log:
         None."""
         if self.metric != "loss":
             row[f"val_{self.metric}"] = values.get(self.metric)
+        if self.identity["dtype"] == "float16":
+            row["skipped"] = self.skipped
         if ranks:
             row["ranks"] = " ".join(map(str, ranks))
         self.rows.append(row)
@@ -174,12 +178,13 @@ class Log:
     def last_line(self):
         """The last row, which has a validation, in words."""
         row = self.rows[-1]
-        text = (f"step {row['step']:5}  training loss {row['train_loss']:.4f}  validation loss "
+        train_loss = "  none" if row["train_loss"] is None else f"{row['train_loss']:.4f}"
+        text = (f"step {row['step']:5}  training loss {train_loss}  validation loss "
                 f"{row['val_loss']:.4f}")
         return (text if self.metric == "loss" else f"{text}  {self.metric} "
                 f"{row[f'val_{self.metric}']:.4f}")
 
-    def save(self, model, optimizer):
+    def save(self, model, optimizer, scaler):
         """Keep the weights if they are the best so far; write the state and the log."""
         if best_step(self.rows, self.first) == self.step:
             self.best = {name: t.detach().to("cpu", copy=True)
@@ -189,15 +194,15 @@ class Log:
         self.folder.begin(STATE, LOG)
         place = self.folder.place
         save_state(place / STATE, model, optimizer, self.step, self.identity, self.rows,
-                   self.best, self.first)
+                   self.best, self.first, scaler)
         write_csv(place / LOG, self.rows)
         self.saved = self.step
 
-    def resume(self, model, optimizer):
+    def resume(self, model, optimizer, scaler):
         """Go on from the state in the run folder."""
         self.saved, self.rows, self.best, before = load_state(self.folder.state(), model,
-                                                              optimizer, self.first)
-        self.earlier = self.seconds
+                                                              optimizer, self.first, scaler)
+        self.earlier, self.skipped = self.seconds, self.rows[-1].get("skipped", 0)
         steps, schedule = self.identity["steps"], self.identity["schedule"]
         longer = ((f", for {steps} steps instead of {before['steps']}: from here on the learning "
                    f"rate is that of the {schedule} schedule over {steps} steps") if steps
@@ -214,22 +219,27 @@ class Log:
 
 def best_step(rows, first=1):
     """The step with the best validation: of the metric, if there is one beside the loss; of equals
-    the lowest loss. From the step `first` on, if the run has come that far, else the last."""
+    the lowest loss. From the step `first` on, skipped ones not counted, if the run has come that
+    far, else the last."""
     metric = next((name for name in rows[0] if name.startswith("val_") and name != "val_loss"),
                   None)
     validated = [row for row in rows if row["val_loss"] is not None]
-    validated = [row for row in validated if row["step"] >= first] or validated[-1:]
+    validated = [row for row in validated
+                 if row["step"] - row.get("skipped", 0) >= first] or validated[-1:]
     return max(validated, key=lambda row: (row[metric] if metric else 0, -row["val_loss"]))["step"]
 
 
-def save_state(path, model, optimizer, step, identity, rows, best=None, first=1):
+def save_state(path, model, optimizer, step, identity, rows, best=None, first=1, scaler=None):
     """What `changing` names, the optimizer's moments, the random state, the weights `best` of an
-    earlier step if they were better, and as metadata the step, the identity and the rows."""
+    earlier step if they were better, the state of float16's scaler, and as metadata the step, the
+    identity and the rows."""
     tensors = {f"model.{name}": t for name, t in changing(model).items()}
     if best_step(rows, first) != step:
         tensors.update({f"best.{name}": t for name, t in best.items()})
     for i, state in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{i}.{key}": t for key, t in state.items() if t is not None})
+    for key, value in (scaler.state_dict() if scaler else {}).items():
+        tensors[f"scaler.{key}"] = torch.tensor(value, dtype=torch.float64)
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -294,7 +304,7 @@ def put(model, weights):
         t.copy_(weights[name])
 
 
-def load_state(path, model, optimizer, first=1):
+def load_state(path, model, optimizer, first=1, scaler=None):
     """Put a saved state back into a model and an optimizer made with the same settings.
 
     Returns its step, its rows, the weights of the best step so far, and the identity that it began
@@ -319,11 +329,17 @@ def load_state(path, model, optimizer, first=1):
     if kept is None or (kept.shape, kept.dtype) != (now.shape, now.dtype):
         raise ValueError(f"{path} lacks rng.cpu, the state of the random numbers, or holds that of "
                          "another torch")
+    scale = scaler.state_dict() if scaler else {}
+    check_keys({key: t for key, t in tensors.items() if key.startswith("scaler.")},
+               {f"scaler.{key}": torch.empty((), device="meta") for key in scale}, path)
     # a moment lies in memory as its parameter does: the fused step counts on that
     for i, p in enumerate(params):
         for kind in kinds[1:]:
             state[i][kind] = torch.empty_like(p).copy_(state[i][kind])
     put(model, weights)
+    if scale:
+        scaler.load_state_dict({key: type(value)(tensors[f"scaler.{key}"].item())
+                                for key, value in scale.items()})
     optimizer.load_state_dict({"state": state,
                                "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(tensors["rng.cpu"])

@@ -44,16 +44,15 @@ def pick_device(name, dtype):
             card = torch.cuda.get_device_name(device)
             raise ValueError(f"--device {name}: this build of torch cannot compute on {card}: "
                              f"{e}") from None
-    if dtype == "auto":  # before Ampere, capability 8, bf16 is emulated
-        fast = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-        dtype = "bfloat16" if fast else "float32"
-    amp = torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    if dtype == "auto":
+        dtype = "float32"
+        if device.type == "cuda":
+            # bf16 is fast from Ampere on, capability 8; a T4 and a V100, 7, have fp16 alone
+            capability, _ = torch.cuda.get_device_capability(device)
+            dtype = "bfloat16" if capability >= 8 else "float16" if capability == 7 else "float32"
+    half = dtype != "float32"
+    amp = torch.autocast(device.type, getattr(torch, dtype)) if half else nullcontext()
     return device, dtype, amp
-
-
-def base_dtype(arithmetic):
-    """torch's dtype of a frozen base, by that of the arithmetic."""
-    return torch.bfloat16 if arithmetic == "bfloat16" else torch.float32
 
 
 def join(device):
