@@ -92,18 +92,17 @@ def blocks(x, size):
 
 
 class NF4(nn.Module):
-    """A matrix W in 4 bits, in the place of the tensor `weight` of a linear.
+    """A matrix W (d_out, d_in) in 4 bits, in the place of the tensor `weight` of a linear.
 
-    W (d_out, d_in): fp32, bf16 or fp16. `code` has two numbers a byte, `c_2` one byte for each
-    block of 64, `c_1` one fp32 for each 64 * 256, `mean` is a single fp32. They are parameters
-    without gradient, so they move with the model and are not part of what a run saves. ValueError
-    for a W with NaN or inf, or of another type."""
+    shape, dtype: of W. code: uint8, two numbers a byte. c_2: uint8, one for each block of 64.
+    c_1: fp32, one for each 64 * 256. mean (1,): fp32. All four are parameters without gradient, so
+    they move with the model and are not part of what a run saves. ValueError for other sizes."""
 
-    def __init__(self, W):
+    def __init__(self, shape, dtype, code, c_2, c_1, mean):
         super().__init__()
-        check(W)
-        self.shape, self.dtype = W.shape, W.dtype
-        for name, t in zip(("code", "c_2", "c_1", "mean"), quantised(W), strict=True):
+        self.shape, self.dtype = torch.Size(shape), dtype
+        check_sizes(self.numel(), code, c_2, c_1, mean)
+        for name, t in dict(code=code, c_2=c_2, c_1=c_1, mean=mean).items():
             self.register_parameter(name, nn.Parameter(t, requires_grad=False))
 
     def dequantise(self, dtype=None):
@@ -133,18 +132,21 @@ class NF4(nn.Module):
         return self.shape.numel()
 
     def _apply(self, fn, recurse=True):
-        """What .to(…) calls: the constants follow to another device, and stay as they are in a
-        change of dtype."""
+        """What .to(…) calls. All four parts follow to another device. In a change of dtype they
+        stay, and W is dequantised to that type from then on."""
+        like = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         for p in self.parameters():
-            p.data = p.data.to(fn(p.data[:0]).device)
+            p.data = p.data.to(like.device)
+        self.dtype = like.dtype
         return self
 
     def extra_repr(self):
         return f"{tuple(self.shape)} in 4 bits"
 
 
-def quantised(W):
-    """(code, c_2, c_1, mean) of a matrix."""
+def to_nf4(W):
+    """A matrix in fp32, bf16 or fp16 -> NF4. ValueError for another type, NaN and inf."""
+    check(W)
     W_blocks = blocks(W.detach().float(), BLOCK)
     absmax = W_blocks.abs().amax(1)
     x = W_blocks * (1 / absmax.clamp(min=1e-38))[:, None]  # in [-1, 1]
@@ -163,7 +165,7 @@ def quantised(W):
     # bitsandbytes rounds to one of 65,536 steps first
     x = (((x + 1) * 0.5 * 65535 + 0.5).floor() * 2) / 65535 - 1
     c_2 = nearest(x, dynamic_map().to(W.device)) * (c_1 > 0)[:, None]
-    return code, c_2.flatten()[:len(absmax)], c_1, mean[None]
+    return NF4(W.shape, W.dtype, code, c_2.flatten()[:len(absmax)], c_1, mean[None])
 
 
 class Linear(torch.autograd.Function):
@@ -203,10 +205,14 @@ def quantise(module):
     for m in module.modules():
         if type(m) is nn.Linear and isinstance(m.weight, nn.Parameter):
             if uses.count(id(m.weight)) == 1:
-                W = NF4(m.weight)
-                del m.weight  # torch refuses a module in the place of a parameter
-                m.weight = W
+                put(m, to_nf4(m.weight))
     return module
+
+
+def put(linear, W):
+    """Give a linear an NF4 as its weight."""
+    del linear.weight  # torch refuses a module in the place of a parameter
+    linear.weight = W
 
 
 def dequantise(module, dtype=None):
@@ -232,6 +238,15 @@ def check(W):
                          "bfloat16 or float16")
     if not W.isfinite().all():
         raise ValueError("a weight with NaN or inf cannot be turned to 4 bits")
+
+
+def check_sizes(n, code, c_2, c_1, mean):
+    """ValueError for parts of a 4-bit matrix of n numbers that are not of its size."""
+    blocks_1 = -(-n // BLOCK)
+    wanted = -(-n // 2), blocks_1, -(-blocks_1 // BLOCK_2), 1
+    sizes = tuple(t.numel() for t in (code, c_2, c_1, mean))
+    if sizes != wanted:
+        raise ValueError(f"{n} weights in 4 bits have parts of {wanted} numbers, not {sizes}")
 
 
 if __name__ == "__main__":

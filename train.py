@@ -271,6 +271,8 @@ def merge_otherwise(run, metrics):
     for name in run.names:
         qlora.quantise(trial.get_submodule(name))
     metrics["merged, in 4 bits again"] = run.report(trial, "the merged model in 4 bits again")
+    if files.read_json(run.source / "config.json").get("quantization_config"):
+        return  # the base came in 4 bits
     # W as it was before rounding, in all linears: a whole model in 16 or 32 bits
     trial, _ = load(run.source, labels=run.data.labels, dtype=settings.base_dtype)
     try:

@@ -25,6 +25,8 @@ def read_config(folder):
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{path}: model_type {kind!r} is not supported, only "
                          f"{' or '.join(map(repr, KINDS))}")
+    if kind != "gpt2" and is_nf4(raw.get("quantization_config")):
+        del raw["quantization_config"]  # GPT-2's q, k and v are one matrix there, and three here
     Config, complete, required, expected = KINDS[kind]
     for key, good in expected.items():
         if raw.get(key, good[0]) not in good:
@@ -37,6 +39,13 @@ def read_config(folder):
     for name, value in values.items():
         check_value(path, name, value)
     return Config(**{**values, **complete(raw, path)})
+
+
+def is_nf4(quantization):
+    """Whether a quantization_config is that of qlora.py, as bitsandbytes writes it."""
+    wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+              "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": "uint8"}
+    return isinstance(quantization, dict) and wanted.items() <= quantization.items()
 
 
 def check_value(path, name, value):

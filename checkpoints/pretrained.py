@@ -75,6 +75,10 @@ def load(source, num_labels=None, labels=None, dtype=torch.float32, head_from=No
     """
     folder, num_labels = locate(source), num_labels if labels is None else len(labels)
     config, state = read_config(folder), weights.read_weights(folder)
+    packed = weights.take_packed(state, folder)  # what is in 4 bits already
+    if packed and not bits:
+        raise ValueError(f"{folder} has its weights in 4 bits, as bitsandbytes writes them: "
+                         "--base-bits 4 takes them so")
     files = weights.weight_files(folder)
     kind, where = FAMILIES[config.model_type], files[0] if len(files) == 1 else folder
     if kind.model.causal and num_labels:
@@ -112,14 +116,16 @@ def load(source, num_labels=None, labels=None, dtype=torch.float32, head_from=No
     state = kind.from_hub(state)
     for key, t in state.items():
         module = model.get_submodule(key.rpartition(".")[0])
-        if bits and key.startswith("h.") and key.endswith(".weight") and type(module) is nn.Linear:
-            module.weight = nn.Parameter(t.contiguous(), requires_grad=False)
+        W, in_block = packed.get(id(t)), key.startswith("h.") and type(module) is nn.Linear
+        if bits and in_block and key.endswith(".weight"):
             try:
-                qlora.quantise(module)
+                W = W or qlora.to_nf4(t.contiguous())
             except ValueError as e:
-                raise ValueError(f"{where}: {key}: {e}") from None
-            module.weight.dtype = dtype  # what it is dequantised to
+                raise ValueError(f"{where}: {named(key)}: {e}") from None
+            W.dtype = dtype  # what it is dequantised to
+            qlora.put(module, W)
             continue
+        t = t if W is None else W.dequantise(torch.float32)  # a head that somebody has quantised
         fp32 = key.startswith("classifier.") or isinstance(module, (nn.LayerNorm, nn.RMSNorm))
         state[key] = t.to(torch.float32 if fp32 else dtype).contiguous()
     # not strict: what is in 4 bits has names of its own, and all others were checked above

@@ -4,12 +4,14 @@ hub's own names.
     read_weights(folder)   {name in the file: tensor}, of one file or of shards with an index
     standard(state, …)     {the hub's name: tensor}, without what the model does not compute
 """
+import json
 import re
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
+import qlora
 from checkpoints.files import fingerprint, read_json, read_safetensors
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -69,6 +71,31 @@ def read_weights(folder):
         raise ValueError(f"{folder / INDEX} and its files have different tensors: "
                          f"{min(state.keys() ^ named)}")
     return state
+
+
+def take_packed(state, folder):
+    """{id of a tensor: qlora.NF4} of the matrices that bitsandbytes has turned to 4 bits. Each has
+    six tensors in the files: they leave the state, and one without content stands for them."""
+    packed, end = {}, ".quant_state.bitsandbytes__nf4"
+    for key in [key for key in state if key.endswith(end)]:
+        name = key.removesuffix(end)
+        try:
+            about = json.loads(bytes(state.pop(key).tolist()))
+            parts = {part: state.pop(f"{name}.{part}") for part in
+                     ("absmax", "nested_absmax", "quant_map", "nested_quant_map")}
+            sizes = about["blocksize"], about["nested_blocksize"]
+            values = parts["quant_map"].tolist(), parts["nested_quant_map"].tolist()
+            ours = [*qlora.NF4_VALUES], qlora.dynamic_map().tolist()
+            if sizes != (qlora.BLOCK, qlora.BLOCK_2) or values != ours:
+                raise ValueError(f"its blocks of {sizes} or its values are not those of nf4")
+            W = qlora.NF4(about["shape"], torch.float32, state[name].flatten(), parts["absmax"],
+                          parts["nested_absmax"], torch.tensor([about["nested_offset"]]))
+        except (ValueError, KeyError, TypeError, RuntimeError) as e:
+            raise ValueError(f"{folder}: {name} is no matrix in 4 bits that can be read, with "
+                             f"double quantisation: {e!r}") from None
+        state[name] = torch.empty(W.shape, device="meta")
+        packed[id(state[name])] = W
+    return packed
 
 
 def stored_dtype(folder):

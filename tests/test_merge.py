@@ -135,7 +135,7 @@ def test_bad_surgery_leaves_the_model_as_it_was():
                                            (model, [], dict(r=2), "a list"),
                                            (nn.Linear(4, 4), [""], dict(r=2), "matches no linear"),
                                            (nn.MultiheadAttention(4, 2), ["out_proj"], dict(r=2),
-                                            "matches no linear")]:
+                                            "out_proj is a NonDynamicallyQuantizableLinear")]:
         modules, wanted = list(net.modules()), [p.requires_grad for p in net.parameters()]
         with pytest.raises(ValueError, match=message):
             lora.apply(net, LoRALinear, targets, **{"alpha": 1, **hparams})
