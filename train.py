@@ -141,7 +141,7 @@ def fit(run):
         reading = one_step(forward, run.params, optimizer, scaler, run.adapter, run.layers, batches,
                            step - log.skipped, settings)
         if reading is None:
-            log.skipped += 1
+            log.skip(step, scaler.get_scale())
         else:
             pending[step] = reading
         tokens += machine.WORLD * sum(idx.numel() for idx, _, _ in batches)
@@ -166,12 +166,11 @@ def fit(run):
             values = evaluate.validate(model, data, settings.device, settings.amp)
             log.check_finite({step: [values["loss"]]})
         means = [sum(column) / len(pairs) for column in zip(*pairs.values(), strict=True)]
-        train_loss, grad_norm = means or (None, None)  # None: all of these steps were skipped
+        train_loss, grad_norm = means or (math.nan, math.nan)  # all of these steps were skipped
         log.add(dict(step=step, lr=lr, train_loss=train_loss, grad_norm=grad_norm,
                      val_loss=values.get("loss"),
                      seconds=round(log.seconds + seconds, 3)), values, run.ranks())
-        if pairs:
-            bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s")
+        bar.set_postfix_str(f"loss {train_loss:.3f}, {speed:,.0f} tokens/s")
 
         # keep the weights if they are the best so far, and save the state to resume from
         if validate_now:

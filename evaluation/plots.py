@@ -4,6 +4,7 @@
 """
 import contextlib
 import importlib.util
+import math
 from pathlib import Path
 
 from checkpoints.files import write
@@ -64,13 +65,16 @@ def draw_curve(path, rows, title, base, metric="loss"):
 
 def even_means(rows):
     """[(step, mean training loss of the steps since the last validation)]. A row's loss is the mean
-    of the steps since the row before."""
-    points, total, before, begun = [], 0.0, 0, 0
+    of the steps since the row before, and NaN where float16 has skipped all of them."""
+    points, total, before, steps = [], 0.0, 0, 0
     for row in rows:
-        total, before = total + row["train_loss"] * (row["step"] - before), row["step"]
+        if not math.isnan(row["train_loss"]):
+            total += row["train_loss"] * (row["step"] - before)
+            steps += row["step"] - before
+        before = row["step"]
         if row["val_loss"] is not None:
-            points.append((before, total / (before - begun)))
-            total, begun = 0.0, before
+            points.append((before, total / steps if steps else math.nan))
+            total, steps = 0.0, 0
     return points
 
 

@@ -156,6 +156,15 @@ class Log:
         """What an interrupted run has left, in words."""
         return f"step {self.saved} is in {self.folder.out}" if self.saved else "nothing was saved"
 
+    def skip(self, step, scale):
+        """A step has overflowed, and left float16's scaler with this scale. Diverged where nothing
+        was left to scale down."""
+        self.skipped += 1
+        if scale < 1:
+            raise Diverged(f"the gradient of step {step} does not fit float16, even unscaled: "
+                           f"stopped; {self.where()}. --dtype float32 or a lower --lr than "
+                           f"{self.identity['lr']:g} may help")
+
     def check_finite(self, readings):
         """Diverged at the first step of {step: values} with a value that is not finite."""
         for step, values in readings.items():
@@ -178,8 +187,7 @@ class Log:
     def last_line(self):
         """The last row, which has a validation, in words."""
         row = self.rows[-1]
-        train_loss = "  none" if row["train_loss"] is None else f"{row['train_loss']:.4f}"
-        text = (f"step {row['step']:5}  training loss {train_loss}  validation loss "
+        text = (f"step {row['step']:5}  training loss {row['train_loss']:.4f}  validation loss "
                 f"{row['val_loss']:.4f}")
         return (text if self.metric == "loss" else f"{text}  {self.metric} "
                 f"{row[f'val_{self.metric}']:.4f}")

@@ -47,12 +47,16 @@ def pick_device(name, dtype):
     if dtype == "auto":
         dtype = "float32"
         if device.type == "cuda":
-            # bf16 is fast from Ampere on, capability 8; a T4 and a V100, 7, have fp16 alone
-            capability, _ = torch.cuda.get_device_capability(device)
-            dtype = "bfloat16" if capability >= 8 else "float16" if capability == 7 else "float32"
+            dtype = fastest(torch.cuda.get_device_capability(device))
     half = dtype != "float32"
     amp = torch.autocast(device.type, getattr(torch, dtype)) if half else nullcontext()
     return device, dtype, amp
+
+
+def fastest(capability):
+    """The fast arithmetic of a GPU: bf16 from Ampere on, capability 8. A V100 and a T4, 7, are fast
+    in fp16 alone."""
+    return {7: "float16"}.get(capability[0], "bfloat16" if capability[0] > 7 else "float32")
 
 
 def join(device):

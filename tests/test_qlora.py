@@ -1,5 +1,5 @@
-"""QLoRA: the bytes are those of bitsandbytes, every method whose W stands computes on 4 bits what it
-computes on the dequantised W, and nothing of W lives from forward to backward."""
+"""QLoRA: the bytes are those of bitsandbytes, every method whose W stands computes on 4 bits what
+it computes on the dequantised W, and nothing of W lives from forward to backward."""
 import copy
 import json
 import weakref
@@ -16,7 +16,6 @@ from conftest import (
     adapt,
     batch,
     calibrated,
-    every_variant,
     factors,
     tiny_gpt,
     tiny_llama,
@@ -39,8 +38,9 @@ standing = pytest.mark.parametrize("method, hparams", [
 
 
 def bitsandbytes(W):
-    """(packed bytes, QuantState) of bitsandbytes' CPU path"""
-    return theirs.quantize_4bit(W, blocksize=64, compress_statistics=True, quant_type="nf4")
+    """(packed bytes, QuantState) of bitsandbytes' CPU path. As one row: with AVX-512, version 0.50.2
+    takes the absmax of other blocks where rows are no multiple of 64 wide."""
+    return theirs.quantize_4bit(W.flatten(), blocksize=64, compress_statistics=True, quant_type="nf4")
 
 
 def with_zeros(W):
@@ -69,7 +69,8 @@ def test_the_sixteen_values_are_the_quantiles_of_the_normal_distribution():
     with_zeros(torch.randn(100, 130, generator=torch.Generator().manual_seed(3))),
     torch.randn(3, 7, generator=torch.Generator().manual_seed(4)),
     torch.randn(33, 31, generator=torch.Generator().manual_seed(5)) * 1e4,
-    torch.zeros(16, 24), torch.ones(8, 8)], ids=lambda W: f"{tuple(W.shape)}")
+    torch.randn(16, 24, generator=torch.Generator().manual_seed(6)), torch.zeros(16, 24),
+    torch.ones(8, 8)], ids=lambda W: f"{tuple(W.shape)}")
 def test_the_bytes_are_those_of_bitsandbytes(W, dtype):
     W = W.to(dtype)
     packed, state = bitsandbytes(W)
@@ -81,7 +82,7 @@ def test_the_bytes_are_those_of_bitsandbytes(W, dtype):
     for out in (torch.float32, torch.bfloat16, torch.float16):
         state.dtype = out
         back = theirs.dequantize_4bit(packed, state)
-        assert torch.equal(ours.dequantise(out), back)
+        assert torch.equal(ours.dequantise(out), back.view(W.shape))
 
 
 def test_the_bytes_of_a_trained_base_are_those_of_bitsandbytes():
@@ -305,7 +306,7 @@ def metrics_of(folder):
 def test_a_run_on_4_bits_goes_on_writes_and_merges(method, base_of, request, tmp_path):
     base = request.getfixturevalue(base_of)
     flags = ["--base-bits", "4", "--model", str(base), "--rank", "2", "--targets", "q,v",
-             "--eval-every", "2", "--save-merged"]
+             "--eval-every", "2", "--save-merged", "--test-texts", "8", "--batch-size", "4"]
     flags = ["--method", *method.split(), *flags, "--schedule", "constant"]
     train.main([*flags, "--steps", "6", "--out", str(tmp_path / "whole")])
     whole = metrics_of(tmp_path / "whole")
@@ -325,32 +326,32 @@ def test_a_run_on_4_bits_goes_on_writes_and_merges(method, base_of, request, tmp
 def test_the_three_merges_are_what_they_say(base, tmp_path):
     """Each row again, by hand."""
     out = tmp_path / "run"
-    flags = ["--base-bits", "4", "--model", str(base), "--rank", "2", "--steps", "4", "--out",
-             str(out), "--targets", "q", "--lr", "0.05"]
+    flags = ["--base-bits", "4", "--model", str(base), "--rank", "2", "--steps", "12", "--out",
+             str(out), "--targets", "down", "--lr", "0.3", "--test-texts", "8"]
     metrics = train.main(flags)["metrics"]
     adapter = load_file(out / "adapter_model.safetensors")
-    run = train.Run(train.parse([*flags[:-2], "--lr", "0.05", "--out", str(tmp_path / "other")]))
+    run = train.Run(train.parse([*flags, "--out", str(tmp_path / "other")]))
     original, _ = load(base)
     for bits, again, row in ((4, False, "merged"), (4, True, "merged, in 4 bits again"),
                              (None, False, "merged into W before 4 bits")):
         model = copy.deepcopy(original)
         for n, block in enumerate(model.h):
-            A, B = (adapter[f"base_model.model.transformer.h.{n}.attn.c_attn.lora_{f}.weight"]
+            A, B = (adapter[f"base_model.model.transformer.h.{n}.mlp.c_proj.lora_{f}.weight"]
                     for f in "AB")
             for name, m in block.named_modules():
                 if isinstance(m, nn.Linear):
                     if bits:
                         m.weight.data = rounded(m.weight.data)
-                    if name == "attn.q":
-                        m.weight.data += 8 * B.chunk(3)[0] @ A  # s = alpha / r = 16 / 2
+                    if name == "mlp.down":
+                        m.weight.data += 8 * B @ A  # s = alpha / r = 16 / 2
                         if again:
                             m.weight.data = rounded(m.weight.data)
-        assert run.report(model)["loss"] == pytest.approx(metrics[row]["loss"], rel=1e-5), row
+        assert run.report(model)["loss"] == pytest.approx(metrics[row]["loss"], rel=1e-6), row
 
 
 def rounded(W):
     """W in 4 bits and back, by bitsandbytes"""
-    packed, state = bitsandbytes(W.contiguous())
+    packed, state = bitsandbytes(W)
     return theirs.dequantize_4bit(packed, state).view(W.shape)
 
 
