@@ -38,9 +38,10 @@ standing = pytest.mark.parametrize("method, hparams", [
 
 
 def bitsandbytes(W):
-    """(packed bytes, QuantState) of bitsandbytes' CPU path. As one row: with AVX-512, version 0.50.2
-    takes the absmax of other blocks where rows are no multiple of 64 wide."""
-    return theirs.quantize_4bit(W.flatten(), blocksize=64, compress_statistics=True, quant_type="nf4")
+    """(packed bytes, QuantState) of bitsandbytes' CPU path. W goes there as one row: version 0.50.2
+    takes the absmax of other blocks where rows are no multiple of 64 wide, with AVX-512."""
+    return theirs.quantize_4bit(W.flatten(), blocksize=64, compress_statistics=True,
+                                quant_type="nf4")
 
 
 def with_zeros(W):
