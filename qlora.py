@@ -135,8 +135,8 @@ class NF4(nn.Module):
         """What .to(…) calls. All four parts follow to another device. In a change of dtype they
         stay, and W is dequantised to that type from then on."""
         like = fn(torch.empty(0, dtype=self.dtype, device=self.device))
-        for p in self.parameters():
-            p.data = p.data.to(like.device)
+        for name, p in list(self.named_parameters()):
+            setattr(self, name, nn.Parameter(p.to(like.device), requires_grad=False))
         self.dtype = like.dtype
         return self
 

@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 import data
 import lora
+import qlora
 import train
 from checkpoints import tokenizers
 from checkpoints.files import check_writable, read_json, write
@@ -79,7 +80,8 @@ ROWS = {"forward only": None, "lora": {}, "lora qkv": dict(targets="q,k,v"),
         **{f"reslora {shortcut} m {m}": dict(method="reslora", shortcut=shortcut, pre_num=m)
            for shortcut in ("input", "block", "middle") for m in (1, 4)},
         "deltalora": dict(method="deltalora", delta_start=0),
-        **{name: dict(method=name) for name in ("adalora", "dylora", "loha", "lokr", "full")},}
+        **{name: dict(method=name) for name in ("adalora", "dylora", "loha", "lokr", "full")},
+        "lora 4 bits": dict(base_bits=4)}
 PEER = "transformers + peft"
 E2E_STEPS = 12
 STARTS = 3  # of fresh processes
@@ -109,8 +111,8 @@ def parse(argv):
     add("--context", type=int, help="tokens per text (by preset)")
     add("--rounds", type=int, default=9, help="measured ones, after a warm-up (9)")
     add("--device", default="auto", help="cpu, cuda (cuda, else cpu)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="of the arithmetic (bfloat16 on cuda)")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="of the arithmetic (as train.py)")
     add("--compile", action="store_true", help="torch.compile our models")
     add("--out", type=Path, help="experiments/results/bench-<machine>.json")
     args = parser.parse_args(argv)
@@ -193,6 +195,8 @@ def adapted(base, change, args):
     model = copy.deepcopy(base, {} if moves
                           else {id(p): p for p in base.parameters()}).requires_grad_(moves)
     model = model.float() if method.trains_base else model  # as train.py: what trains is fp32
+    if settings.get("base_bits"):
+        qlora.quantise(model.h)
     if model.classifier and not moves:
         model.classifier = copy.deepcopy(base.classifier, {})
     return model, *adapt(model, {**flags, **settings})
@@ -202,6 +206,7 @@ def our_step(model, adapter, layers, args):
     """(one optimizer step of train.py on given batches, its optimizer)"""
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = train.make_optimizer(model, args)
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == "float16")
     forward = compiled(model) if args.compile else model
     step = 0
     adapter.begin(layers, 10**6)
@@ -209,7 +214,7 @@ def our_step(model, adapter, layers, args):
     def one(batches):
         nonlocal step
         step += 1
-        train.one_step(forward, params, optimizer, adapter, layers, batches, step, args)
+        train.one_step(forward, params, optimizer, scaler, adapter, layers, batches, step, args)
     model.train()
     return one, optimizer
 
@@ -281,8 +286,7 @@ def floor_timers(base, args):
     between small products, so it gets 32 of them as one graph. There attention is that of torch's
     kernel, whose scores never leave the chip."""
     gpu = args.device.type == "cuda"
-    like = dict(dtype=torch.bfloat16 if args.dtype == "bfloat16" else torch.float32,
-                device=args.device)
+    like = dict(dtype=getattr(torch, args.dtype), device=args.device)
     # (how often a step has it, how often it is timed, the function that does it so often)
     work = []
     for often, a, b in floor(args):

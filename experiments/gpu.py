@@ -51,7 +51,8 @@ from run.machine import pick_device
 MINUTES = 8  # of a part
 RUNS = {"lora": [], "reslora input": ["--shortcut", "input"],
         "reslora middle": ["--shortcut", "middle"], "deltalora": [], "adalora": [], "dylora": [],
-        "reslora block": ["--shortcut", "block"], "rslora": [], "loha": [], "lokr": []}
+        "reslora block": ["--shortcut", "block"], "rslora": [], "loha": [], "lokr": [],
+        "lora 4 bits": ["--base-bits", "4"]}
 # toy shapes for --dry, and one that bench.py does not need
 bench.PRESETS |= {"toy gpt2": (bench.GPTConfig(61, 64, 16, 2, 2), 2, 16),
                   "toy llama": (bench.LlamaConfig(61, 16, 24, 2, 4, 2, 8, 64), 2, 16),
@@ -96,7 +97,8 @@ def everywhere(args, name):
     flags = ["--method", name.split()[0], *RUNS.get(name, []), "--steps", args.sized(3, 30),
              "--test-texts", 64]
     cells = {"cpu float32": ["cpu", "float32"], "float32": [args.device.type, "float32"],
-             "bfloat16": [args.device.type, "bfloat16"]}
+             "bfloat16": [args.device.type, "bfloat16"],
+             **args.sized({}, {"float16": [args.device.type, "float16"]})}
     losses = {}
     for cell, (device, dtype) in cells.items():
         metrics = run([*flags, "--device", device, "--dtype", dtype])[0]["metrics"]
@@ -225,15 +227,19 @@ def several(args, jobs):
     return {"runs": number, "at a time": jobs, "seconds": time.time() - start}
 
 
-def fits(args, preset, batch, checkpoint):
-    """The peak of a LoRA step at 1,024 tokens where a card has 24 GB, or that it does not fit."""
+def fits(args, preset, batch, checkpoint, row="lora"):
+    """The peak of a step of a row of the bench at 1,024 tokens where a card has 24 GB, or that it
+    does not fit."""
     gpu = args.device.type == "cuda"
     if gpu:
         whole = torch.cuda.get_device_properties(args.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, 24e9 / whole))
-    found = {"preset": preset, "batch": batch, "checkpointing": checkpoint}
+    found = {"preset": preset, "row": row, "batch": batch, "checkpointing": checkpoint}
     try:
-        one = steps(args, preset, "lora", batch, 1024, checkpoint)
+        one = steps(args, preset, row, batch, 1024, checkpoint)
+        if gpu:  # what making the model took does not count
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         one()
         bench.wait(args.device)
@@ -323,7 +329,9 @@ def plan(args):
         "jobs": {f"{jobs} at a time": (several, jobs) for jobs in args.sized((2,), (1, 4, 8))},
         "memory": {f"{preset}, {batch} x 1024{', checkpointing' * checkpoint}":
                    (fits, preset, batch, checkpoint)
-                   for preset, batch, checkpoint in args.sized(memory[::6], memory)},
+                   for preset, batch, checkpoint in args.sized(memory[::6], memory)}
+        | {"llama-7b, 4 bits, 1 x 1024, checkpointing": (fits, "llama-7b", 1, True,
+                                                         "lora 4 bits")},
         "methods": {"texts": (written,), **({"E2E": (grid,)} if compares else {})}}
 
 

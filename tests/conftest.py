@@ -206,6 +206,11 @@ def train_steps(model, layers, steps, lr=1e-2):
     return [one_step(model, layers, optimizer, step, some) for step in range(1, steps + 1)]
 
 
+def unscaled():
+    """The scaler of float16, as it is in other types: it does nothing."""
+    return torch.amp.GradScaler("cpu", enabled=False)
+
+
 def one_step(model, layers, optimizer, step, some):
     """One optimizer step with the contract's calls; returns the loss."""
     loss = model(*some)[1]

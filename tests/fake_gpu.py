@@ -109,6 +109,7 @@ def one_step(*args, real=train.one_step):
 
 
 def pick_device(name, dtype):
+    dtype = "float32" if dtype == "auto" else dtype
     return (GPU, dtype, torch.autocast("gpu", torch.bfloat16) if dtype == "bfloat16"
             else nullcontext())
 

@@ -145,8 +145,9 @@ def test_rows_share_the_base_and_leave_it_alone():
         if change is None:
             continue
         model, adapter, layers = bench.adapted(base, change, args)
-        shared = model.h[0].attn.q.weight.data_ptr() == base.h[0].attn.q.weight.data_ptr()
-        assert shared == (name not in ("deltalora", "full"))
+        if name != "lora 4 bits":  # its linears are other ones
+            shared = model.h[0].attn.q.weight.data_ptr() == base.h[0].attn.q.weight.data_ptr()
+            assert shared == (name not in ("deltalora", "full"))
         start = {key: p.clone() for key, p in model.named_parameters()}
         one, _ = bench.our_step(model, adapter, layers, args)
         for _ in range(1 if name == "deltalora" else 2):

@@ -16,7 +16,7 @@ RUNS = ["lora", "reslora --shortcut block", f"reslora --shortcut input --merge {
 # a new method, as it is by default
 RUNS += sorted(METHODS.keys() - {run.split()[0] for run in RUNS} - {"head", "rslora"})
 RUNS += [f"{run} --model LLAMA"
-         for run in ("lora --dropout 0.1", "reslora --checkpoint-activations",
+         for run in ("lora --dropout 0.1", "reslora --checkpoint-activations --base-bits 4",
                      f"reslora --shortcut middle --pre-num -1 --merge {ALL}")]
 RUNS += [f"{run} --model ROBERTA --context 64" for run in (
     "lora --dataset stdlib", "reslora --dataset reviews", "head --dataset reviews")]

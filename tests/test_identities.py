@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import adapt, batch, every_model, tiny_gpt, tiny_roberta
+from conftest import adapt, batch, every_model, tiny_gpt, tiny_roberta, unscaled
 from test_train import command, few_records, refused  # noqa: F401
 
 import generate
@@ -34,8 +34,8 @@ def trained(tiny, method="lora", own=None, alpha=ALPHA, flags=ADAM, eps=1e-30):
             group["lr"] = train.lr_at(step, args) * group["lr_scale"]
             group["eps"] = eps
         params = [p for p in model.parameters() if p.requires_grad]
-        losses.append(train.one_step(model, params, optimizer, METHODS[method].adapter, layers,
-                                     [(*some, 1.0)], step, args)[0])
+        losses.append(train.one_step(model, params, optimizer, unscaled(), METHODS[method].adapter,
+                                     layers, [(*some, 1.0)], step, args)[0])
     assert losses[-1] < losses[0]
     return torch.cat([torch.stack(losses), model(some[0])[0].flatten()]).detach()
 

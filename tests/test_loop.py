@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import adapt, tiny_gpt, tiny_roberta
+from conftest import adapt, tiny_gpt, tiny_roberta, unscaled
 from matplotlib import pyplot
 from test_train import command, few_records  # noqa: F401
 
@@ -314,8 +314,8 @@ def test_the_loss_of_a_step_is_the_mean_over_its_targets_and_the_norm_that_of_it
     params = list(model.parameters())
     norm = torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)]).norm()
     args = Namespace(device=CPU, amp=PLAIN, label_smoothing=0.0, clip=0.0)
-    found = train.one_step(model, params, torch.optim.SGD(params, 0.1), NoAdapter, [], batches, 1,
-                           args)
+    found = train.one_step(model, params, torch.optim.SGD(params, 0.1), unscaled(), NoAdapter, [],
+                           batches, 1, args)
     torch.testing.assert_close(found, torch.stack([loss.detach(), norm]))
 
 

@@ -13,7 +13,7 @@ from methods import METHODS
 from run import machine
 
 # (`middle` is the Llama's below; what DyLoRA puts back without --frozen it puts back with it too)
-RUNS = ["lora", "reslora --shortcut input", "deltalora --delta-start 2",
+RUNS = ["lora", "lora --base-bits 4", "reslora --shortcut input", "deltalora --delta-start 2",
         "adalora --budget-warmup 1 --budget-final 3", "dylora --frozen", "full"]
 # DDP averages those: nothing else happens in a step
 ONLY_GRADIENTS = {"rslora", "loha", "lokr", "head"}
