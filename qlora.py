@@ -32,8 +32,6 @@ Merging. The adapter was trained beside the rounded W. `lora.merge` adds it to t
 Adding it to the W before rounding, as many do, gives another model, and so does rounding once more
 after the sum: `train.py --base-bits 4` measures all three.
 """
-from functools import cache
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -72,12 +70,9 @@ def dynamic_map():
     return torch.cat(values).sort().values
 
 
-@cache
-def tables(device):
-    """(NF4 in pairs (256, 2): both values of a byte, D (256,)), on a device."""
-    values = torch.tensor(NF4_VALUES)
-    pairs = torch.cartesian_prod(values, values)  # byte = 16 * first + second
-    return pairs.to(device), dynamic_map().to(device)
+# both values of a byte (256, 2), byte = 16 * first + second; and D
+PAIRS = torch.cartesian_prod(torch.tensor(NF4_VALUES), torch.tensor(NF4_VALUES))
+D = dynamic_map()
 
 
 def nearest(x, values):
@@ -104,15 +99,16 @@ class NF4(nn.Module):
         check_sizes(self.numel(), code, c_2, c_1, mean)
         for name, t in dict(code=code, c_2=c_2, c_1=c_1, mean=mean).items():
             self.register_parameter(name, nn.Parameter(t, requires_grad=False))
+        self.register_buffer("PAIRS", PAIRS.to(code.device), persistent=False)
+        self.register_buffer("D", D.to(code.device), persistent=False)
 
     def dequantise(self, dtype=None):
         """W (d_out, d_in), in its own dtype or another one; computed in fp32."""
-        pairs, D = tables(self.code.device)
         # absmax_j = D[c_2,j] c_1 + mean
-        absmax = blocks(D[self.c_2.int()], BLOCK_2) * self.c_1[:, None] + self.mean
+        absmax = blocks(self.D[self.c_2.int()], BLOCK_2) * self.c_1[:, None] + self.mean
         absmax = absmax.flatten()[:len(self.c_2), None]
         # W_i = NF4[code_i] absmax
-        W = blocks(F.embedding(self.code.int(), pairs), BLOCK).mul_(absmax)
+        W = blocks(F.embedding(self.code.int(), self.PAIRS), BLOCK).mul_(absmax)
         return W.flatten()[:self.numel()].view(self.shape).to(dtype or self.dtype)
 
     @classmethod
@@ -137,6 +133,7 @@ class NF4(nn.Module):
         like = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         for name, p in list(self.named_parameters()):
             setattr(self, name, nn.Parameter(p.to(like.device), requires_grad=False))
+        self.PAIRS, self.D = self.PAIRS.to(like.device), self.D.to(like.device)
         self.dtype = like.dtype
         return self
 
@@ -145,7 +142,7 @@ class NF4(nn.Module):
 
 
 def to_nf4(W):
-    """A matrix in fp32, bf16 or fp16 -> NF4. ValueError for another type, NaN and inf."""
+    """A matrix W of real numbers, taken in fp32 -> NF4. ValueError for NaN and inf."""
     check(W)
     W_blocks = blocks(W.detach().float(), BLOCK)
     absmax = W_blocks.abs().amax(1)
@@ -154,7 +151,7 @@ def to_nf4(W):
         absmax[-1].clamp_(min=1e-38)
         x[-1] = W_blocks[-1] / absmax[-1]
     # code_i = the nearest of the 16 values; two of them a byte, the first in the upper half
-    code = nearest(x, torch.tensor(NF4_VALUES, device=W.device)).flatten()
+    code = nearest(x, PAIRS[:16, 1].to(W.device)).flatten()
     code = code[:W.numel() + W.numel() % 2]
     code = code[0::2] << 4 | code[1::2]
     # c_2,j = the nearest of D to (absmax_j - mean) / c_1
@@ -164,7 +161,7 @@ def to_nf4(W):
     x = x * (1 / c_1.clamp(min=1e-38))[:, None]
     # bitsandbytes rounds to one of 65,536 steps first
     x = (((x + 1) * 0.5 * 65535 + 0.5).floor() * 2) / 65535 - 1
-    c_2 = nearest(x, dynamic_map().to(W.device)) * (c_1 > 0)[:, None]
+    c_2 = nearest(x, D.to(W.device)) * (c_1 > 0)[:, None]
     return NF4(W.shape, W.dtype, code, c_2.flatten()[:len(absmax)], c_1, mean[None])
 
 
@@ -233,9 +230,8 @@ def total(module):
 
 def check(W):
     """ValueError for a W that has no 4-bit form."""
-    if W.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"a weight of {W.dtype} cannot be turned to 4 bits: it must be float32, "
-                         "bfloat16 or float16")
+    if not W.is_floating_point():
+        raise ValueError(f"a weight of {W.dtype} cannot be turned to 4 bits: it is no real number")
     if not W.isfinite().all():
         raise ValueError("a weight with NaN or inf cannot be turned to 4 bits")
 

@@ -245,7 +245,7 @@ def merge_and_measure(run, metrics):
     settings, model, adapter = run.settings, run.model, run.adapter
     for layer in run.layers:
         # a base in 16 or 4 bits is widened, so only saving rounds a merged W
-        qlora.dequantise(layer, torch.float32)
+        qlora.dequantise(layer, torch.promote_types(layer.weight.dtype, torch.float32))
         layer.weight.data = in_fp32(layer.weight.data)
     kept, *others = run.layers[0].merges
     for way in others:

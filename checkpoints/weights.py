@@ -85,7 +85,7 @@ def take_packed(state, folder):
                      ("absmax", "nested_absmax", "quant_map", "nested_quant_map")}
             sizes = about["blocksize"], about["nested_blocksize"]
             values = parts["quant_map"].tolist(), parts["nested_quant_map"].tolist()
-            ours = [*qlora.NF4_VALUES], qlora.dynamic_map().tolist()
+            ours = [*qlora.NF4_VALUES], qlora.D.tolist()
             if sizes != (qlora.BLOCK, qlora.BLOCK_2) or values != ours:
                 raise ValueError(f"its blocks of {sizes} or its values are not those of nf4")
             W = qlora.NF4(about["shape"], torch.float32, state[name].flatten(), parts["absmax"],

@@ -6,7 +6,7 @@ from conftest import ROOT
 
 # Lowest first: a room may import from its own row and from those above it in this list
 ROOMS = (("loss", "lora", "evaluation.metrics"),
-         ("model", "rslora", "reslora", "deltalora", "baselines"),
+         ("model", "rslora", "reslora", "deltalora", "qlora", "baselines"),
          ("methods",),
          ("checkpoints",),
          ("data", "pretraining.world", "pretraining.opinions"),
@@ -52,7 +52,8 @@ def test_no_file_imports_from_a_higher_room():
 def test_a_method_is_two_files_and_torch():
     """Whoever copies a page and lora.py into a project needs nothing else of ours."""
     files = {name: file for name, file in modules().items()
-             if name.startswith("baselines.") or name in ("lora", "rslora", "reslora", "deltalora")}
+             if name.startswith("baselines.")
+             or name in ("lora", "rslora", "reslora", "deltalora", "qlora")}
     for file in files.values():
         roots = {other.split(".")[0] for other in imports(file)}
         assert not roots - set(sys.stdlib_module_names) - {"torch", "lora"}, file

@@ -105,10 +105,10 @@ def test_half_a_byte_and_a_little_for_each_weight():
 
 
 @pytest.mark.parametrize("bad", [torch.full((8, 8), torch.nan), torch.full((8, 8), torch.inf),
-                                 torch.ones(8, 8, dtype=torch.float64)], ids=str)
+                                 torch.ones(8, 8, dtype=torch.uint8)], ids=str)
 def test_what_has_no_4_bit_form_is_refused(bad):
     linear = nn.Linear(8, 8)
-    linear.weight.data = bad
+    linear.weight = nn.Parameter(bad, requires_grad=False)
     with pytest.raises(ValueError, match="cannot be turned to 4 bits"):
         quantise(linear)
     assert linear.weight is linear._parameters["weight"]
