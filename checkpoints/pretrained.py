@@ -127,7 +127,8 @@ def load(source, num_labels=None, labels=None, dtype=torch.float32, head_from=No
             continue
         t = t if W is None else W.dequantise(torch.float32)  # a head that somebody has quantised
         fp32 = key.startswith("classifier.") or isinstance(module, (nn.LayerNorm, nn.RMSNorm))
-        state[key] = t.to(torch.float32 if fp32 else dtype).contiguous()
+        # copied where most of the file is not needed any more: else it stays mapped as a whole
+        state[key] = t.to(torch.float32 if fp32 else dtype, copy=bool(bits)).contiguous()
     # not strict: what is in 4 bits has names of its own, and all others were checked above
     model.load_state_dict(state, assign=True, strict=not bits)
     return model, Found(fresh, tuple(labels or ()) or None)

@@ -10,10 +10,10 @@ grid() {  # name, seeds, flags of compare.py
     python compare.py "$to" --long --best-lr --seeds "$seeds" --jobs 1 --plot none "$@"
 }
 FP32="--method lora --targets q,k,v,o,up,down"
-grid restaurants 5 --lr 2.5e-3 5e-3 1e-2 --row "LoRA: $FP32" --row "QLoRA: $FP32 --base-bits 4" \
+grid restaurants 5 --lr 2.5e-3 5e-3 1e-2 --row "LoRA: $FP32" --row "QLoRA: $FP32 --base-bits 4 --save-merged" \
     -- --dataset restaurants --eval-every 60
-grid e2e 5 --lr 2.5e-3 5e-3 1e-2 --row "LoRA: $FP32" --row "QLoRA: $FP32 --base-bits 4" \
+grid e2e 5 --lr 2.5e-3 5e-3 1e-2 --row "LoRA: $FP32" --row "QLoRA: $FP32 --base-bits 4 --save-merged" \
     -- --dataset e2e --data-dir "$1" --eval-every 50 --test-texts 256
-[ -z "$2" ] || grid smollm2 3 --lr 2e-3 4e-3 --row "LoRA: --method lora" --row "QLoRA: --method lora --base-bits 4" \
+[ -z "$2" ] || grid smollm2 3 --lr 2e-3 4e-3 --row "LoRA: --method lora" --row "QLoRA: --method lora --base-bits 4 --save-merged" \
     -- --model "$2" --dataset e2e --data-dir "$1" --rank 16 --targets q,k,v,o,gate,up,down --steps 30 --batch-size 8 \
     --eval-every 30 --test-texts 128

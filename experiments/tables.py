@@ -42,7 +42,11 @@ def average(rows, column, digits=3):
 def paired(rows, others, column="merged loss"):
     """What lies between two rows seed by seed: mean and standard error, "+0.0039 (0.0086)"."""
     of = {r["seed"]: float(r[column]) for r in others}
-    differences = [float(r[column]) - of[r["seed"]] for r in rows]
+    return with_error([float(r[column]) - of[r["seed"]] for r in rows])
+
+
+def with_error(differences):
+    """Mean and standard error, "+0.0039 (0.0086)"."""
     center = mean(differences)
     if len(differences) == 1:
         return f"{center:+.4f}"
@@ -288,7 +292,26 @@ def methods(name, more=None, against=("LoRA r 16",)):
                               for row, same in by_row.items()])
 
 
+def qlora():
+    """What 4 bits cost before and after training, and what each way to merge adds."""
+    names = {"qlora-restaurants": "restaurants", "qlora-e2e": "E2E",
+             "qlora-smollm2": "E2E, SmolLM2"}
+    merges = ("merged, saved in bfloat16", "merged, in 4 bits again", "merged into W before 4 bits")
+    rows = []
+    for file, name in names.items():
+        plain, packed = (best(file)[row] for row in ("LoRA", "QLoRA"))
+        base, base_4 = (average(same, "base loss", 4) for same in (plain, packed))
+        rows.append([name, str(len(packed)), base, base_4, average(plain, "unmerged loss", 4),
+                     average(packed, "unmerged loss", 4), paired(packed, plain, "unmerged loss"),
+                     *(with_error([float(r[f"{merge} loss"]) - float(r["unmerged loss"])
+                                   for r in packed]) for merge in merges)])
+    return markdown(["", "seeds", "base", "base in 4 bits", "LoRA", "QLoRA", "QLoRA above LoRA",
+                     "merged, in bf16", "merged, in 4 bits again", "merged into W before 4 bits"],
+                    rows)
+
+
 TABLES = {
+    "qlora": qlora,
     **{name: lambda name=name: deployed(name)
        for name in ("merge-at-restaurants", "merge-at-reviews", "merge-at-e2e",
                     "reslora-curves-best")},
