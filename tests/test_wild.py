@@ -541,6 +541,21 @@ def test_a_moved_base_and_moved_data_are_the_same(tmp_path, base, capsys):
                    str(tmp_path / "base-3")])
 
 
+def test_a_large_file_is_known_by_its_size_its_header_and_samples(tmp_path):
+    """All of one of 14 GB would be read for half a minute."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1)}, path)
+    prints = set()
+    for size, at in ((2**27, None), (2**27 + 4096, None), (2**27, 20), (2**27, 2**27 - 1)):
+        with open(path, "r+b") as f:
+            f.truncate(size)  # a hole, which takes no space
+            if at:
+                f.seek(at)
+                f.write(b"?")
+        prints.add(fingerprint_weights(tmp_path))
+    assert len(prints) == 4
+
+
 def test_a_saved_again_base_in_shards_is_fingerprinted(tmp_path):
     """The fingerprint is that of all files of the weights: a changed byte in any shard changes
     it."""
