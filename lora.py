@@ -88,6 +88,7 @@ class LoRALinear(nn.Module):
 
     # The rest of the contract. LoRA needs none of it; other methods override what they need.
 
+    name = "this layer"  # its name in the model; `apply` sets it
     exact_merge = True  # False where merging approximates (ResLoRA's input and middle)
     # True where `weight` is a new fp32 tensor, which the method changes at the start or in training
     moves_weight = False
@@ -149,8 +150,8 @@ def apply(model, adapter, targets, **hparams):
     """Freeze `model` and put an `adapter` in the place of every nn.Linear named in `targets`.
 
     adapter: a class like LoRALinear. targets: a list; each is the end of a module's name, "q" or
-    "attn.q". The linears that it matches form one chain, in order of registration, which is taken
-    for depth. hparams: go to the class, r=, alpha=, … Returns the new layers, chain after chain.
+    "attn.q", with * for any one part, "decoder.layers.*.self_attn.q". hparams: go to the class, r=,
+    alpha=, … Returns the new layers, chain after chain, see `chains_of`.
 
     Raises ValueError, and leaves the model as it was, for a target without a linear, a tied weight,
     or bad hparams. A parent that reads its linear's weight itself, as nn.MultiheadAttention does,
@@ -165,13 +166,12 @@ def apply(model, adapter, targets, **hparams):
                          "exports rely on it")
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name}
     uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
-    chains, new = {}, {}
+    new, target_of = {}, {}
     for target in targets:
-        names = [name for name in linears if name == target or name.endswith("." + target)]
+        names = [name for name in linears if matches(name, target)]
         if not names:
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
-            raise ValueError(f"target {target!r} matches no linear of the model; its linears are: "
-                             f"{known}")
+            raise ValueError(f"target {target!r} matches no linear of the model"
+                             f"{instead(model, target)}")
         for name in names:
             if name in new:
                 raise ValueError(f"target {target!r}: {name} is meant by an earlier target already")
@@ -185,12 +185,64 @@ def apply(model, adapter, targets, **hparams):
                 raise ValueError(f"target {target!r}: {name} has its weight in 4 bits, and "
                                  f"{adapter.__name__} moves it")
             new[name] = adapter(linears[name], **hparams).train(linears[name].training)
-        chains[target] = [new[name] for name in names]
+            new[name].name, target_of[name] = name, target
+    chains = {chain: [new[name] for name in sorted(names, key=list(linears).index)]
+              for chain, names in chains_of(target_of, linears).items()}
+    if len(chains) > len(targets) and adapter.connect is not LoRALinear.connect:
+        print("chains  ", ", ".join(f"{chain} ({len(layers)})" for chain, layers in chains.items()))
     adapter.connect(chains)
     model.requires_grad_(False)  # the base: the adapters are not part of the model yet
     for name, layer in new.items():
         model.set_submodule(name, layer)
     return [layer for chain in chains.values() for layer in chain]
+
+
+def matches(name, target):
+    """Whether a module's name ends in a target, in which * stands for any one part."""
+    parts, wanted = name.split("."), target.split(".")
+    ends = zip(reversed(wanted), reversed(parts), strict=False)
+    return len(wanted) <= len(parts) and all(w in ("*", part) for w, part in ends)
+
+
+def chains_of(target_of, linears):
+    """{chain: [names of its layers]}: the linears that are each other's neighbours in depth.
+
+    target_of: {name of a linear: its target}. Layers are one chain where their names are equal but
+    for numbers, and their shapes are equal: blocks.0.attn.q and blocks.1.attn.q. Where several
+    numbers differ, as in stages.0.blocks.1.q, the last counts the layers and the others part the
+    chains. A number behind "experts" parts, since experts stand side by side. All that a target
+    with two * or more matches is one chain."""
+    alike, chains = {}, {}
+    for name, target in target_of.items():
+        parts = name.split(".")
+        numbers = [i for i, part in enumerate(parts)
+                   if part.isdecimal() and parts[i - 1] != "experts"]
+        kind = tuple("*" if i in numbers else part for i, part in enumerate(parts))
+        shape = tuple(linears[name].weight.shape)
+        alike.setdefault(target if target.count("*") > 1 else (kind, shape), []).append(name)
+    for kind, names in alike.items():
+        # [[first part of each name], [second part], …]
+        columns = zip(*(name.split(".") for name in names), strict=False)
+        differ = [i for i, column in enumerate(columns) if len(set(column)) > 1]
+        parted = {}
+        for name in names:
+            parts = name.split(".")
+            if differ:
+                parts[differ[-1]] = "*"
+            parted.setdefault(kind if isinstance(kind, str) else ".".join(parts), []).append(name)
+        for chain, members in parted.items():
+            chains[f"{chain} {kind[1]}" if chain in chains else chain] = members
+    return chains
+
+
+def instead(model, target):
+    """In words, which linears a model has, where none is called `target`."""
+    for name, m in model.named_modules():
+        if name and matches(name, target):
+            return f": {name} is a {type(m).__name__}"
+    known = sorted({name.rpartition(".")[2] for name, m in model.named_modules()
+                    if name and isinstance(m, nn.Linear)})
+    return f"; its linears are: {', '.join(known) or 'none'}"
 
 
 @torch.no_grad()

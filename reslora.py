@@ -3,7 +3,7 @@
 LoRA gives each layer a low-rank branch of its own, so a gradient reaches the branch of a shallow
 layer only through the layers above it. ResLoRA adds shortcuts between the branches of neighbours.
 
-Layers with the same target (all q, or all v) are a chain. Layer n, counted from 0, has input x_n
+Layers of one kind (all q, or all v) are a chain. Layer n, counted from 0, has input x_n
 and output h_n. (x_{n+1} is not h_n: the rest of the transformer's block lies between.) A shortcut
 reaches m = pre_num layers back, where there are so many: m' = min(m, n), or m' = n for m = -1.
 
@@ -116,10 +116,16 @@ class ResLoRALinear(lora.LoRALinear):
 
             layer 0 hands on [x_0], layer 1 hands on [x_1, x_0], layer 2 hands on [x_2, x_1]"""
         if self.earlier and not self.inbox:
-            raise RuntimeError("ResLoRA layers must be called in chain order, each once, and this "
-                               "one came too early. Activation checkpointing calls them again: see "
-                               "ResLoRALinear.recompute")
+            raise RuntimeError(f"{self.name} came before {self.earlier[0].name}: ResLoRA "
+                               "layers must be called in chain order, each once. Activation "
+                               "checkpointing calls them again: see ResLoRALinear.recompute. "
+                               f"{self.parted()}")
         received = self.inbox.pop() if self.earlier else []
+        for before, other in zip(self.earlier, received, strict=True):
+            if other.shape[:-1] != own.shape[:-1]:
+                raise RuntimeError(f"{before.name} was called on a sequence of shape "
+                                   f"{tuple(other.shape)} and {self.name} on {tuple(own.shape)}: "
+                                   f"they are no neighbours. {self.parted()}")
         if self.sends:
             passed_on = [own, *received][:self.sends]
             # [:] because the neighbour has the same list; it also replaces what a forward that
@@ -127,15 +133,23 @@ class ResLoRALinear(lora.LoRALinear):
             self.outbox[:] = [passed_on]
         return received
 
+    def parted(self):
+        """In words, the target that makes a chain of layers with the same first number."""
+        parts = self.name.split(".")
+        numbers = [i for i, part in enumerate(parts) if part.isdecimal()][1:]
+        pattern = ".".join("*" if i in numbers else part for i, part in enumerate(parts))
+        return (f"A target such as {pattern!r} makes a chain of its own" if len(numbers) > 1
+                else "The shortcut 'block' does not need their order")
+
     @staticmethod
     def connect(chains):
-        """Called by lora.apply with {target: [its layers, shallow to deep]}. Tells every layer
-        which ones are before it, and gives neighbours a list in common, to pass activations on."""
-        for target, chain in chains.items():
+        """Called by lora.apply with {chain: [its layers, shallow to deep]}. Tells every layer which
+        ones are before it, and gives neighbours a list in common, to pass activations on."""
+        for name, chain in chains.items():
             for n, layer in enumerate(chain):
                 shape, first_shape = tuple(layer.weight.shape), tuple(chain[0].weight.shape)
                 if shape != first_shape:
-                    raise ValueError(f"ResLoRA needs layers of one shape: {target}[{n}] has "
+                    raise ValueError(f"ResLoRA needs layers of one shape: {name}, layer {n}, has "
                                      f"{shape}, the first {first_shape}")
                 reach = n if layer.pre_num == -1 else min(layer.pre_num, n)  # m'
                 layer.earlier = chain[n - reach:n][::-1]  # the nearest first
@@ -144,9 +158,9 @@ class ResLoRALinear(lora.LoRALinear):
                 layer.sends = len(after.earlier)
             if len(chain) == 1:
                 same = "LoRA with 2 alpha" if chain[0].doubles else "plain LoRA"
-                warnings.warn(f"ResLoRA: {target} is a single layer without neighbours, so it is "
-                              f"{same}. Layers form a chain when their names end alike: "
-                              "blocks.0.fc and blocks.1.fc", stacklevel=3)
+                warnings.warn(f"ResLoRA: {name} is a single layer without neighbours, so it is "
+                              f"{same}. Layers form a chain when their names are equal but for a "
+                              "number: blocks.0.fc and blocks.1.fc", stacklevel=3)
 
     @property
     def doubles(self):

@@ -305,12 +305,13 @@ def test_copies_and_pickles_are_models_of_their_own(method, hparams):
 
 
 def test_chains_need_one_shape():
-    """A chain of unequal linears is refused, with both shapes."""
+    """A pattern whose one chain would have unequal linears is refused, with both shapes."""
     model = nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)}),
                            nn.ModuleDict({"q": nn.Linear(4, 6)})])
-    with pytest.raises(ValueError, match=r"\(6, 4\).*\(4, 4\)"):
-        lora.apply(model, ResLoRALinear, ["q"], r=2, alpha=2)
-    assert all(isinstance(m["q"], nn.Linear) for m in model)
+    model = nn.ModuleList([model])
+    with pytest.raises(ValueError, match=r"\*\.\*\.q.*\(6, 4\).*\(4, 4\)"):
+        lora.apply(model, ResLoRALinear, ["*.*.q"], r=2, alpha=2)
+    assert all(isinstance(m["q"], nn.Linear) for m in model[0])
 
 
 # Delta-LoRA

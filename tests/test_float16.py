@@ -87,6 +87,9 @@ def test_a_resumed_run_goes_on_with_the_scale(base, tmp_path, monkeypatch):
                     for name in ("whole", "parts"))
     assert whole == parts
     assert [row["skipped"] for row in log_of(tmp_path / "parts")] == ["1", "1", "1"]
+    scales = [load_file(tmp_path / name / "resume.safetensors")["scaler.scale"]
+              for name in ("whole", "parts")]
+    assert scales == [2**15, 2**15]
 
 
 def test_a_run_whose_every_step_overflows_ends(base, tmp_path, monkeypatch, capsys):
