@@ -210,17 +210,18 @@ def chains_of(target_of, linears):
     target_of: {name of a linear: its target}. Layers are one chain where their names are equal but
     for numbers, and their shapes are equal: blocks.0.attn.q and blocks.1.attn.q. Where several
     numbers differ, as in stages.0.blocks.1.q, the last counts the layers and the others part the
-    chains. A number behind "experts" parts, since experts stand side by side. All that a target
-    with two * or more matches is one chain."""
+    chains. A number behind "experts" parts, since experts stand side by side. What a target with a
+    * matches has no neighbours outside of it, and with two * or more it is one chain."""
     alike, chains = {}, {}
     for name, target in target_of.items():
         parts = name.split(".")
         numbers = [i for i, part in enumerate(parts)
                    if part.isdecimal() and parts[i - 1] != "experts"]
         kind = tuple("*" if i in numbers else part for i, part in enumerate(parts))
-        shape = tuple(linears[name].weight.shape)
-        alike.setdefault(target if target.count("*") > 1 else (kind, shape), []).append(name)
-    for kind, names in alike.items():
+        shape, pattern = tuple(linears[name].weight.shape), target if "*" in target else None
+        key = (pattern,) if target.count("*") > 1 else (pattern, shape, kind)
+        alike.setdefault(key, []).append(name)
+    for (pattern, *shape), names in alike.items():
         # [[first part of each name], [second part], …]
         columns = zip(*(name.split(".") for name in names), strict=False)
         differ = [i for i, column in enumerate(columns) if len(set(column)) > 1]
@@ -229,9 +230,9 @@ def chains_of(target_of, linears):
             parts = name.split(".")
             if differ:
                 parts[differ[-1]] = "*"
-            parted.setdefault(kind if isinstance(kind, str) else ".".join(parts), []).append(name)
+            parted.setdefault(".".join(parts) if shape else pattern, []).append(name)
         for chain, members in parted.items():
-            chains[f"{chain} {kind[1]}" if chain in chains else chain] = members
+            chains[f"{chain} {shape[0]}" if chain in chains else chain] = members
     return chains
 
 

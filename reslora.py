@@ -134,11 +134,11 @@ class ResLoRALinear(lora.LoRALinear):
         return received
 
     def parted(self):
-        """In words, the target that makes a chain of layers with the same first number."""
+        """In words, the target whose layers have the same first number."""
         parts = self.name.split(".")
         numbers = [i for i, part in enumerate(parts) if part.isdecimal()][1:]
         pattern = ".".join("*" if i in numbers else part for i, part in enumerate(parts))
-        return (f"A target such as {pattern!r} makes a chain of its own" if len(numbers) > 1
+        return (f"A target such as {pattern!r} makes a chain of its own" if numbers
                 else "The shortcut 'block' does not need their order")
 
     @staticmethod
@@ -247,6 +247,7 @@ def calibrate(model, batches, run=None, real=None, margin=None, merge=None, eps=
         texts for a classifier.
     run: a function that sends a batch through the model and returns the output. None: the model.
     real: takes a batch, returns a tensor (B, T), True at tokens that are not padding. None: all.
+        Of an encoder-decoder a list of two; a layer takes the one of its input's length.
     margin: for a classifier, takes the output, returns the sum over the texts of the largest logit
         minus the mean logit; where a label is a number, the sum of the predictions. None for a
         language model.
@@ -292,17 +293,28 @@ def layer_inputs(layers, batches, run, real, margin):
         finally:
             for hook in hooks:
                 hook.remove()
-        mask = real(batch) if real else torch.ones_like(inputs[wanted[0]][..., 0], dtype=torch.bool)
+        masks = real(batch) if real else []
+        mask = {layer: mask_for(x, masks) for layer, x in inputs.items()}
         w = dict.fromkeys(wanted, 1)
         if margin:
             slopes = torch.autograd.grad(M, [outputs[layer] for layer in wanted])
             for layer, dM_dh in zip(wanted, slopes, strict=True):
                 # w = |B^T dM/dh|^2
                 B = layer.lora_B
-                w[layer] = (dM_dh[mask].to(B.dtype) @ B).square().sum(-1, keepdim=True)
-        yield {layer: x[mask].to(layer.lora_A.dtype) for layer, x in inputs.items()}, w
+                w[layer] = (dM_dh[mask[layer]].to(B.dtype) @ B).square().sum(-1, keepdim=True)
+        yield {layer: x[mask[layer]].to(layer.lora_A.dtype) for layer, x in inputs.items()}, w
     if not inputs:
         raise ValueError("calibration needs at least one batch: batches is empty")
+
+
+def mask_for(x, masks):
+    """Of the masks (B, T) the one that fits inputs x (B, T, d_in); all True where there is none."""
+    masks = [masks] if torch.is_tensor(masks) else masks
+    fitting = [mask for mask in masks if mask.shape == x.shape[:-1]]
+    if masks and (not fitting or any(not torch.equal(fitting[0], mask) for mask in fitting)):
+        raise ValueError(f"`real` gives masks of {[tuple(mask.shape) for mask in masks]}: exactly "
+                         f"one has to fit inputs of {tuple(x.shape)}")
+    return fitting[0] if fitting else torch.ones_like(x[..., 0], dtype=torch.bool)
 
 
 def regression(layers, seen, eps):
