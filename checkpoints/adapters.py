@@ -9,21 +9,26 @@ How each method becomes a PEFT adapter:
 
     LoRA, rsLoRA           a LoRA of rank r; GPT-2's q, k and v share one c_attn, so there of
                            rank 2 r for q and v
-    ResLoRA block          a LoRA whose rank grows along the chain: (min(m, n) + 1) r for layer n
+    ResLoRA block          a LoRA whose rank grows along the chain: (min(m, n) + 1) r for layer n,
+                           filled up with zeros
     ResLoRA input, middle  a LoRA of rank r, after the approximate merge
     Delta-LoRA             a LoRA of rank 2 r: [A_T ; A_K] and [(1 + lambda) B_T | -lambda B_K]
-    AdaLoRA                a LoRA of the rank that each layer kept, E folded into B; layers of
-                           rank 0 are left out
+    AdaLoRA                a LoRA of the ranks that the layers kept, E folded into B, filled up with
+                           zeros; layers of rank 0 are left out
     DyLoRA                 a LoRA of rank b, the cut
     LoHa, LoKr             PEFT's own LOHA and LOKR; on GPT-2, whose Conv1D those refuse, a LoRA
+
+All layers have one rank and one scale in the folder, because some loaders read lora_alpha over the
+rank of each tensor (llama.cpp), and others one lora_alpha / r for all (vLLM). A layer whose smaller
+side is below that rank has that side's, with the scale in its B.
 
 A classifier's folder is a SEQ_CLS adapter with the head in it.
 """
 import re
-from collections import Counter
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -32,6 +37,8 @@ from checkpoints.files import check_keys, fingerprint, write, write_json
 from checkpoints.peft_format import PREFIX, peft_scaling, read_adapter, take_head
 from lora import LoRALinear
 from model import Transformer
+
+WRAPPERS = torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel
 
 
 def fingerprint_adapter(folder):
@@ -58,8 +65,8 @@ def peft_lora(model):
 
         c_attn:  B' A' = [B_q 0 ; 0 0 ; 0 B_v] [A_q ; A_v]        for q and v, of rank 2 r
 
-    PEFT's scale is lora_alpha / rank, per module, so lora_alpha = scaling * rank says any scale
-    exactly; use_rslora stays false, and loaders that do not know that flag read the adapter right.
+    PEFT's scale is lora_alpha / rank of each module. use_rslora stays false, and loaders that do
+    not know that flag read the adapter right.
     """
     modules = {}  # {module: (A, B, scaling)}
     for name, layer in adapters(model):
@@ -79,17 +86,21 @@ def peft_lora(model):
         modules[module] = A, B, scaling
     if not modules:
         raise ValueError("there is no adapter to write: no layer has a rank")
-    ranks = {module: len(A) for module, (A, _, _) in modules.items()}
-    alphas = {module: scaling * ranks[module] for module, (_, _, scaling) in modules.items()}
-    (r, alpha), _ = Counter(zip(ranks.values(), alphas.values(), strict=True)).most_common(1)[0]
-    tensors = {f"{module}.lora_{factor}.weight": t for module, (A, B, _) in modules.items()
-               for factor, t in (("A", A), ("B", B))}
+    # GPT-2's c_attn may have more ranks together than it has sides
+    modules = {module: (*no_wider(A, B), scaling) for module, (A, B, scaling) in modules.items()}
+    r = max(len(A) for A, _, _ in modules.values())
+    alpha, tensors, ranks = r * next(iter(modules.values()))[2], {}, {}
+    for module, (A, B, scaling) in modules.items():
+        ranks[module] = min(r, A.shape[1], len(B))
+        empty = ranks[module] - len(A)
+        share = scaling * ranks[module] / alpha  # 1, but where the scale or the rank is another
+        tensors[f"{module}.lora_A.weight"] = F.pad(A, (0, 0, 0, empty))
+        tensors[f"{module}.lora_B.weight"] = F.pad(B, (0, empty)) * share
     return tensors, {
         "peft_type": "LORA", "r": r, "lora_alpha": alpha, "use_rslora": False,
         "rank_pattern": {module: rank for module, rank in ranks.items() if rank != r},
-        "alpha_pattern": {module: a for module, a in alphas.items() if a != alpha},
-        "target_modules": targets_of(model, modules), "fan_in_fan_out": family(model).conv1d,
-        "bias": "none"}
+        "alpha_pattern": {}, "target_modules": targets_of(model, modules),
+        "fan_in_fan_out": family(model).conv1d, "bias": "none"}
 
 
 def peft_own(model):
@@ -126,12 +137,29 @@ def trained_beside(model):
 
 
 def task_of(model):
-    """PEFT's task_type."""
+    """PEFT's task_type, and its auto_mapping where it has no such type: what AutoPeft makes."""
     if isinstance(model, Transformer):
-        return "CAUSAL_LM" if model.causal else "SEQ_CLS" if model.classifier else None
+        return "CAUSAL_LM" if model.causal else "SEQ_CLS" if model.classifier else None, None
     ends = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM",
-            "ForSequenceClassification": "SEQ_CLS"}
-    return next((task for end, task in ends.items() if type(model).__name__.endswith(end)), None)
+            "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
+            "ForQuestionAnswering": "QUESTION_ANS"}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        ends["ForConditionalGeneration"] = "SEQ_2_SEQ_LM"
+    kind = type(model)
+    task = next((task for end, task in ends.items() if kind.__name__.endswith(end)), None)
+    return task, None if task else {"base_model_class": kind.__name__,
+                                    "parent_library": kind.__module__}
+
+
+def unwrapped(model):
+    """The model inside of torch.compile, DataParallel and DDP. ValueError for a model of PEFT."""
+    while isinstance(model, WRAPPERS) or "_orig_mod" in model._modules:
+        model = model.module if isinstance(model, WRAPPERS) else model._orig_mod
+    for name, m in model.named_modules():
+        if type(m).__module__.startswith("peft."):
+            raise ValueError(f"{name or 'the model'} is PEFT's {type(m).__name__}: take its "
+                             "adapters out first, by merge_and_unload() or unload()")
+    return model
 
 
 def no_wider(A, B):
@@ -156,7 +184,7 @@ def save_adapter(folder, model, base, dropout=0.0):
     """Write adapter_config.json and adapter_model.safetensors, with a classifier's head in it: of
     our models always, of others what has requires_grad beside the adapters. Call it after
     `calibrate` and before `merge`. ValueError for a value that is not finite."""
-    folder = Path(folder)
+    folder, model = Path(folder), unwrapped(model)
     kinds = {layer.peft_type for _, layer in adapters(model)}
     if not kinds:
         raise ValueError("there is no adapter to write: the model holds none (any more)")
@@ -174,8 +202,15 @@ def save_adapter(folder, model, base, dropout=0.0):
         modules = ["classifier", "score"] * bool(head)
     else:
         head = {name: p.detach() for name, p in trained_beside(model).items()}
+        uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+        for name in head:
+            if uses.count(id(model.get_parameter(name))) > 1:
+                raise ValueError(f"{name} trains beside the adapters and is tied to another "
+                                 "module: PEFT would load it into one of them alone. Freeze it, or "
+                                 "untie them")
         modules = sorted({name.rpartition(".")[0] for name in head})
-    config.update({"task_type": task_of(model), "base_model_name_or_path": str(base),
+    task, mapping = task_of(model)
+    config.update({"task_type": task, "auto_mapping": mapping, "base_model_name_or_path": str(base),
                    "inference_mode": True, "modules_to_save": modules or None})
     tensors.update(head)
     folder.mkdir(parents=True, exist_ok=True)
@@ -195,6 +230,9 @@ def load_adapter(model, folder, dropout=0.0):
     so. Raises ValueError, and leaves the model as it was, for half an adapter, unexpected or
     mis-shaped tensors, and what is no plain LoRA.
     """
+    model = unwrapped(model)
+    if adapters(model):
+        raise ValueError(f"{folder} cannot be loaded: the model has adapters already")
     folder, prefix = Path(folder), family(model).prefix
     path = folder / "adapter_model.safetensors"
     config, tensors, origin = read_adapter(folder)
@@ -224,6 +262,10 @@ def load_adapter(model, folder, dropout=0.0):
             wanted[f"{module}.lora_A.weight"] = torch.empty(rank, linear.in_features, device="meta")
             d_out = linear.out_features * (1 if third is None else 3)
             wanted[f"{module}.lora_B.weight"] = torch.empty(d_out, rank, device="meta")
+    for name, m in model.named_modules():
+        if f"{name}.lora_A.weight" in tensors.keys() - wanted.keys():
+            raise ValueError(f"{path} adapts {name}, which is a {type(m).__name__}: an adapter "
+                             "needs an nn.Linear")
     check_keys(tensors, wanted, path, lambda name: origin.get(name, PREFIX + name))
     if not places:
         raise ValueError(f"{path} holds no adapter for this model")
@@ -231,10 +273,12 @@ def load_adapter(model, folder, dropout=0.0):
     for name, (module, third) in places.items():
         A, B = (tensors[f"{module}.lora_{factor}.weight"] for factor in "AB")
         scaling = peft_scaling(config, module, len(A), folder)
+        trained = B.any()
         if third is not None:
-            trained, B = B.any(), B.chunk(3)[third]
-            used = B.any(0) if trained else slice(None)  # not what peft_lora padded with zeros
-            A, B = A[used], B[:, used]
+            B = B.chunk(3)[third]
+        # not what peft_lora has filled up with zeros
+        used = A.any(1) & (B.any(0) if trained and third is not None else True)
+        A, B = A[used], B[:, used]
         if len(A):
             layers[name] = with_factors(linear_of[name], *no_wider(A, B), scaling, dropout)
     model.requires_grad_(False)

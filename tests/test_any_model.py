@@ -1,6 +1,7 @@
 """Models that are not ours: chains, causality, gradients, merging and PEFT on encoder-decoders,
 image models and a UNet."""
 import copy
+import json
 import re
 
 import peft
@@ -9,9 +10,11 @@ import torch
 import torch.nn as nn
 import transformers
 from conftest import every_variant, factors, tiny_gpt, tiny_llama
+from safetensors.torch import load_file
 
 import lora
-from checkpoints.adapters import save_adapter
+from checkpoints.adapters import load_adapter, save_adapter
+from checkpoints.families import family
 from lora import LoRALinear
 from methods import METHODS
 from reslora import ResLoRALinear
@@ -256,3 +259,116 @@ def test_an_unmerged_encoder_decoder_generates_with_a_cache_what_it_does_without
     with_cache, without = (model.generate(text(7), max_new_tokens=6, do_sample=False, use_cache=use)
                            for use in (True, False))
     assert torch.equal(with_cache, without)
+
+
+# What leaves the house
+
+@pytest.mark.parametrize("method, hparams", [
+    ("reslora", dict(shortcut="block", pre_num=2)), ("reslora", dict(shortcut="block", pre_num=-1)),
+    ("adalora", dict(init_rank=4)), ("lora", {}), ("deltalora", dict(delta_start=0))], ids=str)
+@pytest.mark.parametrize("make, targets", [
+    (bart, ["q_proj", "v_proj", "fc1"]), (lambda: tiny_llama(torch.float32), ["q", "k", "up"])],
+    ids=["bart", "llama"])
+def test_other_loaders_read_the_same_delta(make, targets, method, hparams, tmp_path):
+    """PEFT takes the scale from its patterns; llama.cpp divides lora_alpha by the rank of each
+    tensor; vLLM by r."""
+    torch.manual_seed(0)
+    model = make()
+    layers = lora.apply(model, METHODS[method].adapter, targets, r=3, alpha=5, **hparams)
+    randomised(layers)
+    if method == "adalora":  # ranks of their own
+        for n, layer in enumerate(layers):
+            with torch.no_grad():
+                layer.mask[n % 3 + 1:], layer.lora_E[n % 3 + 1:] = 0, 0
+    save_adapter(tmp_path, model, "base")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert not config["alpha_pattern"] and not config["use_rslora"]
+    by_delta = {layer.name: layer.delta() for layer in layers}
+    seen = 0
+    for name, layer in zip(by_delta, layers, strict=True):
+        module = family(model).module(name)[0]
+        A, B = (tensors[f"base_model.model.{module}.lora_{f}.weight"] for f in "AB")
+        delta = config["lora_alpha"] / len(A) * (B @ A)  # llama.cpp's
+        torch.testing.assert_close(delta, by_delta[name], rtol=1e-4, atol=1e-5)
+        if len(A) == config["r"]:
+            seen += 1
+            vllm = config["lora_alpha"] / config["r"] * (B @ A)
+            torch.testing.assert_close(vllm, by_delta[name], rtol=1e-4, atol=1e-5)
+        else:  # no side is long enough
+            assert len(A) == min(layer.weight.shape) < config["r"]
+            assert config["rank_pattern"][module] == len(A)
+    assert seen
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda m: m, torch.compile, nn.DataParallel,
+    lambda m: torch.compile(nn.DataParallel(m)), lambda m: nn.DataParallel(torch.compile(m))],
+    ids=["plain", "compiled", "data parallel", "compiled outside", "compiled inside"])
+def test_a_wrapper_leaves_no_trace_in_the_names(wrap, tmp_path):
+    model = bart()
+    randomised(lora.apply(model, LoRALinear, ["q_proj"], r=2, alpha=2))
+    save_adapter(tmp_path / "plain", model, "base")
+    save_adapter(tmp_path / "wrapped", wrap(model), "base")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert ((tmp_path / "plain" / file).read_bytes()
+                == (tmp_path / "wrapped" / file).read_bytes())
+    fresh = bart()
+    assert len(load_adapter(wrap(fresh), tmp_path / "plain")) == 9
+
+
+def test_a_model_of_peft_is_refused(tmp_path):
+    inside = peft.get_peft_model(bart(), peft.LoraConfig(r=2, target_modules=["v_proj"]))
+    lora.apply(inside, LoRALinear, ["q_proj"], r=2, alpha=2)
+    with pytest.raises(ValueError, match="PEFT's PeftModel: take its adapters out first"):
+        save_adapter(tmp_path, inside, "base")
+    injected = bart()
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["v_proj"]), injected)
+    lora.apply(injected, LoRALinear, ["q_proj"], r=2, alpha=2)
+    with pytest.raises(ValueError, match="v_proj is PEFT's Linear"):
+        save_adapter(tmp_path, injected, "base")
+
+
+def test_what_cannot_be_loaded_says_why(tmp_path):
+    model = bart()
+    lora.apply(model, LoRALinear, ["q_proj"], r=2, alpha=2)
+    save_adapter(tmp_path / "ours", model, "base")
+    with pytest.raises(ValueError, match="the model has adapters already"):
+        load_adapter(model, tmp_path / "ours")
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    peft.get_peft_model(copy.deepcopy(gpt2), peft.LoraConfig(
+        r=2, target_modules=["c_attn"], fan_in_fan_out=True)).save_pretrained(tmp_path / "conv1d")
+    with pytest.raises(ValueError, match="h.0.attn.c_attn, which is a Conv1D"):
+        load_adapter(gpt2, tmp_path / "conv1d")
+    embedding = peft.get_peft_model(bart(), peft.LoraConfig(r=2, target_modules=["shared"]))
+    embedding.save_pretrained(tmp_path / "embedding")
+    with pytest.raises(ValueError):
+        load_adapter(bart(), tmp_path / "embedding")
+
+
+def test_a_tied_weight_that_trains_beside_the_adapters_is_refused(tmp_path):
+    """PEFT would load it into the embedding and not into the output."""
+    model = bart()
+    lora.apply(model, LoRALinear, ["q_proj"], r=2, alpha=2)
+    model.model.shared.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="model.shared.weight trains beside .* is tied"):
+        save_adapter(tmp_path, model, "base")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("make, auto, kind", [
+    (bart, "AutoPeftModelForSeq2SeqLM", "PeftModelForSeq2SeqLM"),
+    (t5, "AutoPeftModelForSeq2SeqLM", "PeftModelForSeq2SeqLM"),
+    (vit, "AutoPeftModel", "PeftModel"), (bert, "AutoPeftModel", "PeftModel")],
+    ids=["bart", "t5", "vit", "bert"])
+def test_autopeft_makes_the_model_that_it_was(make, auto, kind, tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base")
+    target = "q" if make is t5 else "query" if make is bert else "q_proj"
+    lora.apply(model, LoRALinear, [target], r=2, alpha=2)
+    save_adapter(tmp_path / "adapter", model, tmp_path / "base")
+    found = getattr(peft, auto).from_pretrained(tmp_path / "adapter")
+    assert type(found).__name__ == kind
+    assert type(found.get_base_model()) is type(model)
