@@ -105,7 +105,8 @@ def adapt(model, settings):
         targets = settings["targets"].split(",")
         for name, m in model.named_modules():
             outside = not name.startswith("h.")  # what stands outside the blocks is the head
-            if outside and isinstance(m, nn.Linear) and name.split(".")[-1] in targets:
+            if outside and isinstance(m, nn.Linear) and any(lora.matches(name, target)
+                                                            for target in targets):
                 raise ValueError(f"--targets {settings['targets']}: {name} belongs to the head, "
                                  "which is no place for an adapter")
         flags = {name: settings[name] for name in method.flags}

@@ -156,11 +156,13 @@ class ResLoRALinear(lora.LoRALinear):
             for layer, after in pairwise(chain):
                 layer.outbox = after.inbox  # the same list
                 layer.sends = len(after.earlier)
-            if len(chain) == 1:
-                same = "LoRA with 2 alpha" if chain[0].doubles else "plain LoRA"
-                warnings.warn(f"ResLoRA: {name} is a single layer without neighbours, so it is "
-                              f"{same}. Layers form a chain when their names are equal but for a "
-                              "number: blocks.0.fc and blocks.1.fc", stacklevel=3)
+        alone = [name for name, chain in chains.items() if len(chain) == 1]
+        if alone:
+            same = "LoRA with 2 alpha" if chains[alone[0]][0].doubles else "plain LoRA"
+            more = f" (and so are {len(alone) - 1} more)" * (len(alone) > 1)
+            warnings.warn(f"ResLoRA: {alone[0]} is a single layer without neighbours, so it is "
+                          f"{same}{more}. Layers form a chain when their names are equal but for a "
+                          "number: blocks.0.fc and blocks.1.fc", stacklevel=3)
 
     @property
     def doubles(self):

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 
+import diffusers
 import peft
 import pytest
 import torch
@@ -49,6 +50,21 @@ def bert():
         attention_probs_dropout_prob=0.0)).eval()
 
 
+def unet():
+    """Of two widths, and two attentions a stage."""
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=2, norm_num_groups=4,
+        block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2, cross_attention_dim=8,
+        attention_head_dim=4).eval()
+
+
+def noisy():
+    draw = torch.Generator().manual_seed(0)
+    return dict(sample=torch.randn(2, 3, 8, 8, generator=draw), timestep=torch.tensor([3, 7]),
+                encoder_hidden_states=torch.randn(2, 5, 8, generator=draw))
+
+
 def text(length=9, seed=0):
     return torch.randint(3, 50, (2, length), generator=torch.Generator().manual_seed(seed))
 
@@ -64,7 +80,8 @@ MODELS = {
     "vit": (vit, ["q_proj", "v_proj"],
             lambda: dict(pixel_values=torch.randn(2, 3, 16, 16, generator=torch.Generator()
                                                   .manual_seed(0))), "logits"),
-    "bert": (bert, ["query", "value"], lambda: dict(input_ids=text(9)), "last_hidden_state")}
+    "bert": (bert, ["query", "value"], lambda: dict(input_ids=text(9)), "last_hidden_state"),
+    "unet": (unet, ["attn1.to_q", "attn2.to_v", "attn2.to_out.0"], noisy, "sample")}
 
 
 def names_of(model):
@@ -191,6 +208,7 @@ def randomised(layers):
         nn.init.normal_(p, std=0.3)
 
 
+@pytest.mark.filterwarnings("ignore:ResLoRA. .* is a single layer")
 @pytest.mark.parametrize("name", MODELS)
 @every_variant
 def test_start_gradients_merge_and_peft(name, method, hparams, tmp_path):
