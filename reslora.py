@@ -3,9 +3,10 @@
 LoRA gives each layer a low-rank branch of its own, so a gradient reaches the branch of a shallow
 layer only through the layers above it. ResLoRA adds shortcuts between the branches of neighbours.
 
-Layers of one kind (all q, or all v) are a chain. Layer n, counted from 0, has input x_n
-and output h_n. (x_{n+1} is not h_n: the rest of the transformer's block lies between.) A shortcut
-reaches m = pre_num layers back, where there are so many: m' = min(m, n), or m' = n for m = -1.
+Layers of one kind (all q, or all v) are a chain, see lora.chains_of. Layer n, counted from 0, has
+input x_n and output h_n. (x_{n+1} is not h_n: the rest of the transformer's block lies between.) A
+shortcut reaches m = pre_num layers back, where there are so many: m' = min(m, n), or m' = n for
+m = -1.
 
     input    h_n = W_n x_n + b_n + s B_n A_n drop(x_n + sum_{k=1..m'} x_{n-k})
     block    h_n = W_n x_n + b_n + s sum_{k=0..m'} B_{n-k} A_{n-k} drop(x_n)
