@@ -314,7 +314,7 @@ def mask_for(x, masks):
     """Of the masks (B, T) the one that fits inputs x (B, T, d_in); all True where there is none."""
     masks = [masks] if torch.is_tensor(masks) else masks
     fitting = [mask for mask in masks if mask.shape == x.shape[:-1]]
-    if masks and (not fitting or any(not torch.equal(fitting[0], mask) for mask in fitting)):
+    if masks and (not fitting or any(not torch.equal(fitting[0], mask) for mask in fitting[1:])):
         raise ValueError(f"`real` gives masks of {[tuple(mask.shape) for mask in masks]}: exactly "
                          f"one has to fit inputs of {tuple(x.shape)}")
     return fitting[0] if fitting else torch.ones_like(x[..., 0], dtype=torch.bool)

@@ -359,8 +359,8 @@ def load_state(path, model, optimizer, first=1, scaler=None):
 def known_base_report(beside, identity, device):
     """{metric: value} of the base on the test split, if a finished run in the folder `beside` has
     it for the same base and the same texts, else None."""
-    same = ("base_weights", "base_files", "init_weights", "dataset", "data", "metric", "context",
-            "dtype")
+    same = ("base_weights", "base_files", "base_bits", "init_weights", "dataset", "data", "metric",
+            "context", "dtype")
     for path in sorted(beside.glob("*/result.json")):
         try:
             result = read_json(path)

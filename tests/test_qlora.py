@@ -369,3 +369,12 @@ def test_loading_holds_one_matrix_at_a_time(tmp_path, monkeypatch):
     model, _ = load(tmp_path, bits=4)
     assert len(alive) == 4 * 6
     assert sum(isinstance(m, NF4) for m in model.modules()) == 4 * 6
+
+
+def test_the_report_of_a_base_in_other_bits_is_not_taken_over(base, tmp_path):
+    """A neighbour's report serves for the same base in the same bits alone."""
+    flags = ["--model", str(base), "--steps", "1", "--test-texts", "8", "--rank", "2"]
+    plain = train.main([*flags, "--out", str(tmp_path / "plain")])["metrics"]["base"]
+    packed = train.main([*flags, "--base-bits", "4", "--out", str(tmp_path / "packed")])["metrics"]
+    assert packed["base"]["loss"] != plain["loss"]
+    assert packed["base"]["loss"] == pytest.approx(packed["unmerged"]["loss"], abs=2e-3)

@@ -158,13 +158,13 @@ def test_a_classifier_of_your_own_is_calibrated_with_its_margins(grad, frozen):
 
 
 def test_layers_without_neighbours_are_said():
-    """An nn.Sequential's "0", "2", "4" are three chains of one layer: apply warns. Wrapped as
-    README says, they are one chain and nothing is warned. A layer alone is LoRA with 2 alpha under
+    """Layers of unlike shapes are chains of one layer: apply warns. An nn.Sequential's "0", "2" and
+    "4" of one shape are one chain, and nothing is warned. A layer alone is LoRA with 2 alpha under
     `input`, plain LoRA else."""
     for own, same in (({}, "LoRA with 2 alpha"), ({"shortcut": "block"}, "plain LoRA"),
                       ({"pre_num": 0}, "plain LoRA")):
-        flat = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(),
-                             nn.Linear(8, 8))
+        flat = nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 10), nn.Tanh(),
+                             nn.Linear(10, 11))
         with pytest.warns(UserWarning, match=f"single layer without neighbours, so it is {same}"):
             layers = lora.apply(flat, ResLoRALinear, ["0", "2", "4"], r=2, alpha=4, **own)
         assert not any(layer.earlier for layer in layers)
