@@ -281,7 +281,7 @@ def generate(args):
         of_run = data.module(dataset)
     model.to(args.device)
     tokenizer = tokenizers.for_model(source, model.config)
-    args.max_new = args.max_new or data.about(of_run, "MAX_NEW", 96)
+    given, args.max_new = args.max_new, args.max_new or data.about(of_run, "MAX_NEW", 96)
     if args.texts:
         for text in args.texts:
             with args.amp:  # the adapter was merged outside of it
@@ -293,6 +293,10 @@ def generate(args):
     where = args.data_dir or (settings.get("data_dir") if dataset == settings["dataset"] else None)
     for record, text in data.load(dataset, where, of_run)[args.split]:
         of.setdefault(record, []).append(text)
+    if not given and data.about(of_run, "LONGEST", False):
+        longest = max(map(len, tokenizer.encode_ordinary_batch(
+            [f" {text}" for group in of.values() for text in group])))
+        args.max_new = max(args.max_new, longest + 1)
     records = list(of)[:args.first]
     fits = [record for record in records if len(encode(tokenizer, record, dataset)) < model.context]
     if not fits:

@@ -11,6 +11,7 @@ A dataset's file has `load(data_dir) -> {"train": [(prompt, target), …], "vali
     SPLITS      {split: where it comes from}, for result.json
     score       (pairs, texts) -> {metric: value} of decoded texts
     MAX_NEW     the tokens that a decoded text may have
+    LONGEST     True: more of them where a reference is longer
     options     {prompt: (texts, number of the right one)} where the likeliest of several is chosen
     BETWEEN     what stands between prompt and text
 
@@ -41,7 +42,7 @@ def module(name, columns=None, metric=None, regression=False):
     if name == "pairs":
         return Pairs(columns, metric)
     if name == "labels":
-        return Labels(columns, regression)
+        return Labels(columns, regression, metric)
     if name in sets.SETS:
         return sets.SETS[name]
     if task:
@@ -111,6 +112,7 @@ class Dataset:
         is dropped, and counted in `splits`."""
         self.tokenizer, self.task = task(self.name, folder, model, context, self.module)
         self.examples, self.cut = {}, 0
+        self.max_new = about(self.module, "MAX_NEW", 96)
         for split, pairs in self.pairs.items():
             examples = []
             for start in range(0, len(pairs), BLOCK):
@@ -127,6 +129,9 @@ class Dataset:
                 self.pairs[split] = [pair for pair, example in zip(pairs, examples, strict=True)
                                      if example]
             self.examples[split] = [example for example in examples if example]
+            if split != "train" and about(self.module, "LONGEST", False):
+                longest = max(len(ids) - start for ids, start in self.examples[split])
+                self.max_new = max(self.max_new, longest)
         return self
 
 

@@ -3,19 +3,27 @@
 --data-dir FILE or FOLDER (see files.py). The columns are `text`, `text2` where a row has a second
 text, and `label`; others are named by --columns, the label last. The classes are those of the
 training file, in the order of numbers or of the alphabet. With --regression a label is a number.
+Beside the accuracy stands the macro F1, which rare classes count in as much as frequent ones.
+--metric f1 or matthews selects the checkpoint by it.
 """
 import re
 
 from data import files
+
+METRICS = {"f1": "macro_f1", "matthews": "matthews"}  # by which --metric calls them
 
 
 class Labels:
     """Stands in for a dataset's file, hence the capitals. LABELS are known once `load` has read the
     training file."""
 
-    def __init__(self, columns=None, regression=False):
+    def __init__(self, columns=None, regression=False, metric=None):
         self.columns, self.regression = columns, regression
-        self.METRICS = ("pearson", "spearman") if regression else ("accuracy",)
+        if metric not in (None, *METRICS) or metric and regression:
+            raise ValueError(f"metric {metric!r} is not one of {', '.join(METRICS)} of classes")
+        first = METRICS.get(metric, "accuracy")
+        self.METRICS = ("pearson", "spearman") if regression else tuple(
+            dict.fromkeys((first, "accuracy", "macro_f1")))
         self.LABELS = ("number",) if regression else ("first", "second")
         self.SPLITS, self.width = {}, 0  # width: how many texts a row has
 

@@ -16,7 +16,7 @@ METRICS = {"exact": ("exact_match", metrics.same_text), "bleu": ("bleu", metrics
 class Pairs:
     """Stands in for a dataset's file, hence the capitals. columns: their names, or None; metric: a
     name of METRICS."""
-    MAX_NEW = 128  # tokens of a decoded text
+    MAX_NEW, LONGEST = 128, True  # tokens of a decoded text, or those of the longest completion
 
     def __init__(self, columns=None, metric=None):
         self.columns, self.metric = columns, metric

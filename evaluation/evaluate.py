@@ -142,8 +142,7 @@ def measure(model, dataset, split, device, amp, first=None, scored=None, exact=N
     if hasattr(dataset.module, "options") and scored:
         values.update(choose(model, dataset, pairs[:scored], device, exact or amp))
     if scorer and scored:
-        max_new = getattr(dataset.module, "MAX_NEW", 96)
-        texts = decode(model, pairs[:scored], dataset.tokenizer, amp, max_new,
+        texts = decode(model, pairs[:scored], dataset.tokenizer, amp, dataset.max_new,
                        dataset.task.between)[1]
         values.update(scorer(pairs[:scored], texts))
     return values

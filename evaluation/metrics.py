@@ -33,9 +33,21 @@ def f1(predicted, truth):
     return float(2 * hits / positives) if positives else 0.0
 
 
+def macro_f1(predicted, truth):
+    """The mean F1 of all classes that occur, each as much as the others, however rare it is."""
+    kinds = np.unique(np.concatenate([truth, predicted]))
+    return float(np.mean([f1((predicted == kind).astype(int), (truth == kind).astype(int))
+                          for kind in kinds]))
+
+
 def matthews(predicted, truth):
-    """Matthews' correlation of two classes: Pearson's of the labels, 0 and 1."""
-    return pearson(predicted, truth)
+    """Matthews' correlation, of two classes Pearson's of the labels, 0 and 1; of more of them
+    Gorodkin's (2004): the covariance of both in one-hot vectors, by their deviations."""
+    kinds = np.unique(np.concatenate([truth, predicted]))
+    x, y = ((v[:, None] == kinds).astype(float) for v in (predicted, truth))
+    x, y = x - x.mean(0), y - y.mean(0)
+    scale = math.sqrt((x * x).sum() * (y * y).sum())
+    return float((x * y).sum()) / scale if scale else 0.0
 
 
 def pearson(predicted, truth):
@@ -164,4 +176,5 @@ def rouge(texts, references):
     return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
 
 
-METRICS = {f.__name__: f for f in (accuracy, f1, matthews, pearson, spearman)}  # of labels
+# of labels
+METRICS = {f.__name__: f for f in (accuracy, f1, macro_f1, matthews, pearson, spearman)}

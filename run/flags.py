@@ -78,8 +78,8 @@ def parser(description):
         "file) instead of the hub")
     add("--columns", type=lambda names: names.split(","), help="pairs: of prompt and completion; "
         "labels: of text and label (see data/README.md)")
-    add("--metric", choices=tuple(data.pairs.METRICS), help="pairs: judge decoded texts, instead "
-        "of the loss")
+    add("--metric", choices=(*data.pairs.METRICS, *data.labels.METRICS), help="selects: of pairs "
+        "exact, bleu or rouge of decoded texts; of labels f1 (macro) or matthews")
     add("--regression", action="store_true", help="labels: a label is a number")
     add("--test-texts", type=int, help="report on so many texts of the test split, always the "
         "same ones (all)")
@@ -250,7 +250,8 @@ def with_defaults(args):
 
 def check_data(args):
     """Refuse what is not for the dataset."""
-    for flag, datasets in (("columns", ("pairs", "labels")), ("metric", ("pairs",)),
+    metric = "labels" if args.metric in data.labels.METRICS else "pairs"
+    for flag, datasets in (("columns", ("pairs", "labels")), ("metric", (metric,)),
                            ("regression", ("labels",))):
         if getattr(args, flag) and args.dataset not in datasets:
             raise ValueError(f"--{flag} is for --dataset {' and '.join(datasets)}, not for "

@@ -192,3 +192,24 @@ def test_pairs_are_judged_by_all_completions_of_a_prompt(tmp_path, metric, name,
     found = own.score(pairs, texts)
     assert found == {name: worth(texts[:9], references)}
     assert metric != "exact" or found[name] == 4 / 9
+
+
+def test_the_macro_f1_of_a_class_that_is_never_predicted_counts_as_zero():
+    """Always the common class: 95 % accuracy, and half of a good F1."""
+    truth = np.array([0] * 95 + [1] * 5)
+    always = np.zeros(100, dtype=int)
+    assert metrics.accuracy(always, truth) == 0.95
+    assert metrics.macro_f1(always, truth) == approx((2 * 95 / (2 * 95 + 5) + 0) / 2)
+    assert metrics.matthews(always, truth) == 0.0
+    assert metrics.macro_f1(truth, truth) == metrics.matthews(truth, truth) == 1.0
+
+
+def test_matthews_of_several_classes_is_gorodkins():
+    """By the confusion matrix: (c s - t p) / sqrt((s^2 - p p) (s^2 - t t))."""
+    draw = np.random.default_rng(0)
+    truth = draw.integers(0, 4, 200)
+    predicted = np.where(draw.random(200) < 0.6, truth, draw.integers(0, 4, 200))
+    t, p = (np.bincount(v, minlength=4) for v in (truth, predicted))
+    c, s = np.sum(truth == predicted), 200
+    expected = (c * s - t @ p) / np.sqrt(float(s**2 - p @ p) * float(s**2 - t @ t))
+    assert metrics.matthews(predicted, truth) == approx(expected)
