@@ -1,7 +1,7 @@
 """Nothing that happens to a run, and nothing that is typed or read, breaks it: it succeeds or says
 in a line why not.
 
-    python -m pytest tests/test_reliability.py --long       25 kills, a thousand cases of each fuzz
+    python -m pytest tests/test_reliability.py --long       80 kills, a thousand cases of each fuzz
 """
 import json
 import os
@@ -144,7 +144,7 @@ def test_killed_again_and_again_and_resumed(tmp_path, base, long):
     whole, begun = train.main(command(base, tmp_path / "whole", *flags)), time.time()
     train.main(command(base, tmp_path / "warm", *flags))
     seconds, kills, folder = time.time() - begun, 0, tmp_path / "run"
-    while kills < (25 if long else 4):
+    while kills < (80 if long else 4):
         if (folder / "result.json").exists():
             shutil.rmtree(folder)
         dying = (die_in_write, rng.randint(1, 20), rng.random()) if kills % 2 == 0 else (
