@@ -1,36 +1,43 @@
 """QLoRA: Efficient Finetuning of Quantized LLMs. Dettmers et al. 2023, arXiv:2305.14314.
 
-    h = W x + b + s B A drop(x),    W = dequantise(c_1, c_2, code),    s = alpha / r
+    h = W x + b + s B A drop(x),    W = dequantise(code, c_2, c_1, mean),    s = alpha / r
 
-    x (..., d_in), h (..., d_out); code (d_out, d_in), whole numbers of 4 bits; b, A, B as in LoRA
+    x (..., d_in), h (..., d_out), W (d_out, d_in); b, A and B as in LoRA
 
 The pretrained W, frozen, is most of the memory that fine-tuning takes. Here every number of it is
-one of 16 values, times the largest absolute value of its block of 64 neighbours:
+one of 16 values, times the largest absolute value of its block of 64 neighbours. i counts the
+numbers of W row by row, j the blocks of 64:
 
-    W_i = NF4[code_i] absmax_block(i)                              4 bits a weight
-    absmax_j = D[c_2,j] c_1,block(j) + mean                        and 8 / 64 + 32 / (64 * 256) more
+    W_i = NF4[code_i] absmax_j                  j = i // 64        4 bits a weight
+    absmax_j = D[c_2,j] c_1,k + mean            k = j // 256       and 8 / 64 + 32 / (64 * 256) more
 
-(eq. 5 and 6 of the paper). So 4.13 bits a weight hold what took 16. W is not trained and needs no
-gradient: A and B are trained, as ever, in fp32. A layer rebuilds W where it needs it, once in the
-forward and once more in the backward, and forgets it each time.
+(eq. 5 and 6 of the paper, where A, B and the products are in bf16.) So 4.13 bits a weight hold what
+took 16. W is not trained and needs no gradient: A and B are trained in fp32, as in LoRA. A layer
+rebuilds W where it needs it, once in the forward and once more in the backward, and forgets it each
+time.
 
-NF4. Weights of a trained network are roughly normal. The best 16 values are then those that occur
-equally often: quantiles of the normal distribution, scaled to [-1, 1]. Zero must be one of them,
-so 8 values are positive, 7 are negative, and each half has its own spacing (`normal_float`).
+NF4. Weights of a trained network are roughly normal. The paper wants 16 values that each stand for
+equally many weights: quantiles of the normal distribution, scaled to [-1, 1]. Its eq. 4 takes the
+mean of neighbouring quantiles; the authors' code, and the table of the paper's appendix, take
+quantiles at even steps, as `normal_float` does. Zero must be one of the values, since padding and
+pruned weights are exactly zero. So 8 values are positive, 7 are negative, and each side has steps
+of its own.
 
-Double quantisation. An absmax in fp32 for each 64 weights would take half a bit a weight. All of
-them are positive and alike, so their mean is taken off, and the rest is quantised to 8 bits, in
-blocks of 256 with a largest value c_1 of their own. The paper says that the 8 bits are an FP8. The
-authors' library, bitsandbytes, has a code D that is finer near zero (Dettmers et al. 2022,
-arXiv:2110.02861), and the bytes here are those of bitsandbytes.
+Double quantisation. An absmax in fp32 for each 64 weights would take half a bit a weight. None of
+them is negative and they are alike, so their mean is taken off, and the rest is quantised to 8
+bits, in blocks of 256 with a largest value c_1 of their own. The paper says that the 8 bits are an
+FP8. The authors' library, bitsandbytes, has a code D whose steps are smallest near zero (Dettmers
+et al. 2022, arXiv:2110.02861). The bytes here are those of bitsandbytes on a CPU.
 
 `quantise` changes nothing but `weight`: what stands there is a module of the class NF4 and no
-tensor. F.linear(x, self.weight, self.bias) finds it through __torch_function__. So the pages of
-all methods whose W stands work on 4 bits as they are. Delta-LoRA moves W, and refuses.
+tensor. torch asks any argument of F.linear(x, self.weight, self.bias) for a __torch_function__, and
+NF4 has one. So every method that leaves W unchanged works on 4 bits as it is. Delta-LoRA moves W,
+and refuses.
 
-Merging. The adapter was trained beside the rounded W. `lora.merge` adds it to that, which is exact.
-Adding it to the W before rounding, as many do, gives another model, and so does rounding once more
-after the sum: `train.py --base-bits 4` measures all three.
+Merging. The adapter was trained beside the rounded W. `lora.merge` adds it to that, which is exact
+up to one rounding to W's dtype, and the result is an ordinary weight again. Adding it to the W
+before rounding, as many do, gives another model. So does quantising the sum to 4 bits again, where
+what is small against the grid is lost. `train.py --base-bits 4` measures all three.
 """
 import torch
 import torch.nn as nn
@@ -50,8 +57,8 @@ def normal_float():
     """The 16 values (fp64): quantiles Q(p) of N(0, 1), divided by the largest.
 
     p runs in equal steps from 1/2 to 1 - delta: 8 steps for the positive values and 7 for the
-    negative ones. At p = 1 the quantile would be infinite. delta is between half a step of 1 / 16
-    and half a step of 1 / 15: the mean of 1 / 32 and 1 / 30."""
+    negative ones. At p = 1 the quantile would be infinite. delta is bitsandbytes' constant, the
+    mean of 1 / 32 and 1 / 30."""
     delta = (1 / 32 + 1 / 30) / 2
     positive, negative = (torch.special.ndtri(torch.linspace(0.5, 1 - delta, steps + 1,
                                                              dtype=torch.float64))
@@ -61,7 +68,7 @@ def normal_float():
 
 def dynamic_map():
     """D (256,): 0, 1, and +-10^(i-6) times the centres of 2^i equal parts of [.1, 1], for
-    i = 0 .. 6: seven powers of ten, the larger the finer."""
+    i = 0 .. 6: seven powers of ten, the larger ones in more parts."""
     values = [torch.tensor([0.0, 1.0])]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1)
@@ -70,7 +77,7 @@ def dynamic_map():
     return torch.cat(values).sort().values
 
 
-# both values of a byte (256, 2), byte = 16 * first + second; and D
+# NF4's values in pairs (256, 2), one for each byte = 16 * first + second; and D (256,)
 PAIRS = torch.cartesian_prod(torch.tensor(NF4_VALUES), torch.tensor(NF4_VALUES))
 D = dynamic_map()
 
@@ -90,8 +97,9 @@ class NF4(nn.Module):
     """A matrix W (d_out, d_in) in 4 bits, in the place of the tensor `weight` of a linear.
 
     shape, dtype: of W. code: uint8, two numbers a byte. c_2: uint8, one for each block of 64.
-    c_1: fp32, one for each 64 * 256. mean (1,): fp32. All four are parameters without gradient, so
-    they move with the model and are not part of what a run saves. ValueError for other sizes."""
+    c_1: fp32, one for each 64 * 256. mean (1,): fp32. All four are flat, and parameters without
+    gradient: they move with the model, and a run saves only what trains. ValueError for other
+    sizes."""
 
     def __init__(self, shape, dtype, code, c_2, c_1, mean):
         super().__init__()
@@ -117,8 +125,9 @@ class NF4(nn.Module):
         kwargs = kwargs or {}
         if function is F.linear:
             return linear(*args, **kwargs)
-        dense = [a.dequantise() if isinstance(a, NF4) else a for a in args]
-        return function(*dense, **kwargs)
+        def dense(value):
+            return value.dequantise() if isinstance(value, NF4) else value
+        return function(*map(dense, args), **{name: dense(v) for name, v in kwargs.items()})
 
     @property
     def device(self):
@@ -151,7 +160,8 @@ def to_nf4(W):
         absmax[-1].clamp_(min=1e-38)
         x[-1] = W_blocks[-1] / absmax[-1]
     # code_i = the nearest of the 16 values; two of them a byte, the first in the upper half
-    code = nearest(x, PAIRS[:16, 1].to(W.device)).flatten()
+    values = torch.tensor(NF4_VALUES, device=W.device)
+    code = nearest(x, values).flatten()
     code = code[:W.numel() + W.numel() % 2]
     code = code[0::2] << 4 | code[1::2]
     # c_2,j = the nearest of D to (absmax_j - mean) / c_1
@@ -159,7 +169,7 @@ def to_nf4(W):
     x = blocks(absmax - mean, BLOCK_2)
     c_1 = x.abs().amax(1)
     x = x * (1 / c_1.clamp(min=1e-38))[:, None]
-    # bitsandbytes rounds to one of 65,536 steps first
+    # bitsandbytes rounds to one of 65,536 steps first, on a CPU
     x = (((x + 1) * 0.5 * 65535 + 0.5).floor() * 2) / 65535 - 1
     c_2 = nearest(x, D.to(W.device)) * (c_1 > 0)[:, None]
     return NF4(W.shape, W.dtype, code, c_2.flatten()[:len(absmax)], c_1, mean[None])
@@ -182,7 +192,7 @@ class Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (grad_h @ ctx.weight.dequantise(grad_h.dtype)).to(ctx.x_dtype)
         if ctx.needs_input_grad[2]:
-            grad_b = grad_h.flatten(0, -2).sum(0)
+            grad_b = grad_h.reshape(-1, grad_h.size(-1)).sum(0)
         return grad_x, None, grad_b, None
 
 
