@@ -102,7 +102,8 @@ def main(argv=None):
     own = {"reslora": dict(shortcut=args.shortcut), "deltalora": dict(delta_start=args.K)}
     layers = lora.apply(unet, METHODS[args.method].adapter, TARGETS, r=8, alpha=16,
                         **own.get(args.method, {}))
-    fit(unet, layers, args.steps, 2e-2, batches(data, args.steps, noises))
+    lr = 2e-2 / (3 if args.method == "deltalora" else 1)  # W follows B A, and moves lambda as far
+    fit(unet, layers, args.steps, lr, batches(data, args.steps, noises))
     losses.append(report("unmerged", unet, data, noises, out))
     layers[0].prepare_merge(unet, layers[0].merges[0], dict(
         batches=list(batches(data, 8, noises)), run=lambda batch: unet(*batch[:3])))
