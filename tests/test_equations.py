@@ -77,7 +77,7 @@ def equal(a, b, tolerance=1e-12):
     return (a - b).abs().max() <= tolerance
 
 
-@pytest.mark.filterwarnings("ignore:ResLoRA. q is a single layer")
+@pytest.mark.filterwarnings("ignore:ResLoRA. h.0.q is a single layer")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("m", [0, 1, 2, 3, -1])
 @pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
