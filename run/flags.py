@@ -345,8 +345,10 @@ def check_ranges(args):
         if not 0 <= getattr(args, name) < high:
             raise ValueError(f"--{name.replace('_', '-')} must be 0 or more"
                              f"{' and below 1' * (high == 1)}, not {getattr(args, name)}")
-    if (args.steps or 0) > 10**8:
-        raise ValueError(f"--steps must be at most 10^8, not {args.steps}")
+    for name, most in (("steps", 8), ("batch_size", 6), ("grad_accum", 6)):
+        if (getattr(args, name) or 0) > 10**most:
+            raise ValueError(f"--{name.replace('_', '-')} must be at most 10^{most}, not "
+                             f"{getattr(args, name)}")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed must be in 0..2^63 - 1, not {args.seed}")
 
@@ -420,7 +422,10 @@ def command(name, parse, run, argv=None):
         sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
 
     def end(message, code=2):
-        print(f"{name}: " + " ".join(message.split()), file=sys.stderr)
+        message = " ".join(message.split())
+        # a foreign file may have what moves the terminal's cursor
+        message = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        print(f"{name}: {message}", file=sys.stderr)
         raise SystemExit(code) from None
     try:
         return run(parse(argv))

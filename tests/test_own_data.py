@@ -379,3 +379,20 @@ def test_the_page_on_own_data_runs_as_it_stands(tmp_path, monkeypatch, capsys):
                               *(["--max-new", "3"] if "capitals" in command and script
                                 == "generate.py" else [])])
     assert capsys.readouterr().out.count("everything is in") == 3
+
+
+def test_what_moves_a_terminal_s_cursor_is_written_out(tmp_path, capsys):
+    """A foreign file's control characters, in a message that quotes it."""
+    rows = [{"text": "a", "label\x1b[2J\x07": "x"}, {"text": "b", "label\x1b[2J\x07": "y"}]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SystemExit):
+        train.main(["--dataset", "labels", "--data-dir", str(path), "--out", str(tmp_path / "o")])
+    said = capsys.readouterr().err
+    assert said.rstrip("\n").isprintable() and "label\\x1b[2J\\x07" in said
+
+
+@pytest.mark.parametrize("flag", ["--steps", "--batch-size", "--grad-accum"])
+def test_a_number_that_nobody_means_is_refused(flag):
+    with pytest.raises(ValueError, match=f"{flag} must be at most"):
+        train.parse([flag, str(10**12)])
