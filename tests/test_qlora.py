@@ -4,8 +4,6 @@ import copy
 import json
 import weakref
 
-import bitsandbytes as bnb
-import bitsandbytes.functional as theirs
 import pytest
 import torch
 import torch.nn as nn
@@ -33,6 +31,8 @@ from lora import LoRALinear
 from methods import METHODS
 from qlora import NF4, dequantise, quantise, to_nf4
 
+bnb = pytest.importorskip("bitsandbytes")  # [dev] has it, but on macOS
+theirs = bnb.functional
 standing = pytest.mark.parametrize("method, hparams", [
     v for v in variants() if not METHODS[v.values[0]].adapter.moves_weight])
 
