@@ -5,6 +5,8 @@ unless told otherwise.
         streams to the terminal
     python generate.py out/<run> "a text"
         of a classifier: its label and the probabilities; two texts: "a || b"
+    python generate.py out/<run> "a question" talks.jsonl
+        of a run on conversations: answers in its chat template; of a file each user's turn
     python generate.py out/<run> --dataset e2e --data-dir FOLDER --beams 10 --length-penalty .9
         a whole split, with BLEU, NIST, ROUGE-L against all references
 """
@@ -23,7 +25,8 @@ import lora
 from checkpoints import adapters, tokenizers
 from checkpoints.files import check_new, read_json, read_text, write_text
 from checkpoints.pretrained import load, locate
-from data.tasks import Label
+from data import chat, files
+from data.tasks import Converse, Label
 from evaluation import decoding, metrics
 from methods import METHODS
 from run.flags import Parser, command, path
@@ -42,8 +45,8 @@ def parse(argv):
     """Flags -> a namespace; ValueError for what does not fit together."""
     parser = Parser("generate.py", __doc__, files=False)
     parser.add_argument("run", type=lambda text: Path(path(text)), help="a run folder of train.py")
-    parser.add_argument("texts", nargs="*", help="records, beginnings of plain texts, or texts to "
-                        "classify")
+    parser.add_argument("texts", nargs="*", help="records, beginnings of plain texts, texts to "
+                        "classify, or questions and files of conversations")
     add = parser.add_argument_group("instead of texts").add_argument
     add("--dataset", help="write for every record of a split (that of the run)")
     add("--split", choices=("train", "validation", "test"), help="(test)")
@@ -178,24 +181,20 @@ def load_run(folder, unmerged=False, cut=None, base=None, dtype=torch.float32):
             adapter.prepare_merge(model, cut, None)
         if method.adapter and not unmerged:
             lora.merge(model)
-    return model.eval(), {**settings, "labels": labels}, source
+    settings = {**settings, "labels": labels, "chat": result.get("chat") is True}
+    return model.eval(), settings, source
 
 
-def encode(tokenizer, text, dataset):
-    """A record, or the beginning of a plain text -> the prompt as the run saw it."""
-    text = text if data.about(dataset, "PLAIN") else text + data.about(dataset, "BETWEEN", " ||")
-    return [tokenizer.bos, *tokenizer.encode_ordinary(text)]
-
-
-def write_one(model, tokenizer, prompt, args):
-    """Print a continuation while it comes."""
+def write_one(model, task, record, args):
+    """Print a continuation of a record, a plain text's beginning or turns, while it comes; returns
+    it."""
+    ids, shown, prompt, tokenizer = [], "", task.prompt(record), task.tokenizer
     if args.beams > 1:
-        ids, = decoding.beam_search(model, [prompt], args.max_new, tokenizer.eos, args.beams,
+        ids, = decoding.beam_search(model, [prompt], args.max_new, task.stops, args.beams,
                                     args.length_penalty)
         print(tokenizer.decode(ids).strip())
-        return
-    ids, shown = [], ""
-    for (token,) in decoding.stream(model, [prompt], args.max_new, tokenizer.eos, args.temperature,
+        return tokenizer.decode(ids).strip()
+    for (token,) in decoding.stream(model, [prompt], args.max_new, task.stops, args.temperature,
                                     args.top_k, args.seed):
         if token is not None:
             ids.append(token)
@@ -205,22 +204,44 @@ def write_one(model, tokenizer, prompt, args):
                 print(text[len(shown):], end="", flush=True)
                 shown = text
     print(tokenizer.decode(ids).lstrip()[len(shown):])
+    return tokenizer.decode(ids).strip()
 
 
-def write_many(model, tokenizer, records, args, dataset):
+def answer_file(model, task, file, args):
+    """Answer every turn of the user in a file of conversations. What the assistant says next is the
+    file's, or where the file has nothing our own answer."""
+    if not files.reader(file):
+        raise ValueError(f"{file} is not one of {', '.join(files.READERS)}: is it a question?")
+    for where, row in files.read_files([file]):
+        turns = chat.turns(row, where, asked=True)
+        if turns is None:
+            raise ValueError(f"{where}: no conversation, only {', '.join(map(str, row))}")
+        said = []
+        for i, (role, content) in enumerate(turns):
+            said.append((role, content))
+            print(f"{role:10} {content}")
+            if role == "user":
+                print("answer     ", end="")
+                answer = write_one(model, task, said, args)
+                if turns[i + 1:i + 2] == () or turns[i + 1][0] == "user":
+                    said.append(("assistant", answer))
+        print()
+
+
+def write_many(model, task, records, args):
     """[text] for records, those of similar length together."""
-    seeds, stop = itertools.count(args.seed, args.batch_size), tokenizer.eos
+    seeds, stops = itertools.count(args.seed, args.batch_size), task.stops
 
     def write(batch):
         if args.beams > 1:
-            return decoding.beam_search(model, batch, args.max_new, stop, args.beams,
+            return decoding.beam_search(model, batch, args.max_new, stops, args.beams,
                                         args.length_penalty)
-        return decoding.generate(model, batch, args.max_new, stop, temperature=args.temperature,
+        return decoding.generate(model, batch, args.max_new, stops, temperature=args.temperature,
                                  top_k=args.top_k, seed=next(seeds))
-    prompts = [encode(tokenizer, record, dataset) for record in records]
+    prompts = [task.prompt(record) for record in records]
     bar = functools.partial(tqdm, disable=None, unit="batch")
     written = decoding.in_batches(prompts, args.batch_size, write, bar)
-    return [tokenizer.decode(ids).strip() for ids in written]
+    return [task.tokenizer.decode(ids).strip() for ids in written]
 
 
 def classify(model, tokenizer, texts, settings, args):
@@ -276,29 +297,36 @@ def generate(args):
                          + ", ".join(name for name in data.DATASETS
                                      if not data.about(name, "LABELS")))
     if dataset == settings["dataset"]:  # read as the run read it
-        of_run = data.module(dataset, settings.get("columns"), settings.get("metric"))
+        of_run = data.module(dataset, settings.get("columns"), settings.get("metric"), False,
+                             False, settings.get("chatml") is True)
+        of_run.CHAT = settings["chat"]
     else:
         of_run = data.module(dataset)
     model.to(args.device)
-    tokenizer = tokenizers.for_model(source, model.config)
+    tokenizer, task = data.task(dataset, source, model, model.context, of_run)
     given, args.max_new = args.max_new, args.max_new or data.about(of_run, "MAX_NEW", 96)
     if args.texts:
+        talk = isinstance(task, Converse)
         for text in args.texts:
             with args.amp:  # the adapter was merged outside of it
-                write_one(model, tokenizer, encode(tokenizer, text, dataset), args)
+                if talk and Path(text).is_file():
+                    answer_file(model, task, Path(text), args)
+                else:
+                    write_one(model, task, (("user", text),) if talk else text, args)
         return None
     if data.about(dataset, "PLAIN"):
         raise ValueError(f"{dataset} has no records to write for: give the beginnings of texts")
     of = {}  # record -> its references
     where = args.data_dir or (settings.get("data_dir") if dataset == settings["dataset"] else None)
-    for record, text in data.load(dataset, where, of_run)[args.split]:
-        of.setdefault(record, []).append(text)
+    for pair in data.load(dataset, where, of_run)[args.split]:
+        for record, text in chat.answers(*pair) if isinstance(task, Converse) else [pair]:
+            of.setdefault(record, []).append(text)
     if not given and data.about(of_run, "LONGEST", False):
         longest = max(map(len, tokenizer.encode_ordinary_batch(
             [f" {text}" for group in of.values() for text in group])))
         args.max_new = max(args.max_new, longest + 1)
     records = list(of)[:args.first]
-    fits = [record for record in records if len(encode(tokenizer, record, dataset)) < model.context]
+    fits = [record for record in records if len(task.prompt(record)) < model.context]
     if not fits:
         raise ValueError(f"no record of {args.split} leaves room for a text in a context of "
                          f"{model.context} tokens")
@@ -309,7 +337,7 @@ def generate(args):
     for name in ("sacrebleu", "nltk", "rouge_score"):
         metrics.library(name)  # said before anything is written
     with args.amp:
-        texts = write_many(model, tokenizer, records, args, dataset)
+        texts = write_many(model, task, records, args)
     references = [of[record] for record in records]
     rows = [json.dumps(dict(record=record, text=text, references=group)) + "\n"
             for record, text, group in zip(records, texts, references, strict=True)]
@@ -317,7 +345,8 @@ def generate(args):
         RunFolder(args.run).begin(args.out.name)
     write_text(args.out, "".join(rows))
     for record, text in list(zip(records, texts, strict=True))[:3]:
-        print(f"{record}\n  -> {text}")
+        said = record if isinstance(record, str) else record[-1][1]
+        print(f"{said}\n  -> {text}")
     scores = judge(of_run, records, texts, references)
     sizes = f"{len(records)} records, {sum(map(len, references))} references"
     print(f"\n{dataset} ({args.split}): {sizes}; texts in {args.out}")

@@ -24,7 +24,7 @@ import lora
 import qlora
 from checkpoints import adapters, files
 from checkpoints.pretrained import MODELS, load, locate, save_merged
-from data import Dataset, step_batches
+from data import Dataset, about, step_batches
 from evaluation import evaluate, plots
 from evaluation.evaluate import in_fp32, to_device
 from methods import METHODS
@@ -194,7 +194,8 @@ class Run:
         self.source = locate(settings.model)
         # the data, the model with a head for their labels, and the data encoded for this model
         self.data = Dataset(settings.dataset, settings.data_dir, settings.test_texts,
-                            settings.columns, settings.metric, settings.regression)
+                            settings.columns, settings.metric, settings.regression,
+                            settings.last_turn, settings.chatml)
         head = settings.init_from if adapters.has_head(settings.init_from) else None
         self.model, found = load(self.source, labels=self.data.labels, dtype=settings.base_dtype,
                                  head_from=head, bits=settings.base_bits)
@@ -337,14 +338,14 @@ def one_run(run, started):
     if run.layers:
         merge_and_measure(run, metrics)
     if settings.save_merged and save_merged(place / "merged", run.model, run.source,
-                                            run.data.tokenizer, run.data.labels,
+                                            run.data.task, run.data.labels,
                                             settings.base_bits):
         metrics["merged, saved in bfloat16"] = run.report(
             run.model, "the merged model as it is saved, in bfloat16")
 
     result = {"settings": {**run.identity, "device": str(settings.device)}, "metrics": metrics,
               "parameters": run.parameters, "splits": run.data.splits,
-              "labels": list(run.data.labels),
+              "labels": list(run.data.labels), "chat": bool(about(run.data.module, "CHAT", False)),
               "selected": {"step": folder.best_step(rows, run.log.first),
                            "by": f"validation {run.data.metric}"},
               "versions": {"python": platform.python_version(), "torch": torch.__version__},

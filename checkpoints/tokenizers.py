@@ -77,7 +77,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend, where, vocab_size):
-        self.backend, self.where = backend, where
+        self.backend, self.where, self.size = backend, where, vocab_size
         # GPT-2's way to cut a text, and ours, never joins a letter with a line end behind it
         cut, added = repr(backend.pre_tokenizer), backend.get_added_tokens_decoder()
         known = "add_prefix_space=False, trim_offsets=True, use_regex=True" in cut or PATTERN in cut
@@ -85,7 +85,7 @@ class Tokenizer:
         backend.encode_special_tokens = True  # in a text they are ordinary text
         backend.no_truncation()  # a tokenizer.json may have been saved with both
         backend.no_padding()
-        special = {i for i, token in added.items() if token.special}
+        special = self.special = {i for i, token in added.items() if token.special}
         # those that a text can have
         self.ids = sorted(i for i in backend.get_vocab().values() if i not in special)
         if len(set(self.ids)) < len(self.ids):
@@ -114,6 +114,23 @@ class Tokenizer:
         except TypeError:
             raise ValueError("a text holds half a surrogate pair, which no "
                              "tokenizer can encode") from None
+
+    def encode_rendered(self, text):
+        """(ids, [(its first character, the one behind it)] of each) of a text that a chat template
+        has written: special tokens stand in it, the first one too."""
+        self.backend.encode_special_tokens = False
+        try:
+            found = self.backend.encode(text, add_special_tokens=False)
+        except TypeError:
+            raise ValueError("a turn holds half a surrogate pair, which no tokenizer can "
+                             "encode") from None
+        finally:
+            self.backend.encode_special_tokens = True
+        if max(found.ids, default=0) >= self.size:
+            token = max(found.ids)
+            raise ValueError(f"{self.where} numbers {self.decode([token])} {token}, and the model "
+                             f"has {self.size} embeddings: they belong to different checkpoints")
+        return found.ids, found.offsets
 
     def decode(self, ids):
         return self.backend.decode(ids, skip_special_tokens=False)

@@ -15,32 +15,34 @@ A dataset's file has `load(data_dir) -> {"train": [(prompt, target), …], "vali
     options     {prompt: (texts, number of the right one)} where the likeliest of several is chosen
     BETWEEN     what stands between prompt and text
 
-A new dataset is one such file and its name in GENERATED or FROM_FILES. Data of one's own, `pairs`
-and `labels`, need none: what a file has at the top, an object has that knows the flags of the run.
+A new dataset is one such file and its name in GENERATED or FROM_FILES. Data of one's own, `pairs`,
+`chat` and `labels`, need none: what a file has at the top, an object has that knows the flags of
+the run.
 """
 import importlib
 import random
 
-from checkpoints import tokenizers
+from checkpoints import templates, tokenizers
+from checkpoints.pretrained import ends_of
 from data import glue, sets
 from data.labels import Labels
 from data.pairs import Pairs
-from data.tasks import Label, Mask, Write
+from data.tasks import Converse, Label, Mask, Write, spans
 
 PRETRAINING = "world", "opinions"  # the texts of the shipped models, in a folder of their own
 GENERATED = "restaurants", "reviews", *PRETRAINING, "stdlib"  # load() needs no files
-FROM_FILES = "pairs", "labels", "text", *sets.SETS, *(f"glue/{name}" for name in glue.TASKS)
+FROM_FILES = "pairs", "chat", "labels", "text", *sets.SETS, *(f"glue/{name}" for name in glue.TASKS)
 DATASETS = *GENERATED, *FROM_FILES
 # texts encoded at a time: what is in between of 400,000 texts would take half a gigabyte
 BLOCK = 10000
 
 
-def module(name, columns=None, metric=None, regression=False):
+def module(name, columns=None, metric=None, regression=False, last_turn=False, chatml=False):
     """The file of a dataset, imported when it is needed, or an object with the same names in it: a
     GLUE task, or data of one's own, read as the flags say, or a row of sets.py."""
     family, _, task = name.partition("/")
-    if name == "pairs":
-        return Pairs(columns, metric)
+    if name in ("pairs", "chat"):
+        return Pairs(columns, metric, True if name == "chat" else None, last_turn, chatml)
     if name == "labels":
         return Labels(columns, regression, metric)
     if name in sets.SETS:
@@ -74,8 +76,17 @@ def task(name, folder, model, context, source=None):
     a model that cannot do it."""
     source = source or name
     tokenizer, labels = tokenizers.for_model(folder, model.config), about(source, "LABELS")
+    if model.causal and about(source, "CHAT", False):
+        template = (templates.chatml(folder, tokenizer) if source.chatml
+                    else templates.of_folder(folder))
+        if template is None:
+            raise ValueError(f"{folder} has no chat template: --chatml writes the turns as ChatML")
+        task = Converse(tokenizer, context, template, source.last_turn, source.WHERE)
+        task.stops |= ends_of(folder)
+        return tokenizer, task
     if model.causal:
-        return tokenizer, Write(tokenizer, context, about(source, "BETWEEN", " ||"))
+        return tokenizer, Write(tokenizer, context, about(source, "BETWEEN",
+                                               "" if about(source, "PLAIN") else " ||"))
     if labels:
         return tokenizer, Label(tokenizer, context, len(labels))
     if not about(source, "PLAIN"):
@@ -113,7 +124,9 @@ class Dataset:
         self.tokenizer, self.task = task(self.name, folder, model, context, self.module)
         self.examples, self.cut = {}, 0
         self.max_new = about(self.module, "MAX_NEW", 96)
+        chat = isinstance(self.task, Converse)
         for split, pairs in self.pairs.items():
+            pairs = self.pairs[split] = self.task.rows(pairs) if chat else pairs
             examples = []
             for start in range(0, len(pairs), BLOCK):
                 encoded, cut = self.task.encode(pairs[start:start + BLOCK])
@@ -130,8 +143,11 @@ class Dataset:
                                      if example]
             self.examples[split] = [example for example in examples if example]
             if split != "train" and about(self.module, "LONGEST", False):
-                longest = max(len(ids) - start for ids, start in self.examples[split])
+                longest = max(end - start for example in self.examples[split]
+                              for start, end in spans(*example))
                 self.max_new = max(self.max_new, longest)
+        if chat:
+            self.task.tell(self.examples["train"])
         return self
 
 

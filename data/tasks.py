@@ -1,5 +1,5 @@
-"""From texts to batches, one class for each kind of task: `Write` the next token, `Label` a text,
-fill in a `Mask`.
+"""From texts to batches, one class for each kind of task: `Write` the next token, `Converse`,
+`Label` a text, fill in a `Mask`.
 
     task.encode(pairs) -> examples, how many of their texts had to be cut
     task.collate(examples, seed) -> idx (B, T), targets (B, T) or of Label (B,), real (B, T)
@@ -9,9 +9,12 @@ real is False at padding.
 An example is (ids, target). T is that of the longest example of the batch; `seed`, a text, is for
 Mask.
 """
+from bisect import bisect_left, bisect_right
 from zlib import crc32
 
 import torch
+
+from data.chat import answers
 
 
 class Write:
@@ -28,6 +31,11 @@ class Write:
 
     def __init__(self, tokenizer, context, between=between):
         self.tokenizer, self.context, self.between = tokenizer, context, between
+        self.stops = {tokenizer.eos}  # what ends a text
+
+    def prompt(self, record):
+        """The ids after which a text is written: of a record, or of a plain text's beginning."""
+        return [self.tokenizer.bos, *self.tokenizer.encode_ordinary(record + self.between)]
 
     def encode(self, pairs):
         """[(prompt, target)] -> [(ids, start)]: ids[start:] carry the loss. None for a record that
@@ -58,10 +66,133 @@ class Write:
         by real tokens."""
         idx = padded([ids[:-1] for ids, _ in examples], 0)
         targets = torch.full_like(idx, -100)
-        for i, (ids, start) in enumerate(examples):
-            targets[i, start - 1:len(ids) - 1] = torch.tensor(ids[start:])
+        for i, (ids, trained) in enumerate(examples):
+            for start, end in spans(ids, trained):
+                targets[i, start - 1:end - 1] = torch.tensor(ids[start:end])
         lengths = torch.tensor([len(ids) - 1 for ids, _ in examples])
         return idx, targets, torch.arange(idx.size(1)) < lengths[:, None]
+
+
+def spans(ids, trained):
+    """[(start, end)] of the ids that carry the loss. trained: where they start, if they go to the
+    end, or such a list."""
+    return [(trained, len(ids))] if isinstance(trained, int) else trained
+
+
+class Converse(Write):
+    """A GPT answers in a conversation. The checkpoint's chat template writes the turns, and all
+    that it writes for the assistant is predicted, its end of turn too; with last_turn only in the
+    last answer.
+
+    An answer is what the template adds to the turns before it. So these must be the beginning of
+    the whole conversation. A template may drop earlier thinking, or move the system's text: then
+    each answer is an example of its own. end, stops: what ends a turn, and a text when it is
+    written. where: {conversation: its file and line}.
+    """
+
+    def __init__(self, tokenizer, context, template, last_turn=False, where=()):
+        super().__init__(tokenizer, context)
+        self.template, self.last_turn, self.where = template, last_turn, dict(where)
+        self.known, self.apart, self.lost = {}, 0, []
+        ids, _ = tokenizer.encode_rendered(
+            template.render((("user", "a"), ("assistant", "b"))).rstrip())
+        ends = [token for token in ids[-1:] if token in tokenizer.special]
+        self.stops.update(ends)
+        self.end = tokenizer.decode(ends)
+
+    def prompt(self, record):
+        return self.tokenizer.encode_rendered(self.template.render(record, ask=True))[0]
+
+    def rows(self, pairs):
+        """Conversations -> those that are trained on, which `encode` then knows: cut to the
+        context, or taken apart. One of which nothing is left stays as it is."""
+        found = []
+        for pair in pairs:
+            try:
+                found += self.parts(*pair)
+            except ValueError as e:
+                raise ValueError(f"{self.where.get(pair, 'a conversation')}: {e}") from None
+        return found
+
+    def parts(self, prompt, completion):
+        """[(prompt, completion)] of one conversation."""
+        places = answers(prompt, completion)
+        whole = self.read(places[-1:] if self.last_turn else places)
+        if whole is None and len(places) > 1 and not self.last_turn:
+            self.apart += 1
+            whole = [self.read([place], alone=True) for place in places]
+        elif whole is None:
+            whole = [self.read(places[-1:], alone=True)]
+        else:
+            whole = [whole]
+        found = []
+        for ids, trained, of in whole:
+            # as in `Write`: a text needs room for its first token
+            fit = [span for span in trained if span[0] < self.context]
+            row = of[len(fit) - 1] if fit else of[-1]
+            if len(fit) < len(trained):
+                self.lost.append((self.where.get((prompt, completion)), len(trained) - len(fit)))
+            ids = ids[:fit[-1][1]] if fit else []
+            self.known[row] = (ids, fit[0][0] if len(fit) == 1 else fit) if fit else None
+            found.append(row)
+        return found
+
+    def read(self, places, alone=False):
+        """(ids, [(start, end)] of the answers, the answers) of the last place with all before it;
+        None where a beginning is not one of the whole. alone: the last answer, whatever the
+        template makes of the turns before it once it is there."""
+        history, answer = places[-1]
+        text, trained = self.template.render((*history, ("assistant", answer))), []
+        for before, content in places:
+            asked = self.template.render(before, ask=True)
+            answered = self.template.render((*before, ("assistant", content)))
+            if alone and not answered.startswith(asked):
+                text = answered = asked + content + self.end
+            if not (text.startswith(asked) and text.startswith(answered)):
+                return None
+            trained.append((len(asked), len(answered.rstrip())))
+        ids, offsets = self.tokenizer.encode_rendered(text)
+        # a token that begins before an answer and ends in it is of the answer
+        first, behind = [start for start, _ in offsets], [end for _, end in offsets]
+        trained = [(bisect_right(behind, start), bisect_left(first, end)) for start, end in trained]
+        said = [i for i, (start, end) in enumerate(trained) if start < end]
+        return ids, [trained[i] for i in said], [places[i] for i in said] or places
+
+    def encode(self, pairs):
+        """Rows of `rows` -> [(ids, where the answers are, see `spans`)]"""
+        examples, cut = [self.known[pair] for pair in pairs], 0
+        for i, example in enumerate(examples):
+            if example and len(example[0]) > self.context + 1:
+                ids, trained = example[0][:self.context + 1], example[1]
+                if not isinstance(trained, int):
+                    trained = [(start, min(end, len(ids))) for start, end in trained]
+                examples[i], cut = (ids, trained), cut + 1
+        return examples, cut
+
+    def tell(self, examples):
+        """Print which template writes the turns, how many answers are trained on, and the first
+        example, its answers in [[ ]]."""
+        turns = sum(len(spans(*example)) for example in examples)
+        print(f"chat     turns as {self.template.where} writes them; {turns} answers of "
+              f"{len(examples)} examples train")
+        if self.apart:
+            print(f"chat     it writes earlier turns otherwise once more follow: each answer of "
+                  f"{self.apart} conversations is an example of its own")
+        if not self.end:
+            print("chat     it ends no turn with a token: answers go on to the end of their room")
+        if self.lost:
+            where, number = self.lost[0]
+            print(f"chat     {sum(number for _, number in self.lost)} answers are cut, of "
+                  f"conversations longer than --context {self.context}; first the last {number} "
+                  f"of {where}")
+        ids, trained = examples[0]
+        starts, ends = zip(*spans(ids, trained), strict=True)
+        shown = "".join("[[" * (i in starts) + self.letters(token) + "]]" * (i + 1 in ends)
+                        for i, token in enumerate(ids))
+        print(f"chat     {shown}")
+
+    def letters(self, token):
+        return self.tokenizer.decode([token]).replace("\n", "\\n") + "·"
 
 
 class Label:

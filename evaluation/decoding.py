@@ -65,9 +65,9 @@ class Cached:
 
 
 @torch.no_grad()
-def stream(model, prompts, max_new, stop, temperature=0.0, top_k=0, seed=0):
-    """Yield a list of B token ids for each step, None where a row has ended: by `stop`, which is
-    not given out, after max_new tokens, or at the end of the context.
+def stream(model, prompts, max_new, stops, temperature=0.0, top_k=0, seed=0):
+    """Yield a list of B token ids for each step, None where a row has ended: by a token of `stops`,
+    which is not given out, after max_new tokens, or at the end of the context.
 
     temperature 0 takes the likeliest token; else tokens are drawn with the probability
     softmax(logits / temperature), of the top_k likeliest ones (0: of all).
@@ -87,7 +87,7 @@ def stream(model, prompts, max_new, stop, temperature=0.0, top_k=0, seed=0):
         else:
             token = logits.argmax(1)  # (B,)
         ids = token.tolist()
-        done = [over or i == stop for over, i in zip(done, ids, strict=True)]
+        done = [over or i in stops for over, i in zip(done, ids, strict=True)]
         yield [None if over else i for over, i in zip(done, ids, strict=True)]
         done = [over or t + 1 >= room for over, room in zip(done, cached.room, strict=True)]
         if all(done):
@@ -95,17 +95,17 @@ def stream(model, prompts, max_new, stop, temperature=0.0, top_k=0, seed=0):
         cached.read(token)
 
 
-def generate(model, prompts, max_new, stop, **options):
+def generate(model, prompts, max_new, stops, **options):
     """[token ids] of each prompt's continuation; `options` as in `stream`."""
-    steps = list(stream(model, prompts, max_new, stop, **options))
+    steps = list(stream(model, prompts, max_new, stops, **options))
     return [[i for i in row if i is not None] for row in zip(*steps, strict=True)]
 
 
 @torch.no_grad()
-def beam_search(model, prompts, max_new, stop, beams, length_penalty=1.0):
+def beam_search(model, prompts, max_new, stops, beams, length_penalty=1.0):
     """[token ids] of the continuation y with the largest score
 
-        log P(y | prompt) / |y|^length_penalty        |y| counts the stop token
+        log P(y | prompt) / |y|^length_penalty        |y| counts the token that ends y
 
     that a search with K = beams finds: of all one-token extensions of the K best beginnings the K
     best go on; those among them that end are kept apart, as are the ones that come to the end of
@@ -130,10 +130,10 @@ def beam_search(model, prompts, max_new, stop, beams, length_penalty=1.0):
         for b in range(B):
             ranked = [(p, i, going[b][k], k)
                       for p, i, k in zip(best[b], tokens[b], parents[b], strict=True)]
-            alive = [(p, i, [*y, i], k) for p, i, y, k in ranked if i != stop][:K]
+            alive = [(p, i, [*y, i], k) for p, i, y, k in ranked if i not in stops][:K]
             alive += alive[-1:] * (K - len(alive))
             if b in open_rows:
-                over = [(p, y) for p, i, y, _ in ranked[:K] if i == stop]
+                over = [(p, y) for p, i, y, _ in ranked[:K] if i in stops]
                 if length == cached.room[b]:
                     over += [(p, y) for p, _, y, _ in alive]
                 ended[b] += [(p / length ** length_penalty, y) for p, y in over]

@@ -73,20 +73,20 @@ def evaluate(model, examples, task, device, amp):
 
 
 @torch.inference_mode()
-def decode(model, pairs, tokenizer, amp, max_new=96, between=" ||"):
+def decode(model, pairs, task, amp, max_new=96):
     """(prompts, greedy texts): the text of each record, or the continuation of a plain text's
-    beginning."""
-    prompts = [tokenizer.encode_ordinary(record + between if record else text[:400])
-               for record, text in pairs]
+    beginning. task: that of the data, a Write."""
+    tokenizer = task.tokenizer
     begin = min(32, model.context // 2 - 1)  # tokens of a plain text
-    prompts = [p if record else p[:begin] for p, (record, _) in zip(prompts, pairs, strict=True)]
+    prompts = [task.prompt(record) if record else
+               [tokenizer.bos, *tokenizer.encode_ordinary(text[:400])[:begin]]
+               for record, text in pairs]
     model.eval()
     with amp:
         texts = decoding.in_batches(
-            [[tokenizer.bos, *p] for p in prompts], DECODED,
-            lambda batch: decoding.generate(model, batch, max_new, tokenizer.eos))
+            prompts, DECODED, lambda batch: decoding.generate(model, batch, max_new, task.stops))
     model.train()
-    return ([tokenizer.decode(p).strip() for p in prompts],
+    return ([tokenizer.decode(p[1:]).strip() for p in prompts],
             [tokenizer.decode(ids).strip() for ids in texts])
 
 
@@ -142,8 +142,7 @@ def measure(model, dataset, split, device, amp, first=None, scored=None, exact=N
     if hasattr(dataset.module, "options") and scored:
         values.update(choose(model, dataset, pairs[:scored], device, exact or amp))
     if scorer and scored:
-        texts = decode(model, pairs[:scored], dataset.tokenizer, amp, dataset.max_new,
-                       dataset.task.between)[1]
+        texts = decode(model, pairs[:scored], dataset.task, amp, dataset.max_new)[1]
         values.update(scorer(pairs[:scored], texts))
     return values
 

@@ -38,6 +38,8 @@ DEFAULTS = {
     "opinions": dict(steps=100, batch_size=32, lr=5e-3, full_lr=3e-3),
     "pairs": dict(steps=100, batch_size=16, lr=5e-3, full_lr=2e-3,
                   **dict.fromkeys(SMALL_START, 1e-2)),
+    "chat": dict(steps=100, batch_size=16, lr=5e-3, full_lr=2e-3,
+                 **dict.fromkeys(SMALL_START, 1e-2)),
     "labels": dict(steps=200, batch_size=32, lr=3e-3, full_lr=1e-3, head_lr=1e-2,
                    **dict.fromkeys(SMALL_START, 1e-2)),
     "reviews": dict(steps=500, batch_size=64, lr=3e-3, full_lr=1e-3, head_lr=1e-2,
@@ -74,12 +76,16 @@ def parser(description):
         "tiny one that fits the dataset)")
     add("--dataset", help=", ".join(data.DATASETS) + " (restaurants; with a RoBERTa by name, "
         "reviews)")
-    add("--data-dir", type=path, help="read the dataset from this folder (pairs, labels, text: or "
+    add("--data-dir", type=path, help="read the dataset from this folder (your own data: or "
         "file) instead of the hub")
     add("--columns", type=lambda names: names.split(","), help="pairs: of prompt and completion; "
         "labels: of text and label (see data/README.md)")
     add("--metric", choices=(*data.pairs.METRICS, *data.labels.METRICS), help="selects: of pairs "
         "exact, bleu or rouge of decoded texts; of labels f1 (macro) or matthews")
+    add("--last-turn", action="store_true", help="chat: the loss is on the last answer alone (on "
+        "all)")
+    add("--chatml", action="store_true", help="chat: write the turns as ChatML, where the model "
+        "has no chat template")
     add("--regression", action="store_true", help="labels: a label is a number")
     add("--test-texts", type=int, help="report on so many texts of the test split, always the "
         "same ones (all)")
@@ -250,12 +256,13 @@ def with_defaults(args):
 
 def check_data(args):
     """Refuse what is not for the dataset."""
-    metric = "labels" if args.metric in data.labels.METRICS else "pairs"
-    for flag, datasets in (("columns", ("pairs", "labels")), ("metric", (metric,)),
+    metric = ("labels",) if args.metric in data.labels.METRICS else ("pairs", "chat")
+    for flag, datasets in (("columns", ("pairs", "chat", "labels")), ("metric", metric),
+                           ("last_turn", ("chat", "pairs")), ("chatml", ("chat", "pairs")),
                            ("regression", ("labels",))):
         if getattr(args, flag) and args.dataset not in datasets:
-            raise ValueError(f"--{flag} is for --dataset {' and '.join(datasets)}, not for "
-                             f"{args.dataset}")
+            raise ValueError(f"--{flag.replace('_', '-')} is for --dataset "
+                             f"{' and '.join(datasets)}, not for {args.dataset}")
     most = 3 if args.dataset == "labels" else math.inf
     if args.columns and not 2 <= len(args.columns) <= most:
         raise ValueError(f"--columns {','.join(args.columns)}: two names are needed"

@@ -23,7 +23,8 @@ STATE, LOG = "resume.safetensors", "log.csv"
 RESULTS = ("README.md", "curve.png", "ranks.png", "adapter_config.json",
            "adapter_model.safetensors",
            *(f"predictions-{split}.jsonl" for split in ("train", "validation", "test")),
-           *(f"merged/{name}" for name in ("config.json", "model.safetensors", *tokenizers.FILES)),
+           *(f"merged/{name}" for name in ("config.json", "generation_config.json",
+                                           "model.safetensors", *tokenizers.FILES)),
            "result.json")  # the last one to appear: with it a run has finished
 LIST, AGAIN = ".written", ".again"
 

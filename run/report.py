@@ -42,8 +42,10 @@ def print_examples(model, dataset, device, amp):
                 predicted, true = dataset.labels[row.argmax()], dataset.labels[truth]
             print(f"{' / '.join(texts)}\n  -> {predicted} ({true})")
     elif isinstance(dataset.task, Write):
-        written = decode(model, pairs, dataset.tokenizer, amp, between=dataset.task.between)
+        written = decode(model, pairs, dataset.task, amp)
         for prompt, text, (record, reference) in zip(*written, pairs, strict=True):
+            if isinstance(record, tuple):  # a conversation: what was said last
+                prompt = record[-1][1]
             print(f"\n{prompt}\n  -> {text}" + f"\n  ref {reference}" * bool(record))
 
 
