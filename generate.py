@@ -207,6 +207,14 @@ def write_one(model, task, record, args):
     return tokenizer.decode(ids).strip()
 
 
+def is_file(text):
+    """Whether a text is the name of a file; a question may be too long to be one."""
+    try:
+        return Path(text).is_file()
+    except OSError:
+        return False
+
+
 def answer_file(model, task, file, args):
     """Answer every turn of the user in a file of conversations. What the assistant says next is the
     file's, or where the file has nothing our own answer."""
@@ -309,7 +317,7 @@ def generate(args):
         talk = isinstance(task, Converse)
         for text in args.texts:
             with args.amp:  # the adapter was merged outside of it
-                if talk and Path(text).is_file():
+                if talk and is_file(text):
                     answer_file(model, task, Path(text), args)
                 else:
                     write_one(model, task, (("user", text),) if talk else text, args)

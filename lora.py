@@ -161,9 +161,10 @@ def apply(model, adapter, targets, **hparams):
         raise ValueError(f"targets must be a list of names, not {targets!r}")
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError("the model has adapters already: name all targets in one call")
-    if adapter.delta is not LoRALinear.delta and adapter.as_lora is LoRALinear.as_lora:
-        raise ValueError(f"{adapter.__name__} overrides delta, so it must override as_lora too: "
-                         "exports rely on it")
+    own = adapter.delta is not LoRALinear.delta or adapter.moves_weight
+    if own and adapter.as_lora is LoRALinear.as_lora:
+        raise ValueError(f"{adapter.__name__} overrides delta, or moves weight, so it must "
+                         "override as_lora too: exports rely on it")
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name}
     uses = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     new, target_of = {}, {}
@@ -186,6 +187,10 @@ def apply(model, adapter, targets, **hparams):
                                  f"{adapter.__name__} moves it")
             new[name] = adapter(linears[name], **hparams).train(linears[name].training)
             new[name].name, target_of[name] = name, target
+            for factor in new[name].lr_scale:
+                if not hasattr(new[name], factor):
+                    raise ValueError(f"{adapter.__name__}.lr_scale names {factor!r}, which is no "
+                                     "parameter of it")
     chains = {chain: [new[name] for name in sorted(names, key=list(linears).index)]
               for chain, names in chains_of(target_of, linears).items()}
     if len(chains) > len(targets) and adapter.connect is not LoRALinear.connect:

@@ -24,7 +24,7 @@ import lora
 import qlora
 from checkpoints import adapters, files
 from checkpoints.pretrained import MODELS, load, locate, save_merged
-from data import Dataset, about, step_batches
+from data import Dataset, step_batches
 from evaluation import evaluate, plots
 from evaluation.evaluate import in_fp32, to_device
 from methods import METHODS
@@ -338,14 +338,15 @@ def one_run(run, started):
     if run.layers:
         merge_and_measure(run, metrics)
     if settings.save_merged and save_merged(place / "merged", run.model, run.source,
-                                            run.data.task, run.data.labels,
-                                            settings.base_bits):
+                                            run.data.tokenizer, run.data.labels,
+                                            settings.base_bits,
+                                            run.data.task if run.data.chat else None):
         metrics["merged, saved in bfloat16"] = run.report(
             run.model, "the merged model as it is saved, in bfloat16")
 
     result = {"settings": {**run.identity, "device": str(settings.device)}, "metrics": metrics,
               "parameters": run.parameters, "splits": run.data.splits,
-              "labels": list(run.data.labels), "chat": bool(about(run.data.module, "CHAT", False)),
+              "labels": list(run.data.labels), "chat": run.data.chat,
               "selected": {"step": folder.best_step(rows, run.log.first),
                            "by": f"validation {run.data.metric}"},
               "versions": {"python": platform.python_version(), "torch": torch.__version__},

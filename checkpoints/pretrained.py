@@ -218,16 +218,16 @@ def ends_of(folder):
     return {i for i in (ends if isinstance(ends, list) else [ends]) if type(i) is int}
 
 
-def save_merged(folder, model, source, task, labels=None, bits=None):
+def save_merged(folder, model, source, tokenizer, labels=None, bits=None, chat=None):
     """The merged model as a checkpoint folder of its own, with the tokenizer of the folder it came
     from, and what its config.json said beside what we write anew. Texts end with the token that
-    they were trained to end with, turns as their chat template ends them. task: that of the data.
-    labels: names of a classifier's classes.
+    they were trained to end with. labels: names of a classifier's classes. chat: what wrote the
+    turns that it was trained on, a `Converse` of data/tasks.py: then its template comes along, and
+    what ends a turn.
 
     A base in bfloat16 stays so, and one in 4 bits, `bits`, becomes so: the model's own weights are
     then rounded too, as they are written; returns True."""
     qlora.dequantise(model, model.wte.weight.dtype)
-    tokenizer, template = task.tokenizer, getattr(task, "template", None)
     half = bits or torch.bfloat16 in (weights.stored_dtype(source), model.wte.weight.dtype)
     anew = ("id2label", "label2id", "num_labels", "problem_type", "dtype", "torch_dtype",
             "rope_parameters", "transformers_version", "quantization_config")
@@ -241,13 +241,13 @@ def save_merged(folder, model, source, task, labels=None, bits=None):
         write(folder / name, lambda part, name=name: shutil.copyfile(source / name, part))
     if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= set(files):
         tokenizer.save(folder, roberta=not model.causal)
-    if template:
+    if chat:
         path = source / "generation_config.json"
         said = read_json(path) if path.exists() else {"bos_token_id": tokenizer.bos}
-        stops = sorted(task.stops)
+        stops = sorted(chat.stops)
         write_json(folder / "generation_config.json",
                    {**said, "eos_token_id": stops if len(stops) > 1 else stops[0]})
-        write_text(folder / "chat_template.jinja", template.source)
+        write_text(folder / "chat_template.jinja", chat.template.source)
     if half:
         print(f"merged   {folder} is in bfloat16" + ("" if bits else ", as the base is"))
         for p in model.parameters():

@@ -81,9 +81,8 @@ def task(name, folder, model, context, source=None):
                     else templates.of_folder(folder))
         if template is None:
             raise ValueError(f"{folder} has no chat template: --chatml writes the turns as ChatML")
-        task = Converse(tokenizer, context, template, source.last_turn, source.WHERE)
-        task.stops |= ends_of(folder)
-        return tokenizer, task
+        return tokenizer, Converse(tokenizer, context, template, source.last_turn, source.WHERE,
+                                   ends_of(folder))
     if model.causal:
         return tokenizer, Write(tokenizer, context, about(source, "BETWEEN",
                                                "" if about(source, "PLAIN") else " ||"))
@@ -98,8 +97,9 @@ def task(name, folder, model, context, source=None):
 class Dataset:
     """A dataset as it is read; `encode` makes it that of a model. flags: see `module`.
 
-    pairs, examples: {split: rows}, as text and as tokens. labels: names of the classes. metric:
-    what selects. splits: {split: what it is}. cut: how many texts were too long.
+    pairs, examples: {split: rows}, as text and as tokens. chat: whether they are conversations.
+    labels: names of the classes. metric: what selects. splits: {split: what it is}. cut: how many
+    texts were too long.
     """
 
     def __init__(self, name, data_dir=None, test_texts=None, *flags):
@@ -124,9 +124,9 @@ class Dataset:
         self.tokenizer, self.task = task(self.name, folder, model, context, self.module)
         self.examples, self.cut = {}, 0
         self.max_new = about(self.module, "MAX_NEW", 96)
-        chat = isinstance(self.task, Converse)
+        self.chat = isinstance(self.task, Converse)
         for split, pairs in self.pairs.items():
-            pairs = self.pairs[split] = self.task.rows(pairs) if chat else pairs
+            pairs = self.pairs[split] = self.task.rows(pairs) if self.chat else pairs
             examples = []
             for start in range(0, len(pairs), BLOCK):
                 encoded, cut = self.task.encode(pairs[start:start + BLOCK])
@@ -146,7 +146,7 @@ class Dataset:
                 longest = max(end - start for example in self.examples[split]
                               for start, end in spans(*example))
                 self.max_new = max(self.max_new, longest)
-        if chat:
+        if self.chat:
             self.task.tell(self.examples["train"])
         return self
 

@@ -31,7 +31,11 @@ class Write:
 
     def __init__(self, tokenizer, context, between=between):
         self.tokenizer, self.context, self.between = tokenizer, context, between
-        self.stops = {tokenizer.eos}  # what ends a text
+
+    @property
+    def stops(self):
+        """The ids that end a text."""
+        return {self.tokenizer.eos}
 
     def prompt(self, record):
         """The ids after which a text is written: of a record, or of a plain text's beginning."""
@@ -86,19 +90,22 @@ class Converse(Write):
 
     An answer is what the template adds to the turns before it. So these must be the beginning of
     the whole conversation. A template may drop earlier thinking, or move the system's text: then
-    each answer is an example of its own. end, stops: what ends a turn, and a text when it is
-    written. where: {conversation: its file and line}.
+    each answer is an example of its own. end: what ends a turn. ends: more ids at which a text
+    ends. where: {conversation: its file and line}.
     """
 
-    def __init__(self, tokenizer, context, template, last_turn=False, where=()):
+    def __init__(self, tokenizer, context, template, last_turn=False, where=(), ends=()):
         super().__init__(tokenizer, context)
         self.template, self.last_turn, self.where = template, last_turn, dict(where)
         self.known, self.apart, self.lost = {}, 0, []
         ids, _ = tokenizer.encode_rendered(
             template.render((("user", "a"), ("assistant", "b"))).rstrip())
-        ends = [token for token in ids[-1:] if token in tokenizer.special]
-        self.stops.update(ends)
-        self.end = tokenizer.decode(ends)
+        special = [token for token in ids[-1:] if token in tokenizer.special]
+        self.end, self.ends = tokenizer.decode(special), {*special, *ends}
+
+    @property
+    def stops(self):
+        return super().stops | self.ends
 
     def prompt(self, record):
         return self.tokenizer.encode_rendered(self.template.render(record, ask=True))[0]

@@ -65,14 +65,14 @@ class Cached:
 
 
 @torch.no_grad()
-def stream(model, prompts, max_new, stops, temperature=0.0, top_k=0, seed=0):
-    """Yield a list of B token ids for each step, None where a row has ended: by a token of `stops`,
-    which is not given out, after max_new tokens, or at the end of the context.
+def stream(model, prompts, max_new, stop, temperature=0.0, top_k=0, seed=0):
+    """Yield a list of B token ids for each step, None where a row has ended: by `stop`, an id or
+    several, which is not given out, after max_new tokens, or at the end of the context.
 
     temperature 0 takes the likeliest token; else tokens are drawn with the probability
     softmax(logits / temperature), of the top_k likeliest ones (0: of all).
     """
-    cached = Cached(model, prompts, max_new)
+    cached, stops = Cached(model, prompts, max_new), ids_of(stop)
     chance = torch.Generator(model.wte.weight.device).manual_seed(seed)
     done = [False] * len(prompts)
     for t in range(max_new):
@@ -95,14 +95,19 @@ def stream(model, prompts, max_new, stops, temperature=0.0, top_k=0, seed=0):
         cached.read(token)
 
 
-def generate(model, prompts, max_new, stops, **options):
+def ids_of(stop):
+    """{id} of an id or several."""
+    return {stop} if isinstance(stop, int) else set(stop)
+
+
+def generate(model, prompts, max_new, stop, **options):
     """[token ids] of each prompt's continuation; `options` as in `stream`."""
-    steps = list(stream(model, prompts, max_new, stops, **options))
+    steps = list(stream(model, prompts, max_new, stop, **options))
     return [[i for i in row if i is not None] for row in zip(*steps, strict=True)]
 
 
 @torch.no_grad()
-def beam_search(model, prompts, max_new, stops, beams, length_penalty=1.0):
+def beam_search(model, prompts, max_new, stop, beams, length_penalty=1.0):
     """[token ids] of the continuation y with the largest score
 
         log P(y | prompt) / |y|^length_penalty        |y| counts the token that ends y
@@ -113,6 +118,7 @@ def beam_search(model, prompts, max_new, stops, beams, length_penalty=1.0):
     would score if it ended now.
     """
     cached, B, K = Cached(model, prompts, max_new), len(prompts), beams
+    stops = ids_of(stop)
     device = cached.x.device
     cached.repeat(K)
     scores = torch.full((B, K), -torch.inf, device=device)
@@ -123,8 +129,8 @@ def beam_search(model, prompts, max_new, stops, beams, length_penalty=1.0):
     for length in range(1, max_new + 1):
         logp = F.log_softmax(cached.logits().float(), 1).view(B, K, -1)
         V = logp.size(2)
-        # of K beams at most K extensions end, so K of 2 K go on
-        best, where = (scores[..., None] + logp).flatten(1).topk(min(2 * K, K * V))
+        # of K beams at most K extensions end by each stop token, so K of these go on
+        best, where = (scores[..., None] + logp).flatten(1).topk(min((1 + len(stops)) * K, K * V))
         best, parents, tokens = best.tolist(), (where // V).tolist(), (where % V).tolist()
         chosen, rows, sources = [], [], []
         for b in range(B):

@@ -252,6 +252,10 @@ def save_state(path, model, optimizer, step, identity, rows, best=None, first=1,
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    kept = set()
+    for name, t in tensors.items():  # what layers share, as VeRA's A and B, is written for each
+        tensors[name] = t.clone() if t.data_ptr() in kept else t
+        kept.add(t.data_ptr())
     metadata = {"step": step, "settings": identity, "rows": rows}
     metadata = {key: json.dumps(value) for key, value in metadata.items()}
     write(path, lambda part: save_file(tensors, part, metadata))

@@ -206,8 +206,9 @@ def test_streamed_text_is_the_text(run, capsys):
         out = written(capsys, folder, RECORD, "--max-new", "40", *flags)[1]
         assert out == written(capsys, folder, RECORD, "--max-new", "40", *flags)[1] and out.strip()
     model, _, source = generate.load_run(folder)
-    tokenizer, _ = data.task("restaurants", source, model, 256)
-    prompt = generate.encode(tokenizer, RECORD, "restaurants")
+    tokenizer, task = data.task("restaurants", source, model, 256)
+    prompt = [tokenizer.bos, *tokenizer.encode_ordinary(RECORD + " ||")]
+    assert task.prompt(RECORD) == prompt
     ids = generate.decoding.generate(model, [prompt], 40, tokenizer.eos, temperature=2.0, seed=3)[0]
     out = written(capsys, folder, RECORD, "--max-new", "40", "--temperature", "2", "--seed", "3")[1]
     assert out == tokenizer.decode(ids).lstrip() + "\n"

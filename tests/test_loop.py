@@ -246,7 +246,7 @@ def test_decoding_for_a_report_has_no_dropout_and_leaves_the_model_training(base
     adapt(model, "lora", {}, r=8, alpha=60, dropout=0.5)
     model.train()
     pairs = data.load("restaurants")["test"][:4]
-    texts = [evaluate.decode(model, pairs, tokenizer, PLAIN, 20) for _ in range(3)]
+    texts = [evaluate.decode(model, pairs, Write(tokenizer, 64), PLAIN, 20) for _ in range(3)]
     assert texts[0] == texts[1] == texts[2] and all(m.training for m in model.modules())
 
 
@@ -279,7 +279,7 @@ def test_cut_texts_are_counted_over_all_splits(base, monkeypatch):
 
 def test_three_examples_are_shown_from_all_over_the_test_split(monkeypatch, capsys):
     """One of each third, in their order, with what the model makes of them; of two texts both."""
-    monkeypatch.setattr(report, "decode", lambda model, some, *_, between: (
+    monkeypatch.setattr(report, "decode", lambda model, some, *_: (
         [record for record, _ in some], ["written"] * len(some)))
     for n, shown in ((90, [0, 30, 60]), (100, [0, 33, 66]), (2, [0, 1]), (4, [0, 1, 2])):
         pairs = [(f"record {i}", f"text {i}") for i in range(n)]
@@ -399,10 +399,11 @@ def test_texts_come_back_in_the_order_of_their_records(monkeypatch):
                           bos=60, eos=60, decode=lambda ids: " ".join(map(str, ids)))
     pairs = [("abcdefg"[: 1 + (3 * i) % 7], "") for i in range(9)]
     monkeypatch.setattr(evaluate, "DECODED", 2)
-    prompts, texts = evaluate.decode(model, pairs, tokenizer, PLAIN, max_new=4)
+    task = Write(tokenizer, 64)
+    prompts, texts = evaluate.decode(model, pairs, task, PLAIN, max_new=4)
     assert len(set(texts)) > 2 and len(set(map(len, prompts))) > 2
     for i, pair in enumerate(pairs):
-        alone = evaluate.decode(model, [pair], tokenizer, PLAIN, max_new=4)
+        alone = evaluate.decode(model, [pair], task, PLAIN, max_new=4)
         assert (prompts[i], texts[i]) == (alone[0][0], alone[1][0])
 
 

@@ -64,6 +64,22 @@ def test_merging_restores_the_architecture(method, hparams, tiny):
 
 
 @every_variant
+def test_a_bf16_tensor_that_a_method_moves_is_not_the_pretrained_one(method, hparams):
+    """It has an fp32 tensor of its own: rounded to bf16, what moves it would be lost. The
+    pretrained numbers stay, through the start, training and merging."""
+    model = tiny_gpt(torch.bfloat16)
+    given = [(p, p.detach().clone()) for p in model.parameters()]
+    layers = adapt(model, method, hparams)
+    with torch.autocast("cpu", torch.bfloat16):
+        train_steps(model, layers, 4)
+        calibrated(model, layers)
+    assert all(torch.equal(p, before) for p, before in given)
+    lora.merge(model)
+    assert (all(torch.equal(p, before) for p, before in given)
+            or not METHODS[method].adapter.moves_weight)
+
+
+@every_variant
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_value_that_is_not_finite_is_refused_and_the_base_untouched(method, hparams, bad):
     """NaN or inf in one adapter: nothing at all is merged."""
@@ -72,7 +88,7 @@ def test_a_value_that_is_not_finite_is_refused_and_the_base_untouched(method, hp
     before = {k: v.clone() for k, v in model.state_dict().items()}
     poisoned = factors(layers)[-1]
     with torch.no_grad():
-        poisoned.view(-1)[0] = bad
+        poisoned[(0,) * poisoned.dim()] = bad
     with pytest.raises(ValueError, match="NaN or inf"):
         lora.merge(model)
     now = model.state_dict(keep_vars=True)

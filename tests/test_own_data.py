@@ -176,19 +176,10 @@ def test_what_is_held_out_is_no_text_of_train(tmp_path):
                          [({"instruction": "Add", "input": "1 2", "output": 3}, ("Add\n1 2", "3")),
                           ({"instruction": "Add", "input": "", "output": "3"}, ("Add", "3")),
                           ({"instruction": "Add", "output": 2.5}, ("Add", "2.5")),
-                          ({"messages": [{"role": "user", "content": "a"},
-                                         {"role": "assistant", "content": "b"}]}, ("a", "b")),
-                          ({"messages": [{"role": "system", "content": "s"},
-                                         {"role": "user", "content": "a"},
-                                         {"role": "assistant", "content": "b"}]}, ("s\na", "b")),
                           ({"prompt": "is it", "completion": True}, ("is it", "true")),
                           ({"prompt": 1.0, "completion": "x"}, ("1", "x"))])
 def test_the_columns_that_fine_tuning_files_have(row, pair):
     assert Pairs().row(row, "here") == pair
-
-
-def turn(*roles):
-    return {"messages": [{"role": role, "content": "x"} for role in roles]}
 
 
 GOOD = {"prompt": "a", "completion": "b"}
@@ -201,11 +192,6 @@ GOOD = {"prompt": "a", "completion": "b"}
                            "line 2: completion must be text, not nan"),
                           ("pairs", "a.jsonl", [GOOD, {"question": "a"}], "line 2: no columns "
                            "prompt and completion, only question"),
-                          ("pairs", "a.jsonl", [turn("user", "assistant", "user")],
-                           "line 1: messages must be a user's turn and the"),
-                          ("pairs", "a.jsonl", [{"messages": "hello"}], "line 1: messages must be "
-                           "a list of turns, not 'hello'"),
-                          ("pairs", "a.jsonl", [turn()], "not those of nobody"),
                           ("pairs", "a.json", "[{\"prompt\": \"a\", \"completion\": \"b\"}, 3]",
                            "item 2: a JSON object is needed, not int"),
                           ("pairs", "a.json", "[1, 2", "a.json: not JSON"),
@@ -338,7 +324,7 @@ def test_generate_leaves_out_what_leaves_no_room(tmp_path, base, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [(["--columns", "a,b"], "--columns is for --dataset "
-                                             "pairs and labels, not for restaurants"),
+                                             "pairs and chat and labels, not for restaurants"),
                                             (["--metric", "bleu"],
                                              "--metric is for --dataset pairs"),
                                             (["--regression"], "--regression is for --dataset "

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, factors
+from conftest import ROOT, factors, tiny_gpt
 from test_train import command, few_records  # noqa: F401
 
 import data
@@ -251,6 +251,8 @@ def test_the_template_of_contributing_is_a_method(tmp_path, base, monkeypatch):
     assert metrics["unmerged"]["loss"] < metrics["base"]["loss"]
     assert metrics["merged"]["loss"] == pytest.approx(metrics["unmerged"]["loss"], rel=1e-4)
     assert (tmp_path / "adapter_config.json").exists()
+    layers = lora.apply(tiny_gpt(), scope["VeRALinear"], ["q", "v"], r=2, alpha=6)
+    assert len({layer.A.data_ptr() for layer in layers}) == 2
     layer = scope["VeRALinear"](nn.Linear(5, 7), r=2, alpha=6)
     nn.init.normal_(layer.b_v)
     x, (A, B) = torch.randn(3, 5), layer.as_lora()
@@ -278,8 +280,13 @@ def test_a_method_without_as_lora_is_refused_before_it_trains():
     class Half(lora.LoRALinear):
         def delta(self):
             return super().delta() / 2
-    with pytest.raises(ValueError, match="Half overrides delta, so it must override as_lora too"):
+    with pytest.raises(ValueError, match="Half overrides delta, or moves weight, so it must "):
         lora.apply(nn.ModuleDict({"q": nn.Linear(4, 4)}), Half, ["q"], r=2, alpha=2)
+
+    class Faster(lora.LoRALinear):
+        lr_scale = {"loraB": 16}
+    with pytest.raises(ValueError, match="Faster.lr_scale names 'loraB', which is no parameter"):
+        lora.apply(nn.ModuleDict({"q": nn.Linear(4, 4)}), Faster, ["q"], r=2, alpha=2)
 
 
 def test_a_new_dataset_is_a_file_and_its_name(tmp_path, small_roberta, monkeypatch):
