@@ -1,5 +1,13 @@
-"""A grid of train.py's runs, fair and resumable: rows x ranks x learning rates x seeds -> one csv
-and one picture.
+"""Which method, and at which learning rate, on your data?
+
+    python compare.py --dataset pairs --data-dir my.jsonl --methods lora,rslora,reslora
+
+Each method tries rates a factor of two apart, around the default for this model, until its best one
+has a worse one on both sides; the validation of seed 0 decides. Then each runs five other seeds at
+its best rate. Beside a variant stands the plain LoRA that it must beat, whose update is as large.
+What is printed last is the command of train.py for your data. All other flags go to train.py.
+
+Or a grid of one's own: rows x ranks x learning rates x seeds -> one csv and one picture.
 
     python compare.py out/demo --lr 1.2e-2 2.4e-2 --seeds 3 --best-lr --row "LoRA: --method lora" \\
         --row "mine: --method reslora --pre-num 2" -- --dataset restaurants --rank 16
@@ -12,6 +20,7 @@ folder. With --long, for runs of many minutes, the csv grows run by run and is r
 can be gone on with where out/compare is lost, and only the chosen rates see the test split.
 experiments/*.sh are the comparisons of RESULTS.md.
 """
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -22,7 +31,6 @@ import math
 import multiprocessing
 import os
 import queue
-import re
 import shlex
 import signal
 import sys
@@ -35,6 +43,7 @@ import torch
 from tqdm import tqdm
 
 import data
+from checkpoints.configs import read_config
 from checkpoints.files import (
     check_new,
     check_writable,
@@ -45,16 +54,17 @@ from checkpoints.files import (
     write,
     write_csv,
 )
-from checkpoints.pretrained import ROOT, from_pretrained
+from checkpoints.pretrained import ROOT, from_pretrained, locate
 from data import Dataset
 from evaluation import evaluate
 from evaluation.plots import drawn_here, picture
 from methods import METHODS
-from run.flags import Parser, command, path
+from run.flags import Parser, command, path, rate_of
 from run.folder import Diverged, best_step
 from run.owner import lock
 
 RESULTS = ROOT / "experiments/results"
+WIDEST = 12  # rates that a row tries at most, in the first form
 
 # The same for a method in every picture, in grey and without colours too: colour, marker, line
 STYLES = {"lora": ("C0", "o", "-"), "rslora": ("C1", "s", "--"), "input": ("C2", "^", "-"),
@@ -68,8 +78,13 @@ class Also(str):
 
 
 def parse(argv):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if any(word.partition("=")[0] == "--methods" for word in argv):
+        return parse_question(argv)
     parser = Parser("compare.py", __doc__)
     add = parser.add_argument
+    add("--methods", help="the first form, with --seeds (5), --jobs, and --to PATH of PATH.csv "
+        "and PATH.png")
     add("to", type=lambda text: Path(path(text)), help="PATH of PATH.csv and PATH.png")
     add("--row", action="append", required=True, help='"LABEL: flags of train.py", one for each '
         'line of the table')
@@ -92,7 +107,6 @@ def parse(argv):
     add("--title", default="")
     add("--forgetting", help="a dataset whose loss is measured before and after, the pretraining "
         "text")
-    argv = list(sys.argv[1:] if argv is None else argv)
     grid_flags = argv[:argv.index("--")] if "--" in argv else argv
     args = parser.parse_args(grid_flags)
     args.flags = words(argv[len(grid_flags) + 1:])
@@ -100,20 +114,19 @@ def parse(argv):
         raise ValueError("--seeds and --jobs must be 1 or more")
     args.lr, args.rank = list(dict.fromkeys(args.lr)), list(dict.fromkeys(args.rank or []))
     args.rank = args.rank[::len(args.rank) - 1] if args.quick and len(args.rank) > 1 else args.rank
-    args.rows, args.rates, slugs = {}, {}, set()
+    args.rows, args.rates, args.methods = {}, {}, None
     for row in args.row:
         if args.quick and isinstance(row, Also):
             continue
         label, colon, flags = row.partition(":")
         label, flags = label.strip(), words(flags)
-        if not colon or not slug(label) or slug(label) in slugs:
-            raise ValueError(f"--row {row!r} is not 'LABEL: flags', with letters and numbers that "
-                             "no other label has")
+        if not colon or not label or label in args.rows:
+            raise ValueError(f"--row {row!r} is not 'LABEL: flags', with a label that no other row "
+                             "has")
         for flag in ("--seed", "--out", *["--rank"] * bool(args.rank)):
             if flag in flags + args.flags:
                 raise ValueError(f"{flag} is set by the grid: take it out of row {label!r} and "
                                  "from behind --")
-        slugs.add(slug(label))
         args.rows[label], args.rates[label] = (own_rates(flags) if "--lr" in flags
                                                else (flags, args.lr))
     if "--lr" in args.flags:
@@ -121,6 +134,83 @@ def parse(argv):
     if len(args.rank) > 1 and args.plot != "rank":
         raise ValueError(f"several ranks are drawn by --plot rank, not {args.plot}")
     return args
+
+
+def parse_question(argv):
+    """The flags of the first form: those of a grid, whose rows and rates follow from them."""
+    import train
+    parser = Parser("compare.py", __doc__)
+    add = parser.add_argument
+    add("--methods", type=lambda names: names.split(","))
+    add("--seeds", type=int, default=5)
+    add("--jobs", type=int)
+    add("--to", type=lambda text: Path(path(text)))
+    args, flags = parser.parse_known_args(parser.from_files(argv))
+    args.flags = words(flags)
+    if args.seeds < 1 or args.jobs is not None and args.jobs < 1:
+        raise ValueError("--seeds and --jobs must be 1 or more")
+    for flag in ("--method", "--lr", "--seed", "--out", "--resume", "--init-from"):
+        if flag in args.flags:
+            raise ValueError(f"{flag} is set by the comparison: leave it out")
+    args.rows, args.against, args.rates = {}, {}, {}
+    for method in args.methods:
+        add_rows(args, method)
+    of_rows = {word for row_flags in args.rows.values() for word in common(args.flags, row_flags)}
+    for word in args.flags:
+        if word not in of_rows:
+            raise ValueError(f"{word} is for none of --methods {','.join(args.methods)}")
+    for label, row_flags in args.rows.items():
+        asked = train.parse([*common(args.flags, row_flags), *row_flags])
+        middle = asked.lr or rate_of(asked.method, read_config(locate(asked.model)))
+        args.rates[label] = [middle / 2, middle, 2 * middle]
+    args.rows = {label: [*common(args.flags, row_flags), *row_flags]
+                 for label, row_flags in args.rows.items()}
+    model = Path(asked.model).name
+    args.to = args.to or Path("out") / f"compare-{asked.dataset.replace('/', '-')}-{model}"
+    args.to.parent.mkdir(parents=True, exist_ok=True)
+    args.flags, args.rank, args.plot = [], [], "lr"
+    args.best_lr, args.long, args.quick, args.forgetting = True, False, False, None
+    args.metric, args.title = "merged loss", f"{asked.dataset}, {model}: seed 0"
+    return args
+
+
+def add_rows(args, method):
+    """The row of a method, and of the LoRA whose update is as large: that of ResLoRA's input reads
+    1 + m layers, W of Delta-LoRA moves by another lambda B A, rsLoRA has another alpha."""
+    import train
+    if method not in METHODS:
+        raise ValueError(f"--methods {method!r} is not one of {', '.join(METHODS)}")
+    mine = ["--method", method]
+    asked = train.parse([*common(args.flags, mine), *mine])
+    own = {name: getattr(asked, name, spec.get("default"))
+           for name, spec in METHODS[method].flags.items()}
+    name, times = method, 1
+    if method == "reslora":
+        name = f"reslora {own['shortcut']}"
+        if own["shortcut"] == "input":
+            times = 1 + abs(own["pre_num"])  # -1 is all earlier layers: at least one
+    elif method == "deltalora":
+        times = 1 + own["delta_lambda"]
+    elif method == "rslora":
+        name = f"rslora = lora, alpha {asked.alpha * asked.rank**0.5:.4g}"
+    plain = "lora" if times == 1 else f"lora, alpha {times * asked.alpha:g}"
+    args.rows.setdefault("lora", ["--method", "lora"])
+    if METHODS[method].adapter and times != 1:
+        args.rows.setdefault(plain, ["--method", "lora", "--alpha", f"{times * asked.alpha:g}"])
+    args.rows.setdefault(name, mine)
+    args.against[name] = plain
+
+
+def common(flags, row_flags):
+    """The flags of train.py that are for a row, without those of other methods."""
+    own = METHODS[row_flags[1]].flags
+    others = {"--" + name.replace("_", "-") for method in METHODS.values() for name in method.flags
+              if name not in own}
+    found, kept = [], True
+    for word in flags:
+        kept = word not in others if word.startswith("--") else kept
+        found += [word] * kept
+    return found
 
 
 def own_rates(flags):
@@ -143,10 +233,6 @@ def words(flags):
     flags = Parser("train.py", None).from_files(flags)
     return [part for word in flags
             for part in (word.split("=", 1) if word.startswith("--") else [word])]
-
-
-def slug(label):
-    return re.sub(r"\W+", "-", label).strip("-").lower()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -446,11 +532,149 @@ class Grid:
                 if key in self.results]
 
 
+class Search(Grid):
+    """The runs of the first form: each row looks for its best rate, then runs seeds 1, 2, …, which
+    did not choose it."""
+
+    def row(self, key):
+        args, rates = self.args, self.rates[key]
+        while True:
+            self.run([(*key, lr, 0) for lr in rates if (*key, lr, 0) not in self.results],
+                     test=False)
+            best = min(rates, key=lambda lr: worth(args, (*key, lr, 0), self.results))
+            more = {rates[0]: best / 2, rates[-1]: 2 * best}.get(best)
+            if more is None or len(rates) == WIDEST:
+                break
+            rates = self.rates[key] = sorted([*rates, more])
+            self.bar.total += 1
+        self.best[key] = best
+        if not self.results[*key, best, 0].get("diverged"):
+            self.run([(*key, best, seed) for seed in range(1, args.seeds + 1)], test=True)
+
+    def rows(self):
+        return [tidy(self.args, key, result, self.best.get(key[:2]) == key[2]
+                     and not self.results[*key[:3], 0].get("diverged"))
+                for key, result in sorted(self.results.items(), key=lambda item: (
+                    list(self.args.rows).index(item[0][0]), *item[0][2:]))]
+
+
+def answer(args, setup=None):
+    """The first form: find each row's rate, run its seeds, say what differs, and what to type."""
+    to = args.to
+    csv_file, png_file = (to.with_name(to.name + ending) for ending in (".csv", ".png"))
+    check_new(csv_file, is_table)
+    check_new(png_file, lambda png: csv_file.exists() or drawn_here(png))
+    args.jobs = jobs(args)
+    args.rates = {(label, None): rates for label, rates in args.rates.items()}
+    number = len(args.rows) * (3 + args.seeds)
+    with pool(args.jobs, setup) as workers:
+        seconds = workers.submit(seconds_of, next(iter(args.rows.values()))).result()
+        print(f"compare  {', '.join(args.rows)}\n         {number} runs or more of about "
+              f"{seconds:.0f} s, {args.jobs} at a time: {number * seconds / args.jobs / 60:.1f} "
+              "min or more; finished runs are not repeated")
+        with tqdm(total=number, unit="run", desc=to.name) as bar:
+            grid = Search(args, csv_file, args.rates, workers, bar)
+            rows = grid.all()
+    note_stale(grid)
+    write_csv(csv_file, rows)
+    chosen = next((name for row in rows for name in row if name.startswith("validation ")), None)
+    if chosen is None:
+        raise SystemExit("every run diverged: the data or the model may be at fault")
+    first = argparse.Namespace(**{**vars(args), "metric": chosen})
+    draw(first, png_file, [row for row in rows if not row["seed"]])
+    say(args, rows, chosen)
+    return rows
+
+
+def seconds_of(flags):
+    """About how long one run takes: to set it up, three of its steps, and a look at its validation
+    split, as often as a run has them."""
+    import train
+    out = ROOT / "out/compare/try"
+    with contextlib.redirect_stdout(io.StringIO()):
+        started = time.time()
+        run = train.Run(train.parse([*flags, "--lr", "1e-6", "--out", str(out)]))
+        settings, start = run.settings, time.time() - started
+        optimizer = train.make_optimizer(run.model, settings)
+        scaler = torch.amp.GradScaler(settings.device.type, enabled=False)
+        stream = data.step_batches(run.data.examples["train"], run.data.task, settings.batch_size,
+                                   settings.grad_accum)
+        run.adapter.begin(run.layers, settings.steps)
+        for step in range(1, 5):
+            if step == 2:  # the first is slower
+                started = time.time()
+            train.one_step(run.model, run.params, optimizer, scaler, run.adapter, run.layers,
+                           next(stream), step, settings)
+        step = (time.time() - started) / 3
+        started = time.time()
+        evaluate.validate(run.model, run.data, settings.device, settings.amp)
+    looks = math.ceil(settings.steps / settings.eval_every) + 3
+    return start + settings.steps * step + looks * (time.time() - started)
+
+
+def say(args, rows, chosen):
+    """Print the table, and as its last line the command for these data: that of the row that
+    validates best, but plain LoRA's unless it beats it by two standard errors."""
+    seeds = {label: [row for row in same if row["seed"] and not row.get("diverged")]
+             for (label,), same in groups(rows, "row").items()}
+    shown = chosen.replace("validation", "merged")
+    names = list(dict.fromkeys(["merged loss", shown]))
+    print(f"\n| method | rate | {' | '.join(names)} | against | {shown} of each seed less its |\n"
+          f"|{'---|' * (len(names) + 4)}")
+    for label, mine in seeds.items():
+        against, rate, values = args.against.get(label, ""), "diverged", [""] * len(names)
+        beside = seeds.get(against) if against != label else None
+        if mine:
+            rate = f"{mine[0]['lr']:g}" + " (the last that was tried)" * (
+                mine[0]["lr"] in (args.rates[label, None][0], args.rates[label, None][-1]))
+            values = [with_error([row[name] for row in mine], "") for name in names]
+        print(f"| {label} | {rate} | {' | '.join(values)} | {against if beside else ''} | "
+              f"{paired(mine, beside, shown) if mine and beside else ''} |")
+    print("\nMeans over the seeds, with standard errors. LoRA of the same update stands beside a "
+          "variant.")
+    low = 1 if chosen == "validation loss" else -1
+    best = min((label for label in seeds if seeds[label]),
+               key=lambda label: low * mean([row[chosen] for row in seeds[label]]))
+    if best != "lora" and seeds["lora"]:
+        gain = differences(seeds[best], seeds["lora"], chosen)
+        if low * mean(gain) > -2 * standard_error(gain):
+            print(f"{best} validates best, by less than two standard errors: plain LoRA will do.")
+            best = "lora"
+    row, rank = seeds[best][0], None
+    print(f"The recommended run; with seed {row['seed']} it has {shown} {row[shown]:.4f}:")
+    print(shlex.join(["python", "train.py", *map(str, flags_of(args, best, rank, row["lr"],
+                                                               row["seed"]))]))
+
+
+def differences(rows, others, column):
+    """[what lies between two rows] of each seed that both have."""
+    of = {row["seed"]: float(row[column]) for row in others}
+    return [float(row[column]) - of[row["seed"]] for row in rows if row["seed"] in of]
+
+
+def paired(rows, others, column="merged loss"):
+    """What lies between two rows seed by seed: mean and standard error, "+0.0039 (0.0086)"."""
+    return with_error(differences(rows, others, column))
+
+
+def with_error(values, sign="+"):
+    """Mean and standard error, "+0.0039 (0.0086)"."""
+    error = f" ({standard_error(values):.4f})" * (len(values) > 1)
+    return f"{mean(values):{sign}.4f}{error}" if values else ""
+
+
+def standard_error(values):
+    """Of the mean; of one value it is not known, and 0 here."""
+    centre, n = mean(values), len(values)
+    return (sum((v - centre)**2 for v in values) / max(1, n - 1) / n)**0.5
+
+
 def compare(args, setup=None):
     """Run what has not been run, write PATH.csv and PATH.png; return the rows; setup: `pool`."""
     import train
-    # small models leave a GPU waiting for the CPU most of the time, so several runs share one
-    args.jobs = args.jobs or min(os.cpu_count(), 4 if torch.cuda.is_available() else math.inf)
+    if args.methods:
+        return answer(args, setup)
+    args.jobs = jobs(args)
     to, rates = args.to, {}
     for label, row_flags in args.rows.items():  # a mistake is said before anything runs
         asked = train.parse([*args.flags, *row_flags])
@@ -480,9 +704,7 @@ def compare(args, setup=None):
     with bar, pool(args.jobs, setup) as workers:
         grid = Grid(args, to.with_name(to.name + ".csv"), rates, workers, bar)
         rows = grid.all()
-    if stale := sum(result.get("stale", False) for result in grid.results.values()):
-        print(f"note     {stale} runs are from before the code changed: delete out/compare to "
-              "repeat them")
+    note_stale(grid)
     write_csv(to.with_name(to.name + ".csv"), rows)
     if not all(args.metric in row for row in rows if row["best"] and not row.get("diverged")):
         raise ValueError(f"--metric {args.metric!r} is no column of {to}.csv: {', '.join(rows[0])}")
@@ -492,6 +714,18 @@ def compare(args, setup=None):
     if rows and all(row.get("diverged") for row in rows):
         raise SystemExit("every run diverged: lower rates may help")
     return rows
+
+
+def jobs(args):
+    """How many runs at a time. Small models leave a GPU waiting for the CPU most of the time, so
+    several runs share one."""
+    return args.jobs or min(os.cpu_count(), 4 if torch.cuda.is_available() else math.inf)
+
+
+def note_stale(grid):
+    if stale := sum(result.get("stale", False) for result in grid.results.values()):
+        print(f"note     {stale} runs are from before the code changed: delete out/compare to "
+              "repeat them")
 
 
 def is_table(path):
@@ -603,6 +837,10 @@ def fill(args, axis, shown, labels):
                  ylabel=("training loss" if args.plot == "step" else args.metric) + unit)
         if args.plot != "step":
             axis.set_xscale("log", base=2 if args.plot == "rank" else 10)
+        if args.plot == "lr" and len(
+                rates := sorted({float(r["lr"]) for r in shown})) < 10:
+            axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+            axis.minorticks_off()
         if args.plot == "rank":
             ranks = sorted({r["rank"] for r in shown if r["rank"]})
             axis.set_xticks(ranks, map(str, ranks))

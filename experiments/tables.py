@@ -9,7 +9,17 @@ the highest. * marks a rate at the end of those that were tried: a better one ma
 import argparse
 import re
 
-from compare import RESULTS, ROOT, groups, mean, read_csv, spread, write
+from compare import (
+    RESULTS,
+    ROOT,
+    groups,
+    mean,
+    paired,
+    read_csv,
+    spread,
+    with_error,
+    write,
+)
 
 # of experiments/merges.py
 RATES = {"restaurants": "2.4e-2", "stdlib": "2.4e-2", "e2e": "2.4e-2", "reviews": "3e-3"}
@@ -37,22 +47,6 @@ def rate(lr):
 
 def average(rows, column, digits=3):
     return f"{mean([float(r[column]) for r in rows]):.{digits}f}"
-
-
-def paired(rows, others, column="merged loss"):
-    """What lies between two rows seed by seed: mean and standard error, "+0.0039 (0.0086)"."""
-    of = {r["seed"]: float(r[column]) for r in others}
-    return with_error([float(r[column]) - of[r["seed"]] for r in rows])
-
-
-def with_error(differences):
-    """Mean and standard error, "+0.0039 (0.0086)"."""
-    center = mean(differences)
-    if len(differences) == 1:
-        return f"{center:+.4f}"
-    error = (sum((d - center)**2 for d in differences) / (len(differences) - 1)
-             / len(differences))**0.5
-    return f"{center:+.4f} ({error:.4f})"
 
 
 def markdown(header, rows):

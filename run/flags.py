@@ -49,7 +49,12 @@ DEFAULTS = {
     "glue": dict(epochs=3, batch_size=32, lr=4e-4, full_lr=2e-5),
 }
 # a dataset that is not in the table
-OTHER = dict(epochs=3, batch_size=32, lr=1e-3, full_lr=1e-4)
+OTHER = dict(epochs=3, batch_size=32)
+# The rates above are those of the shipped models. For any other model, where the table does not say
+# that it is for real models: by its family and width. The papers' rates for long runs lie at and
+# below these, and the best of short runs on SmolLM2 above (RESULTS.md). compare.py finds yours.
+REAL = "gsm8k", "glue"
+RATES = {"roberta": ((math.inf, 4e-4),), "": ((1024, 2e-3), (2048, 5e-4), (math.inf, 2e-4))}
 # for every method that has an adapter
 ADAPTER = dict(rank=8, alpha=16.0, dropout=0.0, targets="q,v")
 
@@ -96,7 +101,7 @@ def parser(description):
     add("--batch-size", type=int, help="examples per forward (by dataset)")
     add("--grad-accum", type=int, default=1, help="batches per step: the same step with less "
         "memory (1)")
-    add("--lr", type=float, help="peak learning rate (by dataset)")
+    add("--lr", type=float, help="peak learning rate (by dataset, or by the model's kind and size)")
     add("--lr-ratio", type=float, default=1.0, help="B's learning rate over A's, as in LoRA+, "
         "which has 16; all but B learns at --lr (1)")
     add("--optimizer", choices=("adamw", "sgd"), default="adamw")
@@ -167,7 +172,7 @@ class Settings(Namespace):
         context = self.context or min(model.context, 256)
         if not 4 <= context <= model.context:
             raise ValueError(f"--context {context} is not in 4..{model.context}, the model's")
-        return self.but(context=context)
+        return self.but(context=context, lr=self.lr or rate_of(self.method, model.config))
 
     def for_data(self, examples, world):
         """With the steps, those between validations, and the defaults of the method's flags, which
@@ -315,13 +320,24 @@ def fill_in(args):
     defaults = DEFAULTS.get(args.dataset.split("/")[0], OTHER)
     if args.batch_size is None:
         args.batch_size = defaults["batch_size"]
-    if args.lr is None:
-        args.lr = defaults.get(f"{args.method}_lr", defaults["lr"])
+    if args.lr is None and (args.model in ("tiny-gpt", "tiny-roberta")
+                            or args.dataset.split("/")[0] in REAL):
+        args.lr = defaults.get(f"{args.method}_lr", defaults.get("lr"))
     if args.steps is not None and args.epochs is not None:
         raise ValueError("--steps and --epochs say the same thing: give one")
     if args.steps is None and args.epochs is None:
         args.steps, args.epochs = defaults.get("steps"), defaults.get("epochs")
     args.out = args.out or Path("out") / folder_name(args)
+
+
+def rate_of(method, config):
+    """The default learning rate of a model that is not shipped: that of LoRA, and a tenth of it
+    where all weights train."""
+    rates = RATES.get(config.model_type, RATES[""])
+    rate = next(rate for width, rate in rates if config.width <= width)
+    if METHODS[method].trains_base:
+        return rate / 10
+    return 2 * rate if f"{method}_lr" in SMALL_START else rate
 
 
 def folder_name(args):

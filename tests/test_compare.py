@@ -1,7 +1,9 @@
 """compare.py: the grid, its choice of rates, its csv."""
 import contextlib
+import math
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 from argparse import Namespace
@@ -237,9 +239,131 @@ def test_full_fine_tuning_has_no_rank_and_forgetting_is_the_loss_on_another_text
     assert len(before) == 1 and len({r["merged loss on stdlib"] for r in rows} | before) == 7
 
 
+# Which method, at which rate
+
+@pytest.fixture
+def ask(grid, tmp_path, base, monkeypatch, capsys):
+    """The first form on a tiny text; the rows of its csv and what it printed."""
+    def ask(methods, *more):
+        capsys.readouterr()
+        flags = ["--model", str(base), "--dataset", "text", "--data-dir",
+                 str(tmp_path / "text.txt"), "--steps", "6", "--context", "16", "--batch-size", "4"]
+        compare.main(["--methods", methods, "--jobs", "1", "--to", str(tmp_path / "to"), *flags,
+                      *more])
+        return compare.read_csv(tmp_path / "to.csv"), capsys.readouterr().out
+    return ask
+
+
+def test_each_method_finds_its_rate_and_meets_lora_of_its_size(ask, tmp_path, monkeypatch):
+    """The rates lie a factor of two apart around the best, which is inside; the seeds that are
+    compared did not choose it. The last line's command gives its row's number again, and a second
+    call trains nothing."""
+    rows, said = ask("rslora,deltalora", "--seeds", "2", "--delta-start", "1")
+    labels = ["lora", "rslora = lora, alpha 45.25", "lora, alpha 48", "deltalora"]
+    assert list(dict.fromkeys(row["row"] for row in rows)) == labels
+    for label in labels:
+        mine = [row for row in rows if row["row"] == label]
+        first = {float(r["lr"]): float(r["validation loss"]) for r in mine if r["seed"] == "0"}
+        rates, best = sorted(first), min(first, key=first.get)
+        assert all(b == pytest.approx(2 * a) for a, b in zip(rates, rates[1:], strict=False))
+        assert rates[0] < best < rates[-1]
+        assert {(r["seed"], float(r["lr"])) for r in mine if r["seed"] != "0"} == {
+            ("1", best), ("2", best)}
+        assert {float(r["lr"]) for r in mine if r["best"] == "1"} == {best}
+        assert ("--alpha 48" in mine[0]["flags"]) == (label == "lora, alpha 48")
+        assert ("--delta-start 1" in mine[0]["flags"]) == (label == "deltalora")
+    table = [line for line in said.splitlines() if line.startswith("| ")][1:]
+    against = [line.split(" | ")[3].strip() for line in table]
+    assert against == ["", "lora", "", "lora, alpha 48"]
+    command = shlex.split(said.strip().splitlines()[-1])
+    assert command[:2] == ["python", "train.py"] and "--seed" in command
+    result = train.train(train.parse([*command[2:], "--out", str(tmp_path / "again")]))
+    rate, seed = (command[command.index(flag) + 1] for flag in ("--lr", "--seed"))
+    assert any(float(row["merged loss"]) == pytest.approx(result["metrics"]["merged"]["loss"],
+                                                          abs=1e-5)
+               for row in rows if row["seed"] == seed and float(row["lr"]) == float(rate))
+    monkeypatch.setattr(train, "fit", lambda run: pytest.fail("a run was repeated"))
+    assert ask("rslora,deltalora", "--seeds", "2", "--delta-start", "1")[0] == rows
+
+
+@pytest.mark.parametrize("best", [1e-4, 2e-3, 5e-2])
+def test_a_search_goes_on_until_the_best_rate_is_inside(ask, monkeypatch, best):
+    """Of a loss with its minimum far away on either side, and with all that is larger diverging."""
+    tried = []
+
+    def cell(flags, forgetting, test):
+        rate, seed = (float(flags[flags.index(f) + 1]) for f in ("--lr", "--seed"))
+        tried.append((rate, seed))
+        return {"diverged": "no"} if rate > 3 * best else {"loss": abs(math.log(rate / best))}
+    monkeypatch.setattr(compare, "cell", cell)
+    monkeypatch.setattr(compare, "worth", lambda args, key, results: (
+        results[key].get("loss", math.inf), 0))
+    monkeypatch.setattr(compare, "seconds_of", lambda flags: 1)
+    monkeypatch.setattr(compare, "tidy", lambda *_: {"row": "lora"})
+    with pytest.raises(SystemExit):  # no numbers to show
+        ask("lora", "--seeds", "2")
+    rates = sorted({rate for rate, seed in tried if seed == 0})
+    nearest = min(rates, key=lambda rate: abs(math.log(rate / best)))
+    assert rates[0] < nearest < rates[-1] and len(tried) == len(set(tried)) == len(rates) + 2
+    assert {rate for rate, seed in tried if seed} == {nearest}
+
+
+def test_where_every_rate_diverges_a_search_ends_with_code_1(ask, monkeypatch):
+    monkeypatch.setattr(compare, "cell", lambda *_: {"diverged": "at step 1"})
+    monkeypatch.setattr(compare, "seconds_of", lambda flags: 1)
+    with pytest.raises(SystemExit) as e:
+        ask("lora,reslora")
+    assert "every run diverged" in str(e.value.code)  # a text: Python prints it and exits with 1
+
+
+def test_the_recommended_method_beats_lora_by_two_standard_errors(capsys):
+    """By hand: losses of three seeds; within the error plain LoRA is recommended, with its own
+    rate; what is better high is compared the right way round."""
+    def rows(label, values, chosen, lr):
+        return [{"row": label, "rank": 8, "lr": lr, "seed": seed, "best": 1, chosen: value,
+                 chosen.replace("validation", "merged"): value + 1, "merged loss": 3.0}
+                for seed, value in enumerate(values, 1)]
+    for chosen, sign in (("validation loss", 1), ("validation accuracy", -1)):
+        for other, wins in (([0.5, 0.6, 0.4], True), ([0.98, 1.1, 0.7], False)):
+            args = Namespace(
+                rows={"lora": ["--method", "lora"], "block": ["--method", "reslora"]}, flags=[],
+                against={"block": "lora"}, rates={("lora", None): [.1, .2, .4],
+                                                  ("block", None): [.2, .4]})
+            table = rows("lora", [sign * v for v in (1.0, 1.1, 0.9)], chosen, .2)
+            table += rows("block", [sign * v for v in other], chosen, .4)
+            compare.say(args, table, chosen)
+            said = capsys.readouterr().out
+            assert said.strip().splitlines()[-1] == (
+                "python train.py --method reslora --lr 0.4 --seed 1" if wins
+                else "python train.py --method lora --lr 0.2 --seed 1")
+            lines = [line for line in said.splitlines() if line.startswith("| block")]
+            gain = [sign * (a - b) for a, b in zip(other, (1.0, 1.1, 0.9), strict=True)]
+            error = statistics.stdev(gain) / 3**0.5
+            if chosen == "validation accuracy":
+                assert f"| {statistics.mean(gain):+.4f} ({error:.4f}) |" in lines[0]
+            assert "0.4 (the last that was tried)" in lines[0]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--methods", "lora,qlora"], "--methods 'qlora' is not one of"),
+    (["--methods", "lora", "--lr", "1"], "--lr is set by the comparison"),
+    (["--methods", "lora", "--seeds", "0"], "1 or more"),
+    (["--methods", "lora", "--merge", "bw"], "--merge is for none of --methods lora"),
+    (["--methods", "reslora", "--shortcut", "best"], "--shortcut"),
+    (["--methods", "lora", "--rank", "x"], "--rank"),
+    (["--methods", "lora", "out/x"], "out/x")])
+def test_a_bad_question_is_one_line(capsys, monkeypatch, flags, message):
+    monkeypatch.setattr(compare, "answer", lambda *_: None)
+    with pytest.raises(SystemExit) as e:
+        compare.main(flags)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert e.value.code == 2 and len(said) == 1 and message in said[0]
+
+
 @pytest.mark.parametrize("flags, message",
                          [(["--row", "LoRA --method lora"], "is not 'LABEL: flags'"),
-                          (["--row", "a 1:", "--row", "A -1:"], "no other label"),
+                          (["--row", "a:", "--row", " a : "], "no other row"),
+                          (["--row", ":"], "is not 'LABEL: flags'"),
                           (["--row", "a:", "--seeds", "0"], "1 or more"), ([], "--row"),
                           (["--row", "a: --method qlora"], "qlora"),
                           (["--row", "a: --rank=2", "--rank", "4"], "--rank is set by the grid"),

@@ -24,6 +24,7 @@ from checkpoints.pretrained import from_pretrained
 from data.tasks import Label, Mask, Write
 from evaluation import evaluate, plots
 from methods import METHODS, NoAdapter
+from model import GPTConfig, LlamaConfig, RobertaConfig
 from reslora import calibrate
 from run import flags, machine, report
 
@@ -82,8 +83,8 @@ def test_every_dataset_and_method_has_its_defaults():
             assert [args.steps, args.epochs] == [row.get("steps"), row.get("epochs")]
             assert (args.steps is None) != (args.epochs is None)
             assert args.batch_size == row["batch_size"]
-            assert args.lr == row.get(f"{method}_lr", row["lr"])
-            lr[method] = args.lr
+            assert args.lr == row.get(f"{method}_lr", row.get("lr"))
+            lr[method] = args.lr or flags.rate_of(method, GPTConfig())
         assert lr["full"] < lr["lora"] == lr["rslora"] == lr["reslora"] == lr["deltalora"]
         above = dataset in ("restaurants", "e2e", "reviews")
         for method in ("adalora", "loha", "lokr", *["head"] * (dataset == "reviews")):
@@ -91,6 +92,20 @@ def test_every_dataset_and_method_has_its_defaults():
         args = flags.parse(["--dataset", dataset, "--epochs", "2", "--batch-size", "3", "--lr",
                             "0.5"])
         assert (args.steps, args.epochs, args.batch_size, args.lr) == (None, 2, 3, 0.5)
+
+
+def test_the_default_rate_of_a_model_depends_on_its_kind_and_width(base, tmp_path):
+    """Not on the data alone: the table's rates are those of the shipped models. A wider model gets
+    a smaller one; what is given goes before it."""
+    for width, rate in ((576, 2e-3), (1024, 2e-3), (2048, 5e-4), (4096, 2e-4)):
+        assert flags.rate_of("lora", LlamaConfig(hidden_size=width)) == rate
+        assert flags.rate_of("full", LlamaConfig(hidden_size=width)) == rate / 10
+    assert flags.rate_of("lora", RobertaConfig(hidden_size=768)) == 4e-4
+    start = ["--dataset", "text", "--data-dir", "x", "--out", str(tmp_path), "--model"]
+    model = from_pretrained(base)
+    for name, given, rate in (("tiny-gpt", [], 5e-3), (str(base), [], 2e-3),
+                              (str(base), ["--lr", "7e-4"], 7e-4)):
+        assert flags.parse([*start, name, *given]).for_model(model, base).lr == rate
 
 
 def test_defaults_that_depend_on_the_steps_are_what_the_help_says():
