@@ -30,7 +30,7 @@ from evaluation.evaluate import in_fp32, to_device
 from methods import METHODS
 from run import flags, folder, machine
 from run.owner import RESULTS, RunFolder
-from run.report import announce, model_card, print_examples, print_table
+from run.report import announce, model_card, print_classes, print_examples, print_table
 
 LOG_EVERY = 10  # steps between two readings of the loss: reading it makes a GPU wait
 parse = functools.partial(flags.parse, description=__doc__)
@@ -356,6 +356,8 @@ def one_run(run, started):
     title = f"{settings.method}{rank} on {settings.dataset}, learning rate {settings.lr:g}"
     if ranks:
         result["ranks"] = dict(zip(run.names, ranks, strict=True))
+    if settings.dataset == "labels" and not settings.regression:
+        result["classes"] = evaluate.by_class(run.model, run.data, settings.device, settings.amp)
     files.write_text(place / "README.md", model_card(result, flags.command_of(result["settings"])))
     if plots.available():
         plots.draw_curve(place / "curve.png", rows, title, metrics["base"], run.data.metric)
@@ -365,6 +367,8 @@ def one_run(run, started):
     run.folder.settle()
     print_examples(run.model, run.data, settings.device, settings.amp)
     print_table(f"{settings.dataset} (test)", metrics)
+    if "classes" in result:
+        print_classes(result["classes"])
     print(f"{rows[-1]['seconds']:.0f} s of training, {result['seconds']['all']:.0f} s in all; "
           f"everything is in {out}")
     return result

@@ -3,6 +3,7 @@
 dataset: a data.Dataset. device, amp: where the model is, and the autocast context of its
 arithmetic.
 """
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
@@ -74,8 +75,9 @@ def evaluate(model, examples, task, device, amp):
 
 @torch.inference_mode()
 def decode(model, pairs, task, amp, max_new=96):
-    """(prompts, greedy texts): the text of each record, or the continuation of a plain text's
-    beginning. task: that of the data, a Write."""
+    """(prompts, greedy texts, how many of them have max_new tokens and did not end): the text of
+    each record, or the continuation of a plain text's beginning. task: that of the data, a Write.
+    """
     tokenizer = task.tokenizer
     begin = min(32, model.context // 2 - 1)  # tokens of a plain text
     prompts = [task.prompt(record) if record else
@@ -87,7 +89,8 @@ def decode(model, pairs, task, amp, max_new=96):
             prompts, DECODED, lambda batch: decoding.generate(model, batch, max_new, task.stops))
     model.train()
     return ([tokenizer.decode(p[1:]).strip() for p in prompts],
-            [tokenizer.decode(ids).strip() for ids in texts])
+            [tokenizer.decode(ids).strip() for ids in texts],
+            sum(len(ids) == max_new for ids in texts))
 
 
 @torch.inference_mode()
@@ -125,9 +128,10 @@ def choose(model, dataset, pairs, device, amp):
     return {name: hits / len(rows) for name, hits in right.items()}
 
 
-def measure(model, dataset, split, device, amp, first=None, scored=None, exact=None):
+def measure(model, dataset, split, device, amp, first=None, scored=None, exact=None, tell=False):
     """{metric: value} on a split, or on its `first` examples; metrics of decoded texts on its first
-    `scored` rows. exact: another context than amp, for the loss and for what is not decoded."""
+    `scored` rows. exact: another context than amp, for the loss and for what is not decoded. tell:
+    print how many decoded texts were cut."""
     examples, pairs = dataset.examples[split][:first], dataset.pairs[split]
     loss, logits = evaluate(model, examples, dataset.task, device, exact or amp)
     if dataset.labels:
@@ -142,7 +146,10 @@ def measure(model, dataset, split, device, amp, first=None, scored=None, exact=N
     if hasattr(dataset.module, "options") and scored:
         values.update(choose(model, dataset, pairs[:scored], device, exact or amp))
     if scorer and scored:
-        texts = decode(model, pairs[:scored], dataset.task, amp, dataset.max_new)[1]
+        _, texts, cut = decode(model, pairs[:scored], dataset.task, amp, dataset.max_new)
+        if cut and tell:
+            print(f"evaluate {cut} of {len(texts)} texts have no end after {dataset.max_new} "
+                  "tokens, where they were cut")
         values.update(scorer(pairs[:scored], texts))
     return values
 
@@ -167,11 +174,19 @@ def report(model, dataset, device, amp, stage=None):
               flush=True)
     exact = InFp32() if isinstance(amp, torch.autocast) else amp
     values = measure(model, dataset, "test", device, amp, scored=every if dataset.metrics else None,
-                     exact=exact)
+                     exact=exact, tell=bool(stage))
     for split in dataset.examples.keys() - {"train", "validation", "test"}:
         more = measure(model, dataset, split, device, amp, exact=exact)
         values.update({f"{name} ({split})": value for name, value in more.items()})
     return values
+
+
+def by_class(model, dataset, device, amp):
+    """{label: {precision, recall, f1, texts}} on the test split, of a classifier."""
+    examples = dataset.examples["test"]
+    logits = evaluate(model, examples, dataset.task, device, amp)[1]
+    return metrics.by_class(logits.argmax(1).numpy(),
+                            np.array([label for _, label in examples]), dataset.labels)
 
 
 def calibration(model, examples, task, batch_size, seed, device, amp):

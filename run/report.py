@@ -42,7 +42,7 @@ def print_examples(model, dataset, device, amp):
                 predicted, true = dataset.labels[row.argmax()], dataset.labels[truth]
             print(f"{' / '.join(texts)}\n  -> {predicted} ({true})")
     elif isinstance(dataset.task, Write):
-        written = decode(model, pairs, dataset.task, amp)
+        written = decode(model, pairs, dataset.task, amp)[:2]
         for prompt, text, (record, reference) in zip(*written, pairs, strict=True):
             if isinstance(record, tuple):  # a conversation: what was said last
                 prompt = record[-1][1]
@@ -57,6 +57,16 @@ def print_table(title, metrics):
         cells = (f"{values[name]:{width}.4f}" if name in values else " " * width
                  for name, width in widths.items())
         print(f"{stage:28}" + "".join(cells))
+
+
+def print_classes(classes):
+    """{label: its figures} as a table, of at most 20 labels those that are recognised worst."""
+    shown = sorted(classes, key=lambda name: classes[name]["f1"])[:20]
+    print(f"\n{'of each label':28}{'precision':>12}{'recall':>12}{'f1':>12}{'texts':>8}")
+    for name in classes:
+        if name in shown:
+            precision, recall, f1, texts = classes[name].values()
+            print(f"{name:28.28}{precision:12.4f}{recall:12.4f}{f1:12.4f}{texts:8}")
 
 
 def model_card(result, command):

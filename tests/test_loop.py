@@ -415,7 +415,8 @@ def test_texts_come_back_in_the_order_of_their_records(monkeypatch):
     pairs = [("abcdefg"[: 1 + (3 * i) % 7], "") for i in range(9)]
     monkeypatch.setattr(evaluate, "DECODED", 2)
     task = Write(tokenizer, 64)
-    prompts, texts = evaluate.decode(model, pairs, task, PLAIN, max_new=4)
+    prompts, texts, cut = evaluate.decode(model, pairs, task, PLAIN, max_new=4)
+    assert cut == sum(len(text.split()) == 4 for text in texts)
     assert len(set(texts)) > 2 and len(set(map(len, prompts))) > 2
     for i, pair in enumerate(pairs):
         alone = evaluate.decode(model, [pair], task, PLAIN, max_new=4)

@@ -194,6 +194,19 @@ def test_pairs_are_judged_by_all_completions_of_a_prompt(tmp_path, metric, name,
     assert metric != "exact" or found[name] == 4 / 9
 
 
+def test_the_figures_of_each_class_by_hand():
+    """Of three classes, one of which is never predicted and one never true; their mean F1 over
+    those that occur is the macro F1."""
+    truth, predicted = np.array([0, 0, 0, 1, 1]), np.array([0, 0, 2, 0, 2])
+    found = metrics.by_class(predicted, truth, ["a", "b", "c"])
+    assert found["a"] == {"precision": 2 / 3, "recall": 2 / 3, "f1": 2 * 2 / (3 + 3), "texts": 3}
+    assert found["b"] == {"precision": 0, "recall": 0, "f1": 0, "texts": 2}
+    assert found["c"] == {"precision": 0, "recall": 0, "f1": 0, "texts": 0}
+    assert approx(metrics.macro_f1(predicted, truth)) == sum(f["f1"] for f in found.values()) / 3
+    absent = metrics.by_class(truth, truth, ["a", "b", "c"])["c"]
+    assert absent == {"precision": 0, "recall": 0, "f1": 0, "texts": 0}
+
+
 def test_the_macro_f1_of_a_class_that_is_never_predicted_counts_as_zero():
     """Always the common class: 95 % accuracy, and half of a good F1."""
     truth = np.array([0] * 95 + [1] * 5)

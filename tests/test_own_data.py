@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import compare
 import data
 import generate
 import train
@@ -96,6 +97,10 @@ def test_labels_train_merge_and_answer(tmp_path, capsys):
                  "--steps", 50, "--lr", 1e-2)
     assert result["labels"] == ["animal", "plant",
                                 "stone"] and result["metrics"]["merged"]["accuracy"] > 0.9
+    classes = result["classes"]  # accuracy is the mean recall over the texts
+    assert sum(c["recall"] * c["texts"] for c in classes.values()) == pytest.approx(
+        result["metrics"]["merged"]["accuracy"] * sum(c["texts"] for c in classes.values()))
+    assert "of each label" in capsys.readouterr().out and list(classes) == result["labels"]
     said = ask(capsys, tmp_path / "out", "an oak number 7")
     assert said.startswith("plant  (animal 0.") and ", stone 0." in said
     merged = from_pretrained(tmp_path / "out/merged")
@@ -349,7 +354,7 @@ def test_flags_that_do_not_fit_are_a_line(tmp_path, capsys, flags, message):
 
 
 def test_the_page_on_own_data_runs_as_it_stands(tmp_path, monkeypatch, capsys):
-    """Its files and its commands, with few steps: pairs, labels and a book."""
+    """Its files and its commands, with few steps: pairs, conversations, labels and a book."""
     page = (ROOT / "data/README.md").read_text()
     files = re.findall(r"^`(\S+)`:\n\n```\w+\n(.*?)```", page, re.MULTILINE | re.DOTALL)
     for name, text in [*files, ("book.txt", "It was the best of times , it was the worst . " * 99)]:
@@ -357,14 +362,17 @@ def test_the_page_on_own_data_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     commands = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
                 for line in block.splitlines()]
-    assert len(commands) == 6
+    assert len(commands) == 10
     for command in commands:
         _, script, *flags = shlex.split(command)
+        if script == "compare.py":  # its runs have tests of their own
+            assert set(compare.parse(flags).rows) > {"lora", "reslora input"}
+            continue
         (train if script == "train.py"
          else generate).main([*flags, *["--steps", "2"] * (script == "train.py"),
-                              *(["--max-new", "3"] if "capitals" in command and script
-                                == "generate.py" else [])])
-    assert capsys.readouterr().out.count("everything is in") == 3
+                              *(["--max-new", "3"] if script == "generate.py"
+                                and "opinions" not in command else [])])
+    assert capsys.readouterr().out.count("everything is in") == 4
 
 
 def test_what_moves_a_terminal_s_cursor_is_written_out(tmp_path, capsys):
