@@ -98,8 +98,12 @@ class Converse(Write):
         super().__init__(tokenizer, context)
         self.template, self.last_turn, self.where = template, last_turn, dict(where)
         self.known, self.apart, self.lost = {}, 0, []
-        ids, _ = tokenizer.encode_rendered(
-            template.render((("user", "a"), ("assistant", "b"))).rstrip())
+        turns = ("user", "a"), ("assistant", "b")
+        try:
+            text = template.render(turns)
+        except ValueError:  # some want a system's turn
+            text = template.render((("system", "s"), *turns))
+        ids, _ = tokenizer.encode_rendered(text.rstrip())
         special = [token for token in ids[-1:] if token in tokenizer.special]
         self.end, self.ends = tokenizer.decode(special), {*special, *ends}
 

@@ -165,6 +165,12 @@ def test_the_ids_of_a_conversation_are_those_of_transformers(folder_of, way, sys
             turns[i][1].strip() if way == "begins" else turns[i][1]).rstrip() for i in answers]
 
 
+def test_a_template_that_wants_a_system_s_turn(folder_of):
+    source = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
+    task = encoder(folder_of(source + WAYS["chatml"]))
+    assert task.end == "<|im_end|>"
+
+
 def test_the_template_of_a_real_model(folder_of):
     """SmolLM2's, which writes a system's turn where there is none."""
     source = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' "
@@ -297,8 +303,8 @@ def start(folder, file, *flags, out):
 @pytest.mark.parametrize("template, rows, message", [
     (None, rows_of(12), "has no chat template: --chatml writes the turns as ChatML"),
     ("{% if %}", rows_of(12), "chat_template.jinja is not a valid chat template: "),
-    ("{{ raise_exception('no') }}", rows_of(12), "refuses the turns user, assistant: no"),
-    ("{{ 1 / 0 }}", rows_of(12), "refuses the turns user, assistant: ZeroDivisionError"),
+    ("{{ raise_exception('no') }}", rows_of(12), "refuses the turns system, user, assistant: no"),
+    ("{{ 1 / 0 }}", rows_of(12), "refuses the turns system, user, assistant: Zero"),
     ("{{ ().__class__.__bases__ }}", rows_of(12), "refuses the turns"),
     (WAYS["strict"], [*rows_of(12), {"messages": [Q, Q, A]}], "talks.jsonl, line 13: "),
     (WAYS["chatml"].replace("m['role']", "'word ' * 300"), rows_of(12),
