@@ -517,8 +517,7 @@ class Grid:
                     job.result()
             except BaseException:
                 rows.shutdown(wait=False, cancel_futures=True)
-                for process in multiprocessing.active_children():
-                    process.terminate()  # a run goes on from its last checkpoint
+                stop_workers()
                 raise
         return self.rows()
 
@@ -530,6 +529,11 @@ class Grid:
                      self.best.get(key[:2]) == key[2]
                      and not self.results[*key[:3], 0].get("diverged")) for key in keys
                 if key in self.results]
+
+
+def stop_workers():
+    for process in multiprocessing.active_children():
+        process.terminate()
 
 
 class Search(Grid):
@@ -568,7 +572,11 @@ def answer(args, setup=None):
     args.rates = {(label, None): rates for label, rates in args.rates.items()}
     number = len(args.rows) * (3 + args.seeds)
     with pool(args.jobs, setup) as workers:
-        seconds = workers.submit(seconds_of, next(iter(args.rows.values()))).result()
+        try:
+            seconds = workers.submit(seconds_of, next(iter(args.rows.values()))).result()
+        except BaseException:
+            stop_workers()
+            raise
         print(f"compare  {', '.join(args.rows)}\n         {number} runs or more of about "
               f"{seconds:.0f} s, {args.jobs} at a time: {number * seconds / args.jobs / 60:.1f} "
               "min or more; finished runs are not repeated")

@@ -347,7 +347,7 @@ def generate(args):
     with args.amp:
         texts = write_many(model, task, records, args)
     references = [of[record] for record in records]
-    rows = [json.dumps(dict(record=record, text=text, references=group)) + "\n"
+    rows = [json.dumps(dict(record=chat.messages(record), text=text, references=group)) + "\n"
             for record, text, group in zip(records, texts, references, strict=True)]
     if args.out.parent.resolve() == args.run.resolve() and args.out.name in RESULTS:
         RunFolder(args.run).begin(args.out.name)

@@ -77,6 +77,12 @@ def record(turns):
     return turns[:last], turns[last][1]
 
 
+def messages(record):
+    """Turns as `transformers` has them; any other record as it is."""
+    return record if isinstance(record, str) else [{"role": role, "content": content}
+                                                   for role, content in record]
+
+
 def answers(prompt, completion):
     """Every place in a record where the assistant speaks: [(turns before, answer), …]"""
     turns = (*prompt, ("assistant", completion))

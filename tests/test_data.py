@@ -197,6 +197,9 @@ def test_restaurants_say_all_of_their_records_and_hold_names_out():
     record, sentence = next(p for p in pairs if "food : Thai" in p[0])
     assert not restaurants.slots(record.replace("Thai", "Greek"), sentence)["food"]
     assert not any(restaurants.slots(record, "").values())
+    # two values of a slot in one text are not the right one
+    greek = next(text for record, text in pairs if "food : Greek" in record)
+    assert not restaurants.slots(record, f"{sentence} {greek}")["food"]
     names = {split: {record.split(" : ")[1].split(" | ")[0] for record, _ in pairs}
              for split, pairs in splits.items()}
     assert not names["train"] & (names["test"] | names["validation"])
@@ -441,6 +444,14 @@ def test_of_two_revisions_in_the_cache_the_newer_one_is_used(tmp_path, newer):
         (kept / name / "a.json").write_text("{}")
         os.utime(kept / name, (10**9, 10**9 + (name == newer)))
     assert hub.fetch("some/repo", ["a.json"], "dataset", None, tmp_path, away=True) == kept / newer
+    # one that lacks a file is none, however new
+    older = kept / "ab".replace(newer, "")
+    (older / "b.json").write_text("{}")
+    both = ["a.json", "b.json"]
+    assert hub.fetch("some/repo", both, "dataset", None, tmp_path, away=True) == older
+    (older / "a.json").unlink()
+    with pytest.raises((OSError, ValueError)):
+        hub.fetch("some/repo", both, "dataset", None, tmp_path, away=True)
 
 
 def test_offline_too_only_the_first_rows_are_taken(no_network):
@@ -473,6 +484,14 @@ def test_text_is_split_in_order_or_by_file(tmp_path):
             text.load(file)
     with pytest.raises(ValueError, match="needs --data-dir"):
         text.load()
+    # a table in two parts is one text
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for i, words in enumerate(("one", "two")):
+        (parts / f"train-0000{i}-of-00002.jsonl").write_text(json.dumps({"text": words}))
+    for split in ("validation", "test"):
+        (parts / f"{split}.jsonl").write_text(json.dumps({"text": split}))
+    assert data.load("text", parts)["train"] == [("", "one\ntwo")]
 
 
 # Encoding and batches

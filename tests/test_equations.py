@@ -324,6 +324,19 @@ def delta_layer(start, dropout=0.0):
     return layer, x, y
 
 
+def test_with_lambda_0_W_rests_and_below_it_is_refused():
+    layer = DeltaLoRALinear(nn.Linear(6, 5), 2, 3, delta_lambda=0, delta_start=0)
+    before = layer.weight.clone()
+    layer.begin([layer], 2)
+    nn.init.normal_(layer.lora_B)
+    layer.after_step([layer], 1)
+    A, B = layer.as_lora()
+    assert torch.equal(layer.weight, before)
+    torch.testing.assert_close(B @ A, layer.lora_B @ layer.lora_A)
+    with pytest.raises(ValueError, match="-1"):
+        DeltaLoRALinear(nn.Linear(6, 5), 2, 3, delta_lambda=-1, delta_start=0)
+
+
 @pytest.mark.parametrize("start", [0, 1, 3])
 def test_W_moves_as_algorithm_1_says(start):
     """After step t > K: W_t = W_{t-1} + lambda s (B_t A_t - B_{t-1} A_{t-1}); up to K it rests. t

@@ -26,7 +26,7 @@ from data import Dataset, restaurants
 from data.tasks import Write
 from evaluation import evaluate, plots
 from methods import METHODS
-from model import GPTConfig, LlamaConfig, rotary, rotate
+from model import GPTConfig, Llama, LlamaConfig, rotary, rotate
 
 transformers = pytest.importorskip("transformers", reason="the oracle, in [dev]")
 peft = pytest.importorskip("peft", reason="the oracle, in [dev]")
@@ -144,10 +144,12 @@ def test_absent_keys_mean_what_they_mean_there(tmp_path):
         torch.testing.assert_close(from_pretrained(tmp_path)(idx)[0], theirs(idx).logits, rtol=0,
                                    atol=1e-4)
     their_llama(tmp_path, "mistral", max_position_embeddings=8192)
-    for window, context in ((None, 4096), ("null", 8192), (40, 40)):
+    for window, context in ((None, 4096), ("null", 8192), (9000, 8192), (40, 40)):
         edit_config(tmp_path, sliding_window=window)
         path.write_text(path.read_text().replace('"null"', "null"))
         assert (model := from_pretrained(tmp_path)).context == context
+    with pytest.raises(ValueError, match="4 heads are not a multiple of 3"):
+        Llama(LlamaConfig(num_attention_heads=4, num_key_value_heads=3))
     with pytest.raises(ValueError, match="41 tokens do not fit"):
         model(torch.zeros(1, 41, dtype=torch.long))
 
@@ -418,6 +420,20 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
     other = their_llama(tmp_path / "llama")
     with pytest.raises(ValueError, match="holds unexpected .*classifier"):
         adapters.load_adapter(other, tmp_path / "adapter")
+    assert not any(isinstance(m, lora.LoRALinear) for m in other.modules())
+
+
+def test_an_adapter_with_an_output_of_its_own_is_refused(tmp_path, small_llama):
+    """A trained lm_head, as PEFT's modules_to_save has it: without it the texts would be others."""
+    model = from_pretrained(small_llama)
+    lora.apply(model, lora.LoRALinear, ["q"], r=2, alpha=2)
+    adapters.save_adapter(tmp_path, model, small_llama)
+    file = tmp_path / "adapter_model.safetensors"
+    head = {"base_model.model.lm_head.weight": torch.ones(320, 32)}
+    save_file({**load_file(file), **head}, file)
+    other = from_pretrained(small_llama)
+    with pytest.raises(ValueError, match="holds unexpected .*lm_head"):
+        adapters.load_adapter(other, tmp_path)
     assert not any(isinstance(m, lora.LoRALinear) for m in other.modules())
 
 

@@ -292,6 +292,12 @@ def test_cut_texts_are_counted_over_all_splits(base, monkeypatch):
     assert data.Dataset("restaurants").encode(base, from_pretrained(base), 32).cut == 6
 
 
+def test_a_step_has_the_examples_of_all_processes(capsys):
+    settings = flags.parse(["--batch-size", "4", "--grad-accum", "3"]).for_data(100, 2)
+    report.announce(settings, {"train": []}, 0, {"trainable": 1, "total": 2}, processes=2)
+    assert "2 processes; 180 steps of 24 examples" in capsys.readouterr().out
+
+
 def test_three_examples_are_shown_from_all_over_the_test_split(monkeypatch, capsys):
     """One of each third, in their order, with what the model makes of them; of two texts both."""
     monkeypatch.setattr(report, "decode", lambda model, some, *_: (

@@ -215,6 +215,8 @@ def test_the_macro_f1_of_a_class_that_is_never_predicted_counts_as_zero():
     assert metrics.macro_f1(always, truth) == approx((2 * 95 / (2 * 95 + 5) + 0) / 2)
     assert metrics.matthews(always, truth) == 0.0
     assert metrics.macro_f1(truth, truth) == metrics.matthews(truth, truth) == 1.0
+    # one that is only predicted counts as zero too
+    assert metrics.macro_f1(np.array([0, 0, 0, 2]), np.zeros(4)) == approx((6 / 7 + 0) / 2)
 
 
 def test_matthews_of_several_classes_is_gorodkins():

@@ -88,6 +88,25 @@ def test_pairs_are_judged_by_what_was_asked_for(tmp_path, base):
     assert result["settings"]["columns"] == ["q", "more", "a"]
 
 
+def test_a_decoded_text_may_be_as_long_as_the_longest_completion(tmp_path, base, monkeypatch):
+    """Of those that are not trained on, with its end; else no long answer is ever right."""
+    long = " ".join(["a"] * 150)
+    for split, completion in (("train", "b"), ("validation", "b"), ("test", long)):
+        jsonl(tmp_path / f"{split}.jsonl", [{"prompt": "x", "completion": completion}])
+    model = from_pretrained(base)
+    dataset = data.Dataset("pairs", tmp_path).encode(base, model, 256)
+    longest = len(dataset.tokenizer.encode_ordinary(" " + long)) + 1
+    assert dataset.max_new == longest > 128
+    assert data.Dataset("chat", tmp_path, None, None, None, False, False, True).encode(
+        base, model, 256).max_new >= longest - 1
+    run(tmp_path / "out", "--model", base, "--dataset", "pairs", "--data-dir", tmp_path)
+    allowed = []
+    monkeypatch.setattr(generate.decoding, "generate", lambda model, prompts, max_new, *_, **__:
+                        allowed.append(max_new) or [[5]] * len(prompts))
+    generate.main([str(tmp_path / "out")])
+    assert allowed == [longest]
+
+
 def test_labels_train_merge_and_answer(tmp_path, capsys):
     """A csv with three names: the merged classifier tells them, and transformers' pipeline by the
     same names."""
@@ -181,6 +200,7 @@ def test_what_is_held_out_is_no_text_of_train(tmp_path):
                          [({"instruction": "Add", "input": "1 2", "output": 3}, ("Add\n1 2", "3")),
                           ({"instruction": "Add", "input": "", "output": "3"}, ("Add", "3")),
                           ({"instruction": "Add", "output": 2.5}, ("Add", "2.5")),
+                          ({"instruction": "a", "input": None, "output": "b"}, ("a", "b")),
                           ({"prompt": "is it", "completion": True}, ("is it", "true")),
                           ({"prompt": 1.0, "completion": "x"}, ("1", "x"))])
 def test_the_columns_that_fine_tuning_files_have(row, pair):
@@ -210,6 +230,9 @@ GOOD = {"prompt": "a", "completion": "b"}
                           ("pairs", "folder", None, "has no train.jsonl, .json"),
                           ("labels", "a.csv", "text,label\na,x\nb,\n",
                            "line 3: label must be text"),
+                          ("labels", "a.jsonl", [{"text": "a", "label": "x"},
+                                                 {"text": "a", "text2": "b", "label": "y"}],
+                           "line 2: 2 texts, the rows before have 1"),
                           ("labels", "a.csv", "text,label\na,x\nb,x\n", "have the label 'x': "
                            "nothing to tell apart"),
                           ("labels", "a.csv", "text,label\na,1.5\nb,2.5\nc,3.5\n",

@@ -256,6 +256,10 @@ def test_a_rare_class_is_in_every_split(tmp_path):
     splits = labels.load(jsonl(tmp_path / "b.jsonl", few))
     assert "once" in labels.SPLITS["test"] and any(label == 2 or "once" in labels.LABELS
                                                    for _, label in splits["train"])
+    two = [{"text": f"t{i}", "label": "often"} for i in range(40)] + [
+        {"text": text, "label": "twice"} for text in ("a", "b")]
+    train = labels.load(jsonl(tmp_path / "c.jsonl", two))["train"]
+    assert [text for (text,), label in train if labels.LABELS[label] == "twice"] == ["a", "b"]
 
 
 def test_one_class_is_one_class_however_it_is_spelled(tmp_path):

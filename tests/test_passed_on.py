@@ -263,6 +263,8 @@ def test_a_run_folder_has_a_card_whose_command_is_that_run(tmp_path, base, flags
     result = train.main(command(base, tmp_path / "a", *flags))
     card = ModelCard.load(tmp_path / "a/README.md")
     assert card.data.library_name == ("transformers" if "full" in flags else "peft")
+    root = "sqrt(r)" if "rslora" in flags or "--rs" in flags else "r"
+    assert f"scale alpha / {root} with" in card.text or "full" in flags
     assert flags[1] in card.data.tags and card.data.base_model is None  # the base is no hub id
     for stage, values in result["metrics"].items():
         row, = [line for line in card.text.splitlines() if line.startswith(f"| {stage} |")]

@@ -324,6 +324,25 @@ def test_a_run_on_4_bits_goes_on_writes_and_merges(method, base_of, request, tmp
     generate.main([str(tmp_path / "whole"), "name :", "--max-new", "3", "--unmerged"])
 
 
+def test_the_head_of_a_classifier_comes_along_into_w_before_4_bits(small_roberta, tmp_path):
+    """It was trained beside the adapter: without it that row would be one of a random head."""
+    rows = [{"text": f"{word} {i}", "label": word} for i in range(40) for word in ("good", "bad")]
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = train.main(["--base-bits", "4", "--model", str(small_roberta), "--dataset", "labels",
+                          "--data-dir", str(file), "--rank", "2", "--steps", "60", "--lr", "2e-2",
+                          "--out", str(tmp_path / "out")])["metrics"]
+    assert metrics["merged"]["accuracy"] == 1.0
+    assert metrics["merged into W before 4 bits"]["loss"] < 0.3
+
+
+@pytest.mark.parametrize("width", [64, 63])
+def test_a_module_has_as_many_numbers_in_4_bits(width):
+    module = nn.Sequential(nn.Linear(width, 3), nn.LayerNorm(3))
+    number = qlora.total(module)
+    assert number == 3 * width + 3 + 6 and qlora.total(qlora.quantise(module)) == number
+
+
 def test_the_three_merges_are_what_they_say(base, tmp_path):
     """Each row again, by hand."""
     out = tmp_path / "run"

@@ -171,7 +171,7 @@ def test_a_file_that_may_not_grow_is_one_line(tmp_path, base):
     flags, said = ["--method", "lora"], tmp_path / "said"
     whole = train.main(command(base, tmp_path / "whole", *flags))
     most = (tmp_path / "whole" / STATE).stat().st_size
-    for folder, size in ((tmp_path / "a", most // 2), (tmp_path / "b", most - 1)):
+    for folder, size in ((tmp_path / "a", most // 2), (tmp_path / "b", most * 9 // 10)):
         assert child(train.main, command(base, folder, *flags), said, limit, size) == 2
         assert f"{STATE} cannot be written" in said.read_text().splitlines()[-1]
         assert not list(folder.rglob("*.part"))
