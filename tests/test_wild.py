@@ -124,7 +124,8 @@ def test_ids_are_those_of_transformers(kinds, kind):
     for sample in [*TEXTS, "the Cotto and Cottos"]:
         expected = theirs(sample, split_special_tokens=True, truncation=False)["input_ids"]
         assert ours.encode_ordinary(sample) == ours.encode_ordinary_batch([sample])[0] == expected
-        assert ours.decode(expected).removeprefix(" " * (kind == KINDS[-1])) == sample
+        read = ours.decode(expected)
+        assert read == sample or kind == KINDS[-1] and read == f" {sample}"
     assert theirs.decode([ours.eos]) == "<|endoftext|>"
     if kind == "added words":
         assert 300 in ours.encode_ordinary("the Cotto") and 301 not in ours.encode_ordinary("[PAD]")
