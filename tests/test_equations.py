@@ -11,6 +11,7 @@ from conftest import adapt, every_variant, tiny_gpt, tokens
 
 import lora
 from deltalora import DeltaLoRALinear
+from experiments import reslora_apart
 from lora import LoRALinear
 from reslora import ResLoRALinear
 from rslora import RsLoRALinear
@@ -312,6 +313,37 @@ def test_chains_need_one_shape():
     with pytest.raises(ValueError, match=r"\*\.\*\.q.*\(6, 4\).*\(4, 4\)"):
         lora.apply(model, ResLoRALinear, ["*.*.q"], r=2, alpha=2)
     assert all(isinstance(m["q"], nn.Linear) for m in model[0])
+
+
+@pytest.mark.parametrize("shortcut", ["input", "block", "middle"])
+def test_a_shortcut_taken_apart_is_the_forward_and_the_gradient_of_the_whole(shortcut):
+    """experiments/reslora_apart.py: the forward alone has the whole one's values, the gradient
+    alone LoRA's. An early factor's gradient, which takes the shortcut's way or does not, is another
+    one; that of the last B, which only sees the values, is not."""
+    found = {}
+    for part in ("whole", "forward", "gradient", "lora"):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(3))).double()
+        kind = {"whole": ResLoRALinear, "lora": lora.LoRALinear}.get(part, reslora_apart.Apart)
+        of_part = {} if part == "lora" else {"shortcut": shortcut}
+        if kind is reslora_apart.Apart:
+            of_part["part"] = part
+        layers = lora.apply(model, kind, ["q"], r=2, alpha=2, **of_part)
+        for layer in layers:
+            nn.init.normal_(layer.lora_B)
+        x = torch.ones(1, 4, dtype=torch.float64)
+        for block in model:
+            x = x + torch.tanh(block["q"](x))
+        x.square().sum().backward()
+        found[part] = x.detach(), layers[0].lora_A.grad, layers[-1].lora_B.grad
+    torch.testing.assert_close(found["whole"][0], found["forward"][0])
+    torch.testing.assert_close(found["gradient"][0], found["lora"][0])
+    assert not torch.allclose(found["whole"][0], found["lora"][0])
+    # the last layer's B sees the same numbers, so it has the same gradient; an early A does not,
+    # as it is reached on the shortcut's way or is not
+    for same, other in (("whole", "forward"), ("gradient", "lora")):
+        torch.testing.assert_close(found[same][2], found[other][2])
+        assert not torch.allclose(found[same][1], found[other][1])
 
 
 # Delta-LoRA
