@@ -81,6 +81,9 @@ def parse(argv):
     argv = list(sys.argv[1:] if argv is None else argv)
     if any(word.partition("=")[0] == "--methods" for word in argv):
         return parse_question(argv)
+    if not {"--row", "--also", "-h", "--help"} & {word.partition("=")[0] for word in argv}:
+        raise ValueError("give --methods lora,reslora,… for your data, or PATH with --row and "
+                         "--lr: see --help")
     parser = Parser("compare.py", __doc__)
     add = parser.add_argument
     add("--methods", help="the first form, with --seeds (5), --jobs, and --to PATH of PATH.csv "
@@ -166,7 +169,8 @@ def parse_question(argv):
     args.rows = {label: [*common(args.flags, row_flags), *row_flags]
                  for label, row_flags in args.rows.items()}
     model = Path(asked.model).name
-    args.to = args.to or Path("out") / f"compare-{asked.dataset.replace('/', '-')}-{model}"
+    names = [asked.dataset.replace("/", "-"), *[Path(asked.data_dir).stem] * bool(asked.data_dir)]
+    args.to = args.to or Path("out") / "-".join(["compare", *names, model])
     args.to.parent.mkdir(parents=True, exist_ok=True)
     args.flags, args.rank, args.plot = [], [], "lr"
     args.best_lr, args.long, args.quick, args.forgetting = True, False, False, None
@@ -400,13 +404,17 @@ def pool(jobs, setup=None):
     """Processes for `jobs` runs at a time, one thread each; `setup()` is called first in each of
     them. They end with the process that made them, however that ends."""
     os.environ["OMP_NUM_THREADS"] = "1"  # before a worker imports torch
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"),
-                               initializer=begin_worker, initargs=(os.getpid(), setup))
+    workers = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"),
+                                  initializer=begin_worker, initargs=(os.getpid(), setup))
+    # Ctrl-C is the parent's: a process begins with the signals as its parent has them then
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for _ in range(jobs):
+        workers.submit(os.getpid)
+    signal.signal(signal.SIGINT, before)
+    return workers
 
 
 def begin_worker(parent, setup):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-
     def watch():
         while os.getppid() == parent:
             time.sleep(1)
@@ -627,7 +635,7 @@ def say(args, rows, chosen):
              for (label,), same in groups(rows, "row").items()}
     shown = chosen.replace("validation", "merged")
     names = list(dict.fromkeys(["merged loss", shown]))
-    print(f"\n| method | rate | {' | '.join(names)} | against | {shown} of each seed less its |\n"
+    print(f"\n| method | rate | {' | '.join(names)} | against | {shown} above that |\n"
           f"|{'---|' * (len(names) + 4)}")
     for label, mine in seeds.items():
         against, rate, values = args.against.get(label, ""), "diverged", [""] * len(names)
@@ -638,8 +646,9 @@ def say(args, rows, chosen):
             values = [with_error([row[name] for row in mine], "") for name in names]
         print(f"| {label} | {rate} | {' | '.join(values)} | {against if beside else ''} | "
               f"{paired(mine, beside, shown) if mine and beside else ''} |")
-    print("\nMeans over the seeds, with standard errors. LoRA of the same update stands beside a "
-          "variant.")
+    print("\nMeans over the seeds, with standard errors; a difference is seed by seed. LoRA with "
+          "an update of the same size stands beside a variant.")
+    print(f"All runs: {args.to}.csv; {chosen} against rate: {args.to}.png")
     low = 1 if chosen == "validation loss" else -1
     best = min((label for label in seeds if seeds[label]),
                key=lambda label: low * mean([row[chosen] for row in seeds[label]]))
@@ -649,7 +658,8 @@ def say(args, rows, chosen):
             print(f"{best} validates best, by less than two standard errors: plain LoRA will do.")
             best = "lora"
     row, rank = seeds[best][0], None
-    print(f"The recommended run; with seed {row['seed']} it has {shown} {row[shown]:.4f}:")
+    print(f"Recommended, by the validation; with seed {row['seed']} its {shown} is "
+          f"{row[shown]:.4f}:")
     print(shlex.join(["python", "train.py", *map(str, flags_of(args, best, rank, row["lr"],
                                                                row["seed"]))]))
 
@@ -681,7 +691,11 @@ def compare(args, setup=None):
     """Run what has not been run, write PATH.csv and PATH.png; return the rows; setup: `pool`."""
     import train
     if args.methods:
-        return answer(args, setup)
+        try:
+            return answer(args, setup)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("the same command goes on, and repeats no finished run"
+                                    ) from None
     args.jobs = jobs(args)
     to, rates = args.to, {}
     for label, row_flags in args.rows.items():  # a mistake is said before anything runs

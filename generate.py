@@ -208,22 +208,27 @@ def write_one(model, task, record, args):
 
 
 def is_file(text):
-    """Whether a text is the name of a file; a question may be too long to be one."""
+    """Whether a text is the name of a file; a question may be too long to be one. ValueError for
+    the name of one that is not there."""
     try:
-        return Path(text).is_file()
+        found = Path(text).is_file()
     except OSError:
         return False
+    if not found and files.reader(Path(text)) and not any(c.isspace() for c in text):
+        raise ValueError(f"{text} is no file here")
+    return found
 
 
-def answer_file(model, task, file, args):
+def answer_file(model, task, file, dataset, args):
     """Answer every turn of the user in a file of conversations. What the assistant says next is the
     file's, or where the file has nothing our own answer."""
     if not files.reader(file):
         raise ValueError(f"{file} is not one of {', '.join(files.READERS)}: is it a question?")
     for where, row in files.read_files([file]):
         turns = chat.turns(row, where, asked=True)
-        if turns is None:
-            raise ValueError(f"{where}: no conversation, only {', '.join(map(str, row))}")
+        if turns is None:  # a pair
+            prompt, completion = dataset.pair(row, where)
+            turns = ("user", prompt), ("assistant", completion)
         said = []
         for i, (role, content) in enumerate(turns):
             said.append((role, content))
@@ -318,7 +323,7 @@ def generate(args):
         for text in args.texts:
             with args.amp:  # the adapter was merged outside of it
                 if talk and is_file(text):
-                    answer_file(model, task, Path(text), args)
+                    answer_file(model, task, Path(text), of_run, args)
                 else:
                     write_one(model, task, (("user", text),) if talk else text, args)
         return None

@@ -45,7 +45,8 @@ def reason(error):
     if name == "RepositoryNotFoundError":
         return "the hub has no such name"
     if name == "LocalEntryNotFoundError":
-        return "the hub was not asked, or did not answer, and the cache does not hold all of it"
+        return ("the hub does not answer, or HF_HUB_OFFLINE is set, and the cache on this machine "
+                "does not hold all of it")
     return f"it is not on the hub ({name})"
 
 

@@ -41,8 +41,8 @@ def turns(row, where, asked=False):
             "assistant"):
         raise ValueError(f"{where}: the assistant speaks first: no turn of the user to answer")
     if not asked and "assistant" not in roles or not roles:
-        raise ValueError(f"{where}: no turn of the assistant among {', '.join(roles) or 'none'}: "
-                         "nothing to train on")
+        raise ValueError(f"{where}: the assistant has no turn, only {', '.join(roles) or 'nobody'} "
+                         "speaks: nothing to train on")
     return tuple(found)
 
 

@@ -193,14 +193,14 @@ class Converse(Write):
             print("chat     it ends no turn with a token: answers go on to the end of their room")
         if self.lost:
             where, number = self.lost[0]
-            print(f"chat     {sum(number for _, number in self.lost)} answers are cut, of "
-                  f"conversations longer than --context {self.context}; first the last {number} "
-                  f"of {where}")
+            print(f"chat     {sum(number for _, number in self.lost)} answers are left out, since "
+                  f"they begin behind --context {self.context}: first the last {number} of {where}")
         ids, trained = examples[0]
         starts, ends = zip(*spans(ids, trained), strict=True)
         shown = "".join("[[" * (i in starts) + self.letters(token) + "]]" * (i + 1 in ends)
-                        for i, token in enumerate(ids))
-        print(f"chat     {shown}")
+                        for i, token in enumerate(ids[:300]))
+        print(f"chat     the first, token·by·token·, trained in [[ ]]: {shown}"
+              + " …" * (len(ids) > 300))
 
     def letters(self, token):
         return self.tokenizer.decode([token]).replace("\n", "\\n") + "·"

@@ -89,8 +89,8 @@ def parser(description):
         "exact, bleu or rouge of decoded texts; of labels f1 (macro) or matthews")
     add("--last-turn", action="store_true", help="chat: the loss is on the last answer alone (on "
         "all)")
-    add("--chatml", action="store_true", help="chat: write the turns as ChatML, where the model "
-        "has no chat template")
+    add("--chatml", action="store_true", help="chat: write the turns as ChatML, for a model "
+        "without a chat template, or in the place of its own")
     add("--regression", action="store_true", help="labels: a label is a number")
     add("--test-texts", type=int, help="report on so many texts of the test split, always the "
         "same ones (all)")
@@ -124,7 +124,7 @@ def parser(description):
     add("--compile", action="store_true", help="torch.compile: a slow start, then faster on a GPU")
     add = parser.add_argument_group("run folder").add_argument
     add("--out", type=lambda text: Path(path(text)), help="out/<dataset>-<method>-<its own "
-        "flags>-r<rank>-<ratio>-s<seed>")
+        "flags>-r<rank>-<rs>-<ratio>-s<seed>")
     add("--eval-every", type=int, help="steps between validations, each a checkpoint (a tenth of "
         "the run)")
     add("--resume", action="store_true", help="go on from --out's last checkpoint, with the flags "
@@ -352,7 +352,7 @@ def folder_name(args):
         if value is not None and value is not False:
             flags += f"-{value}"
     rank = "" if args.rank is None else f"-r{args.rank}"
-    ratio = "" if args.lr_ratio == 1 else f"-ratio{args.lr_ratio:g}"
+    ratio = "-rs" * args.rs + ("" if args.lr_ratio == 1 else f"-ratio{args.lr_ratio:g}")
     return f"{args.dataset.replace('/', '-')}-{args.method}{flags}{rank}{ratio}-s{args.seed}"
 
 

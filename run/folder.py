@@ -364,7 +364,7 @@ def known_base_report(beside, identity, device):
     """{metric: value} of the base on the test split, if a finished run in the folder `beside` has
     it for the same base and the same texts, else None."""
     same = ("base_weights", "base_files", "base_bits", "init_weights", "dataset", "data", "metric",
-            "context", "dtype")
+            "context", "dtype", "last_turn", "chatml")
     for path in sorted(beside.glob("*/result.json")):
         try:
             result = read_json(path)

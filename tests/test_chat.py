@@ -269,8 +269,8 @@ Q, A = turn("user"), turn("assistant")
 @pytest.mark.parametrize("row, message", [
     ({"messages": "hello"}, "messages must be a list of turns, not 'hello'"),
     ({"messages": ["hello"]}, "messages must be a list of turns"),
-    ({"messages": []}, "no turn of the assistant among none"),
-    ({"messages": [Q]}, "no turn of the assistant among user"),
+    ({"messages": []}, "the assistant has no turn, only nobody speaks"),
+    ({"messages": [Q]}, "the assistant has no turn, only user speaks"),
     ({"messages": [turn("system"), A]}, "the assistant speaks first"),
     ({"messages": [A, Q, A]}, "the assistant speaks first"),
     ({"messages": [Q, turn("tool"), A]}, "role 'tool' is not one of system, .* tools"),
@@ -397,8 +397,24 @@ def test_a_file_of_conversations_is_answered_turn_by_turn(folder_of, tmp_path, c
     head = [("system", "s"), ("user", "a")]
     second = [*head, ("assistant", "b"), ("user", "c")]
     assert asked == [head, second, [*second, ("assistant", "MINE"), ("user", "d")]]
+    pair = write_rows(tmp_path / "pair.jsonl", [{"prompt": "a", "completion": "b"}])
+    generate.main([str(out), str(pair)])
+    assert asked[3:] == [[("user", "a")]]
     bad = write_rows(tmp_path / "bad.jsonl", [{"messages": [turn("tool")]}])
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        generate.main([str(out), str(bad)])
-    assert "bad.jsonl, line 1: role 'tool'" in capsys.readouterr().err
+    for name, message in ((bad, "bad.jsonl, line 1: role 'tool'"), ("no.jsonl", "no.jsonl is no")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            generate.main([str(out), str(name)])
+        assert message in capsys.readouterr().err
+
+
+def test_the_base_of_other_targets_is_measured_anew(folder_of, tmp_path):
+    """Beside a finished run: on the last answer, on all of them, in another form."""
+    rows = [{"messages": [turn("user", f"a {i}"), turn("assistant", "b"), turn("user", "c"),
+                          turn("assistant", f"the pub {i}")]} for i in range(20)]
+    file, losses = write_rows(tmp_path / "talks.jsonl", rows), set()
+    for name, flags in (("a", []), ("b", ["--last-turn"]), ("c", ["--chatml"])):
+        start(folder_of(WAYS["begins"]), file, *flags, out=tmp_path / "runs" / name)
+        result = json.loads((tmp_path / "runs" / name / "result.json").read_text())
+        losses.add(result["metrics"]["base"]["loss"])
+    assert len(losses) == 3

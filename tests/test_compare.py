@@ -327,7 +327,7 @@ def test_the_recommended_method_beats_lora_by_two_standard_errors(capsys):
         for other, wins in (([0.5, 0.6, 0.4], True), ([0.98, 1.1, 0.7], False)):
             args = Namespace(
                 rows={"lora": ["--method", "lora"], "block": ["--method", "reslora"]}, flags=[],
-                against={"block": "lora"}, rates={("lora", None): [.1, .2, .4],
+                to="x", against={"block": "lora"}, rates={("lora", None): [.1, .2, .4],
                                                   ("block", None): [.2, .4]})
             table = rows("lora", [sign * v for v in (1.0, 1.1, 0.9)], chosen, .2)
             table += rows("block", [sign * v for v in other], chosen, .4)

@@ -275,7 +275,7 @@ def test_a_set_comes_from_the_hub_and_afterwards_from_its_cache(tmp_path):
         sets.NAMES, sizes[name], strict=True)} for name in names]
     converted = [path for path in asked if "refs%2Fconvert%2Fparquet" in path]
     assert converted and all("xsum" in path for path in converted)
-    gone = [f"dataset {sets.SETS[name].HUB}: the hub was not asked" for name in names]
+    gone = [f"dataset {sets.SETS[name].HUB}: the hub does not answer" for name in names]
     again = from_hub(address, tmp_path / "cache", *names)
     assert again[:2] == found[:2] and again[2].startswith(gone[2])
     for said, start in zip(from_hub(address, tmp_path / "empty", *names), gone, strict=True):

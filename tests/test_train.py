@@ -276,7 +276,7 @@ def test_a_run_on_sst2_with_robertas_own_vocabulary_is_loaded_elsewhere(tmp_path
                                              "lm_head.dense belongs to the head"),
                                             (["--targets", "q,query"], "'query' matches no linear"),
                                             (["--dataset", "glue/sst2"], "dataset nyu-mll/glue: "
-                                             "the hub was not asked"),
+                                             "the hub does not answer"),
                                             (["--dataset", "glue/sst3"],
                                              "unknown dataset 'glue/sst3'"),
                                             (["--dataset", "glue/stsb", "--label-smoothing", ".1"],
