@@ -244,16 +244,18 @@ def words(flags):
 
 def folder(flags):
     """Of a run: the same flags on the same kind of device, in whatever order, over the same bytes
-    of data and base, are the same run in every grid; the last of a flag counts."""
-    pairs = [pair.split() for pair in " ".join(map(str, flags)).split("--")]
+    of data and base, wherever they lie, are the same run in every grid; the last of a flag
+    counts."""
+    flags = list(map(str, flags))
+    for i, (flag, value) in enumerate(itertools.pairwise(flags), 1):
+        if flag in ("--data-dir", "--model", "--init-from") and Path(value).exists():
+            flags[i] = contents(Path(value))
+    pairs = [pair.split() for pair in " ".join(flags).split("--")]
     last = sorted({tuple(pair[:1]): pair for pair in pairs}.values())
     device = next((pair[1] for pair in last if pair[:1] == ["device"]), "auto")
     if device.startswith("cuda") or device == "auto" and torch.cuda.is_available():
         # in bf16 unless --dtype says otherwise: another run than that of a CPU
         last.append(["on", "cuda"])
-    for flag, value in dict(itertools.pairwise(map(str, flags))).items():
-        if flag in ("--data-dir", "--model", "--init-from") and Path(value).exists():
-            last.append([f"bytes of {flag}", contents(Path(value))])
     return ROOT / "out/compare" / hashlib.sha256(json.dumps(last).encode()).hexdigest()[:12]
 
 
@@ -437,8 +439,9 @@ def tidy(args, key, result, best):
                   for name in ("rank", "trained")}
         return {**result, **counts, "lr": lr, "seed": seed, "best": int(best)}
     flags = list(map(str, flags_of(args, *key)))
-    if "--data-dir" in flags:
-        flags[flags.index("--data-dir") + 1] = "FOLDER"  # wherever it is
+    for flag, name in (("--data-dir", "FOLDER"), ("--model", "MODEL")):  # wherever it is
+        if flag in flags and Path(flags[flags.index(flag) + 1]).exists():
+            flags[flags.index(flag) + 1] = name
     if "diverged" in result:
         rank = int(flags[flags.index("--rank") + 1]) if "--rank" in flags else None
         return {"row": label, "rank": rank, "lr": lr, "seed": seed, "best": int(best),

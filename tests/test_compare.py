@@ -50,7 +50,7 @@ def grid(tmp_path, base, monkeypatch):
     return run
 
 
-def test_a_grid_is_every_run_once_and_its_best_rates(grid, tmp_path, monkeypatch):
+def test_a_grid_is_every_run_once_and_its_best_rates(grid, base, tmp_path, monkeypatch):
     """All rates on seed 0, all seeds at the rate with the best validation; a second call trains
     nothing; a csv row's flags give its numbers again."""
     grid_of = "--seeds", "2", "--best-lr", "--rank", "2", "4", "--plot", "rank"
@@ -65,8 +65,8 @@ def test_a_grid_is_every_run_once_and_its_best_rates(grid, tmp_path, monkeypatch
                                     "0.01"} and {r["lr"] for r in mine if r["best"]
                                                  == "1"} == {best}
             assert [r["seed"] for r in mine if r["lr"] == best] == ["0", "1"]
-    flags = [str(tmp_path / "text.txt") if word == "FOLDER" else word
-             for word in shlex.split(rows[3]["flags"])]
+    places = {"FOLDER": str(tmp_path / "text.txt"), "MODEL": str(base)}
+    flags = [places.get(word, word) for word in shlex.split(rows[3]["flags"])]
     result = train.train(train.parse([*flags, "--out", str(tmp_path / "again")]))
     assert result["metrics"]["merged"]["loss"] == pytest.approx(float(rows[3]["merged loss"]),
                                                                 abs=1e-5)
@@ -224,6 +224,17 @@ def test_the_same_flags_are_the_same_run():
                                                                                   "--lr", 1])
     assert one not in (compare.folder(["--lr", 2, "--seed", 0]),
                        compare.folder(["--lr", 1, "--lr", 2, "--seed", 0]))
+
+
+def test_the_same_bytes_elsewhere_are_the_same_run_and_others_here_another(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "my.jsonl").write_text("one")
+    here, there = (compare.folder(["--lr", 1, "--data-dir", tmp_path / name / "my.jsonl"])
+                   for name in ("a", "b"))
+    assert here == there
+    (tmp_path / "a/my.jsonl").write_text("two")
+    assert compare.folder(["--lr", 1, "--data-dir", tmp_path / "a/my.jsonl"]) != there
 
 
 def test_full_fine_tuning_has_no_rank_and_forgetting_is_the_loss_on_another_text(grid):
