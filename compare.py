@@ -169,9 +169,10 @@ def parse_question(argv):
     args.rows = {label: [*common(args.flags, row_flags), *row_flags]
                  for label, row_flags in args.rows.items()}
     model = Path(asked.model).name
-    names = [asked.dataset.replace("/", "-"), *[Path(asked.data_dir).stem] * bool(asked.data_dir)]
-    args.to = args.to or Path("out") / "-".join(["compare", *names, model])
-    args.to.parent.mkdir(parents=True, exist_ok=True)
+    names = ["compare", asked.dataset.replace("/", "-")]
+    if asked.data_dir:
+        names.append(Path(asked.data_dir).stem)
+    args.to = args.to or Path("out") / "-".join([*names, model])
     args.flags, args.rank, args.plot = [], [], "lr"
     args.best_lr, args.long, args.quick, args.forgetting = True, False, False, None
     args.metric, args.title = "merged loss", f"{asked.dataset}, {model}: seed 0"
@@ -575,10 +576,7 @@ class Search(Grid):
 
 def answer(args, setup=None):
     """The first form: find each row's rate, run its seeds, say what differs, and what to type."""
-    to = args.to
-    csv_file, png_file = (to.with_name(to.name + ending) for ending in (".csv", ".png"))
-    check_new(csv_file, is_table)
-    check_new(png_file, lambda png: csv_file.exists() or drawn_here(png))
+    csv_file, png_file = files_to_write(args.to)
     args.jobs = jobs(args)
     args.rates = {(label, None): rates for label, rates in args.rates.items()}
     number = len(args.rows) * (3 + args.seeds)
@@ -591,7 +589,7 @@ def answer(args, setup=None):
         print(f"compare  {', '.join(args.rows)}\n         {number} runs or more of about "
               f"{seconds:.0f} s, {args.jobs} at a time: {number * seconds / args.jobs / 60:.1f} "
               "min or more; finished runs are not repeated")
-        with tqdm(total=number, unit="run", desc=to.name) as bar:
+        with tqdm(total=number, unit="run", desc=args.to.name) as bar:
             grid = Search(args, csv_file, args.rates, workers, bar)
             rows = grid.all()
     note_stale(grid)
@@ -657,13 +655,13 @@ def say(args, rows, chosen):
                key=lambda label: low * mean([row[chosen] for row in seeds[label]]))
     if best != "lora" and seeds["lora"]:
         gain = differences(seeds[best], seeds["lora"], chosen)
-        if low * mean(gain) > -2 * standard_error(gain):
-            print(f"{best} validates best, by less than two standard errors: plain LoRA will do.")
+        if len(gain) < 2 or low * mean(gain) > -2 * standard_error(gain):
+            print(f"{best} validates best, but not by two standard errors: plain LoRA will do.")
             best = "lora"
-    row, rank = seeds[best][0], None
+    row = seeds[best][0]
     print(f"Recommended, by the validation; with seed {row['seed']} its {shown} is "
           f"{row[shown]:.4f}:")
-    print(shlex.join(["python", "train.py", *map(str, flags_of(args, best, rank, row["lr"],
+    print(shlex.join(["python", "train.py", *map(str, flags_of(args, best, None, row["lr"],
                                                                row["seed"]))]))
 
 
@@ -680,14 +678,14 @@ def paired(rows, others, column="merged loss"):
 
 def with_error(values, sign="+"):
     """Mean and standard error, "+0.0039 (0.0086)"."""
-    error = f" ({standard_error(values):.4f})" * (len(values) > 1)
+    error = f" ({standard_error(values):.4f})" if len(values) > 1 else ""
     return f"{mean(values):{sign}.4f}{error}" if values else ""
 
 
 def standard_error(values):
-    """Of the mean; of one value it is not known, and 0 here."""
+    """Of the mean, of two values or more."""
     centre, n = mean(values), len(values)
-    return (sum((v - centre)**2 for v in values) / max(1, n - 1) / n)**0.5
+    return (sum((v - centre)**2 for v in values) / (n - 1) / n)**0.5
 
 
 def compare(args, setup=None):
@@ -710,10 +708,7 @@ def compare(args, setup=None):
                              f"{', '.join(plain)}")
         for rank in args.rank if METHODS[asked.method].adapter and args.rank else [None]:
             rates[label, rank] = args.rates[label]
-    check_writable(ROOT / "out/quick" if args.quick else to.parent)
-    csv_file, png_file = (to.with_name(to.name + ending) for ending in (".csv", ".png"))
-    check_new(csv_file, is_table)
-    check_new(png_file, lambda png: csv_file.exists() or drawn_here(png))
+    csv_file, _ = files_to_write(to, ROOT / "out/quick" if args.quick else None)
     if args.quick:
         known = read_csv(csv_file) if csv_file.exists() else []
         for key in rates:
@@ -745,6 +740,16 @@ def jobs(args):
     """How many runs at a time. Small models leave a GPU waiting for the CPU most of the time, so
     several runs share one."""
     return args.jobs or min(os.cpu_count(), 4 if torch.cuda.is_available() else math.inf)
+
+
+def files_to_write(to, instead=None):
+    """(PATH.csv, PATH.png) of a comparison; ValueError where they are somebody else's, or cannot be
+    written. instead: the folder that is written to, if not theirs."""
+    csv_file, png_file = (to.with_name(to.name + ending) for ending in (".csv", ".png"))
+    check_writable(instead or to.parent)
+    check_new(csv_file, is_table)
+    check_new(png_file, lambda png: csv_file.exists() or drawn_here(png))
+    return csv_file, png_file
 
 
 def note_stale(grid):

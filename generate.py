@@ -181,7 +181,8 @@ def load_run(folder, unmerged=False, cut=None, base=None, dtype=torch.float32):
             adapter.prepare_merge(model, cut, None)
         if method.adapter and not unmerged:
             lora.merge(model)
-    settings = {**settings, "labels": labels, "chat": result.get("chat") is True}
+    talks = result.get("chat") is True and settings["dataset"] in ("pairs", "chat")
+    settings = {**settings, "labels": labels, "chat": talks}
     return model.eval(), settings, source
 
 
@@ -309,29 +310,37 @@ def generate(args):
         raise ValueError(f"--dataset {dataset} is not one of texts to write: choose "
                          + ", ".join(name for name in data.DATASETS
                                      if not data.about(name, "LABELS")))
+    of_run = data.module(dataset)
     if dataset == settings["dataset"]:  # read as the run read it
         of_run = data.module(dataset, settings.get("columns"), settings.get("metric"), False,
                              False, settings.get("chatml") is True)
-        of_run.CHAT = settings["chat"]
-    else:
-        of_run = data.module(dataset)
     model.to(args.device)
-    tokenizer, task = data.task(dataset, source, model, model.context, of_run)
-    given, args.max_new = args.max_new, args.max_new or data.about(of_run, "MAX_NEW", 96)
-    if args.texts:
-        talk = isinstance(task, Converse)
-        for text in args.texts:
-            with args.amp:  # the adapter was merged outside of it
-                if talk and is_file(text):
-                    answer_file(model, task, Path(text), of_run, args)
-                else:
-                    write_one(model, task, (("user", text),) if talk else text, args)
-        return None
+    if not args.texts:
+        return write_split(model, settings, source, dataset, of_run, args)
+    if settings["chat"]:  # no row of it is read here
+        of_run.CHAT = True
+    _, task = data.task(dataset, source, model, model.context, of_run)
+    args.max_new = args.max_new or data.about(of_run, "MAX_NEW", 96)
+    for text in args.texts:
+        with args.amp:  # the adapter was merged outside of it
+            if settings["chat"] and is_file(text):
+                answer_file(model, task, Path(text), of_run, args)
+            else:
+                write_one(model, task, (("user", text),) if settings["chat"] else text, args)
+    return None
+
+
+def write_split(model, settings, source, dataset, of_run, args):
+    """Write for the records of a split, of conversations for each place where the assistant speaks;
+    returns the metrics."""
     if data.about(dataset, "PLAIN"):
         raise ValueError(f"{dataset} has no records to write for: give the beginnings of texts")
     of = {}  # record -> its references
     where = args.data_dir or (settings.get("data_dir") if dataset == settings["dataset"] else None)
-    for pair in data.load(dataset, where, of_run)[args.split]:
+    pairs = data.load(dataset, where, of_run)[args.split]
+    tokenizer, task = data.task(dataset, source, model, model.context, of_run)
+    given, args.max_new = args.max_new, args.max_new or data.about(of_run, "MAX_NEW", 96)
+    for pair in pairs:
         for record, text in chat.answers(*pair) if isinstance(task, Converse) else [pair]:
             of.setdefault(record, []).append(text)
     if not given and data.about(of_run, "LONGEST", False):

@@ -91,7 +91,8 @@ class Converse(Write):
     An answer is what the template adds to the turns before it. So these must be the beginning of
     the whole conversation. A template may drop earlier thinking, or move the system's text: then
     each answer is an example of its own. end: what ends a turn. ends: more ids at which a text
-    ends. where: {conversation: its file and line}.
+    ends. where: {conversation: its file and line}. known: {row: its example}, of `rows`; apart,
+    lost: for `tell`, how many conversations were taken apart, and [(where, answers left out)].
     """
 
     def __init__(self, tokenizer, context, template, last_turn=False, where=(), ends=()):
@@ -149,9 +150,10 @@ class Converse(Write):
         return found
 
     def read(self, places, alone=False):
-        """(ids, [(start, end)] of the answers, the answers) of the last place with all before it;
-        None where a beginning is not one of the whole. alone: the last answer, whatever the
-        template makes of the turns before it once it is there."""
+        """(ids, [(start, end)] of the answers in them, the places of these) of a conversation that
+        ends with the last place. places: [(turns before, answer)] that are trained on. None where
+        what the template writes of a beginning is no beginning of the whole. alone: of a single
+        place, also where the turns before it are written otherwise once the answer is there."""
         history, answer = places[-1]
         text, trained = self.template.render((*history, ("assistant", answer))), []
         for before, content in places:

@@ -17,7 +17,6 @@ on a CPU. The validation is on 256 texts drawn from all records: the first of th
 few. A step's batch is 8 texts, a run 50 steps.
 """
 import argparse
-import json
 import random
 import shutil
 from pathlib import Path
@@ -37,13 +36,12 @@ def more_texts():
 
 
 def drawn(folder):
-    """The folder with the validation texts that are used, for out/."""
+    """The data as it is used, in a folder under out/: of the validation 256 texts."""
     to = ROOT / "out/plane-e2e"
     to.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
         shutil.copyfile(folder / f"{split}.jsonl", to / f"{split}.jsonl")
     rows = [line for line in read_text(folder / "validation.jsonl").split("\n") if line.strip()]
-    assert all(json.loads(row) for row in rows)
     write_text(to / "validation.jsonl", "".join(f"{row}\n" for row in random.Random(0).sample(
         rows, 256)))
     return to

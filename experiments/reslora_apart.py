@@ -3,10 +3,10 @@ through?
 
     python -m experiments.reslora_apart [--seeds 5]
 
-The shipped GPT on `restaurants`, r 16 on q and v. Each shortcut four times: whole; in the forward
-alone, with what it reads detached; in the gradient alone, where it adds x - x.detach(), which is
-zero; and neither, which is LoRA. Beside them LoRA with 2 alpha. Three rates on seed 0, and five
-fresh seeds at the best. Gradient alone merges exactly, as the layer computes what LoRA computes.
+The shipped GPT on `restaurants`, r 16 on q and v. Each shortcut three times: whole; in the forward
+alone, with what it brings detached, of `block` the earlier factors; in the gradient alone, where it
+brings t - t.detach(), which is zero. Neither is LoRA. Beside them LoRA with 2 alpha. Three rates on
+seed 0, and five seeds at the best. Gradient alone merges exactly: it computes what LoRA computes.
 Writes experiments/results/reslora-apart.csv and .png.
 """
 import argparse
@@ -35,24 +35,23 @@ class Apart(ResLoRALinear):
         return [self.only(t) for t in super().exchange(own)]
 
     def forward(self, x):
-        A, B = self.lora_A, self.lora_B
-        if self.shortcut == "input" and self.doubles:
+        plain = F.linear(x, self.weight, self.bias)
+        x_drop = self.drop(x)
+        if self.doubles:
+            # x_{-1} = x_0 is a shortcut too
             self.exchange(x)  # hands x on
-            u = F.linear(self.drop(x + self.only(x)), A)
-        elif self.shortcut == "block":
-            h = F.linear(x, self.weight, self.bias)
-            for layer in [self, *self.earlier]:
-                h_k = self.scaling * F.linear(F.linear(x, layer.lora_A), layer.lora_B)
-                if layer is not self:
-                    # of earlier factors: the way of a gradient is the one to A_{n-1} and B_{n-1}
-                    fixed = self.scaling * F.linear(F.linear(x, layer.lora_A.detach()),
-                                                    layer.lora_B.detach())
-                    h_k = fixed if self.part == "forward" else h_k - h_k.detach()
-                h = h + h_k
+            u = F.linear(x_drop + self.only(x_drop), self.lora_A)
+            return plain + F.linear(self.scaling * u, self.lora_B)
+        if self.shortcut == "block":
+            h = plain + self.scaling * F.linear(F.linear(x_drop, self.lora_A), self.lora_B)
+            for layer in self.earlier:
+                A, B = layer.lora_A, layer.lora_B
+                if self.part == "forward":
+                    A, B = A.detach(), B.detach()
+                h_k = self.scaling * F.linear(F.linear(x_drop, A), B)
+                h = h + (h_k if self.part == "forward" else self.only(h_k))
             return h
-        else:
-            return super().forward(x)
-        return F.linear(x, self.weight, self.bias) + F.linear(self.scaling * u, B)
+        return super().forward(x)
 
     @property
     def exact_merge(self):

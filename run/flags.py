@@ -51,8 +51,9 @@ DEFAULTS = {
 # a dataset that is not in the table
 OTHER = dict(epochs=3, batch_size=32)
 # The rates above are those of the shipped models. For any other model, where the table does not say
-# that it is for real models: by its family and width. The papers' rates for long runs lie at and
-# below these, and the best of short runs on SmolLM2 above (RESULTS.md). compare.py finds yours.
+# that it is for real models: by its family and width. Our choice, between the papers' rates for
+# long runs, 5e-5 to 5e-4 (experiments/recipes), and the best of 50 steps on SmolLM2, 8e-3 for LoRA
+# (RESULTS.md). compare.py finds yours.
 REAL = "gsm8k", "glue"
 RATES = {"roberta": ((math.inf, 4e-4),), "": ((1024, 2e-3), (2048, 5e-4), (math.inf, 2e-4))}
 # for every method that has an adapter
@@ -352,8 +353,10 @@ def folder_name(args):
         if value is not None and value is not False:
             flags += f"-{value}"
     rank = "" if args.rank is None else f"-r{args.rank}"
-    ratio = "-rs" * args.rs + ("" if args.lr_ratio == 1 else f"-ratio{args.lr_ratio:g}")
-    return f"{args.dataset.replace('/', '-')}-{args.method}{flags}{rank}{ratio}-s{args.seed}"
+    root = "-rs" * args.rs
+    ratio = "" if args.lr_ratio == 1 else f"-ratio{args.lr_ratio:g}"
+    return (f"{args.dataset.replace('/', '-')}-{args.method}{flags}{rank}{root}{ratio}"
+            f"-s{args.seed}")
 
 
 def check_ranges(args):

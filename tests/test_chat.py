@@ -408,6 +408,22 @@ def test_a_file_of_conversations_is_answered_turn_by_turn(folder_of, tmp_path, c
         assert message in capsys.readouterr().err
 
 
+def test_a_run_on_records_is_asked_for_conversations(folder_of, tmp_path, capsys):
+    """--dataset of another kind than the run's: its rows say whether they are conversations, and
+    then the base's template asks."""
+    out, file = tmp_path / "out", write_rows(tmp_path / "talks.jsonl", rows_of(20))
+    plain = write_rows(tmp_path / "plain.jsonl", [{"prompt": f"a {i}", "completion": "b"}
+                                                  for i in range(20)])
+    folder = folder_of(WAYS["chatml"])
+    train.main(["--dataset", "pairs", "--data-dir", str(plain), "--model", str(folder), "--steps",
+                "2", "--rank", "2", "--batch-size", "4", "--out", str(out)])
+    for dataset, records in (("pairs", 2), ("chat", 2)):
+        generate.main([str(out), "--dataset", dataset, "--data-dir", str(file), "--max-new", "2"])
+        assert f"{records} records" in capsys.readouterr().out
+    row = json.loads((out / "predictions-test.jsonl").read_text().split("\n")[0])
+    assert row["record"][0]["role"] == "user"
+
+
 def test_the_base_of_other_targets_is_measured_anew(folder_of, tmp_path):
     """Beside a finished run: on the last answer, on all of them, in another form."""
     rows = [{"messages": [turn("user", f"a {i}"), turn("assistant", "b"), turn("user", "c"),

@@ -297,6 +297,22 @@ def test_each_method_finds_its_rate_and_meets_lora_of_its_size(ask, tmp_path, mo
     assert ask("rslora,deltalora", "--seeds", "2", "--delta-start", "1")[0] == rows
 
 
+@pytest.mark.parametrize("flags, name, alpha", [
+    (["reslora"], "reslora input", 32), (["reslora", "--pre-num", "2"], "reslora input", 48),
+    (["reslora", "--pre-num", "0"], "reslora input", 16),
+    (["reslora", "--shortcut", "block"], "reslora block", 16),
+    (["reslora", "--shortcut", "middle", "--pre-num", "2"], "reslora middle", 16),
+    (["deltalora", "--delta-lambda", ".5", "--alpha", "8"], "deltalora", 12),
+    (["rslora", "--rank", "4"], "rslora = lora, alpha 32", 16), (["loha"], "loha", 16)])
+def test_the_lora_that_a_variant_must_beat(flags, name, alpha):
+    """Input reads 1 + m layers, W of Delta-LoRA moves by lambda B A more; all else is as large as
+    LoRA's."""
+    args = compare.parse(["--methods", *flags])
+    rows = {label: train.parse(words) for label, words in args.rows.items()}
+    assert rows[args.against[name]].method == "lora" and rows[args.against[name]].alpha == alpha
+    assert "lora" in rows and len(rows) == 2 + (rows["lora"].alpha != alpha)
+
+
 @pytest.mark.parametrize("best", [1e-4, 2e-3, 5e-2])
 def test_a_search_goes_on_until_the_best_rate_is_inside(ask, monkeypatch, best):
     """Of a loss with its minimum far away on either side, and with all that is larger diverging."""
@@ -347,6 +363,9 @@ def test_the_recommended_method_beats_lora_by_two_standard_errors(capsys):
             assert said.strip().splitlines()[-1] == (
                 "python train.py --method reslora --lr 0.4 --seed 1" if wins
                 else "python train.py --method lora --lr 0.2 --seed 1")
+            # of one seed nothing is known to be better
+            compare.say(args, [row for row in table if row["seed"] == 1], chosen)
+            assert "--method lora" in capsys.readouterr().out.strip().splitlines()[-1]
             lines = [line for line in said.splitlines() if line.startswith("| block")]
             gain = [sign * (a - b) for a, b in zip(other, (1.0, 1.1, 0.9), strict=True)]
             error = statistics.stdev(gain) / 3**0.5
