@@ -12,9 +12,10 @@ SMOLLM2 and E2E are folders of experiments/smollm2.py and, with test.txt, e2e_sp
              neither
     ranks    the ratio lr_B / lr_A alone, at r 4 and r 64
 
-Each writes experiments/results/plane-PART.csv run by run, and goes on from it. A run takes minutes
-on a CPU. The validation is on 256 texts drawn from all records: the first of the file belong to a
-few. A step's batch is 8 texts, a run 50 steps.
+Of `grid` and `ranks` all cells are validated, and the best cell of each ratio is tested.
+Each part writes experiments/results/plane-PART.csv run by run, and goes on from it. A run takes
+minutes on a CPU. The validation is on 256 texts drawn from all records: the first of the file
+belong to a few. A step's batch is 8 texts, a run 50 steps.
 """
 import argparse
 import random
@@ -100,8 +101,9 @@ def main():
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     rank = [] if args.part == "ranks" else ["--rank", "16"]
+    best = ["--best-lr"] if args.part in ("grid", "ranks") else []
     compare(parse([str(RESULTS / f"plane-{args.part}"), *rows_of(args.part), "--lr", "2e-3",
-                   "--long", "--plot", "rank" if args.part == "ranks" else "none", "--",
+                   *best, "--long", "--plot", "rank" if args.part == "ranks" else "none", "--",
                    "--model", str(args.model), "--dataset", "e2e", "--data-dir",
                    str(drawn(args.folder)), *rank, "--alpha", "16", "--steps", "50",
                    "--batch-size", "8", "--eval-every", "50", "--test-texts", "512", "--device",
