@@ -2,6 +2,7 @@
 SmolLM2-135M and E2E with its official test set.
 
     python -m experiments.plane PART SMOLLM2 E2E [--device cuda]
+    python -m experiments.plane picture
 
 SMOLLM2 and E2E are folders of experiments/smollm2.py and, with test.txt, e2e_split.py. PART is
 
@@ -12,12 +13,13 @@ SMOLLM2 and E2E are folders of experiments/smollm2.py and, with test.txt, e2e_sp
              neither
     ranks    the ratio lr_B / lr_A alone, at r 4 and r 64
 
-Of `grid` and `ranks` all cells are validated, and the best cell of each ratio is tested.
-Each part writes experiments/results/plane-PART.csv run by run, and goes on from it. A run takes
-minutes on a CPU. The validation is on 256 texts drawn from all records: the first of the file
-belong to a few. A step's batch is 8 texts, a run 50 steps.
+Each part writes experiments/results/plane-PART.csv run by run, and goes on from it. `picture` draws
+plane-grid.png. Of `grid` and `ranks` all cells are validated, and the best cell of each ratio is
+tested. The validation is on 256 texts drawn from all records: the first of the file belong to a
+few. A run has 50 steps of 8 texts, and takes minutes on a CPU.
 """
 import argparse
+import math
 import random
 import shutil
 from pathlib import Path
@@ -25,10 +27,14 @@ from pathlib import Path
 from checkpoints.files import read_text, write_text
 from compare import RESULTS, ROOT, compare, parse, read_csv
 from evaluation import evaluate
+from evaluation.plots import picture
 
 A_RATES = [2.5e-4 * 2**i for i in range(7)]
 B_RATES = [4e-3 * 2**i for i in range(6)]
 EXACT = "--clip 0 --weight-decay 0"
+# methods whose points lie on a line lr_B = ratio lr_A, by the identity in lora.py, at r 16
+LINES = {1: ("LoRA, one rate", "-"), 2: ("LoRA 2 alpha", ":"),
+         3: ("LoRA 3 alpha, Delta-LoRA K 0", "-."), 4: ("rsLoRA", "--"), 16: ("LoRA+", (0, (1, 1)))}
 
 
 def more_texts():
@@ -60,10 +66,15 @@ def row(label, flags, rates):
     return ["--row", f"{label}: {flags} --lr {' '.join(f'{rate:g}' for rate in rates)}"]
 
 
+def cells_of_grid():
+    """{(lr_A, ratio): validation loss} of the grid."""
+    return {(float(r["lr"]), float(r["row"].split()[-1])): float(r["validation loss"])
+            for r in read_csv(RESULTS / "plane-grid.csv") if not r.get("diverged")}
+
+
 def best_cells():
     """((lr_A, ratio) of the lowest cell, of the best one of the diagonal), by validation."""
-    cells = {(float(r["lr"]), float(r["row"].split()[-1])): float(r["validation loss"])
-             for r in read_csv(RESULTS / "plane-grid.csv") if not r.get("diverged")}
+    cells = cells_of_grid()
     return (min(cells, key=cells.get),
             min((cell for cell in cells if cell[1] == 1), key=cells.get))
 
@@ -92,14 +103,47 @@ def rows_of(part):
                         [a / 2, a, 2 * a]))]
 
 
+def draw(path):
+    """Contours of the validation loss over (lr_A, lr_B), both axes in factors of two, and the lines
+    on which the methods lie."""
+    cells = {(a, round(a * ratio, 9)): loss for (a, ratio), loss in cells_of_grid().items()}
+    x, y = [math.log2(a) for a in A_RATES], [math.log2(b) for b in B_RATES]
+    losses = [[cells.get((a, round(b, 9)), math.nan) for a in A_RATES] for b in B_RATES]
+    low = min(cells, key=cells.get)
+    levels = [cells[low] + step for step in (0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)]
+    with picture(path, figsize=(7.2, 5)) as (figure, axis):
+        filled = axis.contourf(x, y, losses, levels, cmap="Blues", extend="max")
+        axis.contour(x, y, losses, levels[1:], colors="0.35", linewidths=0.7)
+        figure.colorbar(filled, label="validation loss (nats per target token)", format="%.3f")
+        axis.plot(*zip(*((a, b) for a in x for b in y), strict=True), ".", color="0.35", ms=3)
+        for ratio, (name, line) in LINES.items():
+            start, end = max(x[0], y[0] - math.log2(ratio)), min(x[-1], y[-1] - math.log2(ratio))
+            axis.plot([start, end], [start + math.log2(ratio), end + math.log2(ratio)], ls=line,
+                      color="black", lw=1.6, label=f"{name}: lr_B = {ratio} lr_A")
+        axis.plot(*map(math.log2, low), "*", color="white", mec="black", ms=17, ls="",
+                  label="lowest cell")
+        axis.set_xticks(x, [f"{a:g}" for a in A_RATES])
+        axis.set_yticks(y, [f"{b:g}" for b in B_RATES])
+        axis.set(xlabel="learning rate of A", ylabel="learning rate of B", xlim=(x[0], x[-1]),
+                 ylim=(y[0], y[-1]))
+        axis.set_title("LoRA r 16, alpha 16 on SmolLM2-135M, E2E, 50 steps, one seed", fontsize=10,
+                       loc="left")
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8.5)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("same", "grid", "seeds", "ranks"))
-    parser.add_argument("model", type=Path)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("part", choices=("same", "grid", "seeds", "ranks", "picture"))
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
+    if args.part == "picture":
+        draw(RESULTS / "plane-grid.png")
+        return
+    if not args.folder:
+        parser.error(f"{args.part} needs SMOLLM2 and E2E")
     rank = [] if args.part == "ranks" else ["--rank", "16"]
     best = ["--best-lr"] if args.part in ("grid", "ranks") else []
     compare(parse([str(RESULTS / f"plane-{args.part}"), *rows_of(args.part), "--lr", "2e-3",
