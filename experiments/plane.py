@@ -11,6 +11,7 @@ SMOLLM2 and E2E are folders of experiments/smollm2.py and, with test.txt, e2e_sp
     grid     lr_A 2.5e-4 to 1.6e-2 by lr_B 4e-3 to 1.28e-1, each a factor of two apart, one seed
     seeds    the lowest cell, and the best of the diagonal lr_A = lr_B, at five seeds that chose
              neither
+    methods  the methods on the same data: three rates each, five seeds at the best
     ranks    the ratio lr_B / lr_A alone, at r 4 and r 64
 
 Each part writes experiments/results/plane-PART.csv run by run, and goes on from it. `picture` draws
@@ -35,6 +36,19 @@ EXACT = "--clip 0 --weight-decay 0"
 # methods whose points lie on a line lr_B = ratio lr_A, by the identity in lora.py, at r 16
 LINES = {1: ("LoRA, one rate", "-"), 2: ("LoRA 2 alpha", ":"),
          3: ("LoRA 3 alpha, Delta-LoRA K 0", "-."), 4: ("rsLoRA", "--"), 16: ("LoRA+", (0, (1, 1)))}
+
+
+# the middle one of three rates was the best of an earlier grid (LOG.md)
+METHODS = {"ResLoRA input": ("--method reslora", [2e-3, 4e-3, 8e-3]),
+           "rsLoRA": ("--method rslora", [2e-3, 4e-3, 8e-3]),
+           "Delta-LoRA": ("--method deltalora", [2e-3, 4e-3, 8e-3]),
+           "LoRA, 3 alpha": ("--method lora --alpha 48", [2e-3, 4e-3, 8e-3]),
+           "full fine-tuning": ("--method full", [1e-4, 2e-4, 4e-4]),
+           "LoRA r 3 on all linears": ("--method lora --rank 3 --targets q,k,v,o,gate,up,down",
+                                       [2e-3, 4e-3, 8e-3]),
+           "ResLoRA block": ("--method reslora --shortcut block", [4e-3, 8e-3, 1.6e-2]),
+           "ResLoRA middle": ("--method reslora --shortcut middle", [4e-3, 8e-3, 1.6e-2]),
+           "LoRA r 32, 2 alpha": ("--method lora --rank 32 --alpha 32", [4e-3, 8e-3, 1.6e-2])}
 
 
 def more_texts():
@@ -79,6 +93,11 @@ def best_cells():
             min((cell for cell in cells if cell[1] == 1), key=cells.get))
 
 
+def size(flags=""):
+    """The flags of r and alpha, where a method has them."""
+    return "" if "full" in flags else "--rank 16 --alpha 16"
+
+
 def rows_of(part):
     """The words of compare.py for a part."""
     if part == "same":
@@ -96,6 +115,9 @@ def rows_of(part):
             ("lowest", "diagonal"), best_cells(), strict=True)
             for word in row(f"{name}, ratio {ratio:g}", f"--method lora --lr-ratio {ratio:g}",
                             [a]))]
+    if part == "methods":
+        return ["--seeds", "6", *(word for label, (flags, rates) in METHODS.items()
+                                  for word in row(label, f"{size(flags)} {flags}", rates))]
     (a, best), _ = best_cells()
     return ["--rank", "4", "64", *(
         word for ratio in (best / 8, best / 4, best / 2, best, 2 * best, 4 * best)
@@ -134,7 +156,8 @@ def draw(path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("same", "grid", "seeds", "ranks", "picture"))
+    parser.add_argument("part", choices=("same", "grid", "seeds", "methods", "ranks",
+                                         "picture"))
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--device", default="auto")
@@ -144,12 +167,12 @@ def main():
         return
     if not args.folder:
         parser.error(f"{args.part} needs SMOLLM2 and E2E")
-    rank = [] if args.part == "ranks" else ["--rank", "16"]
-    best = ["--best-lr"] if args.part in ("grid", "ranks") else []
+    sizes = {"ranks": "--alpha 16", "methods": ""}.get(args.part, size())
+    best = ["--best-lr"] if args.part in ("grid", "methods", "ranks") else []
     compare(parse([str(RESULTS / f"plane-{args.part}"), *rows_of(args.part), "--lr", "2e-3",
                    *best, "--long", "--plot", "rank" if args.part == "ranks" else "none", "--",
                    "--model", str(args.model), "--dataset", "e2e", "--data-dir",
-                   str(drawn(args.folder)), *rank, "--alpha", "16", "--steps", "50",
+                   str(drawn(args.folder)), *sizes.split(), "--steps", "50",
                    "--batch-size", "8", "--eval-every", "50", "--test-texts", "512", "--device",
                    args.device]), setup=more_texts)
 
