@@ -134,7 +134,7 @@ def parse(argv):
                                                else (flags, args.lr))
     if "--lr" in args.flags:
         raise ValueError("--lr is set by the grid: take it out from behind --")
-    if len(args.rank) > 1 and args.plot != "rank":
+    if len(args.rank) > 1 and args.plot not in ("rank", "none"):
         raise ValueError(f"several ranks are drawn by --plot rank, not {args.plot}")
     return args
 
@@ -671,15 +671,15 @@ def differences(rows, others, column):
     return [float(row[column]) - of[row["seed"]] for row in rows if row["seed"] in of]
 
 
-def paired(rows, others, column="merged loss"):
+def paired(rows, others, column="merged loss", digits=4):
     """What lies between two rows seed by seed: mean and standard error, "+0.0039 (0.0086)"."""
-    return with_error(differences(rows, others, column))
+    return with_error(differences(rows, others, column), digits=digits)
 
 
-def with_error(values, sign="+"):
+def with_error(values, sign="+", digits=4):
     """Mean and standard error, "+0.0039 (0.0086)"."""
-    error = f" ({standard_error(values):.4f})" if len(values) > 1 else ""
-    return f"{mean(values):{sign}.4f}{error}" if values else ""
+    error = f" ({standard_error(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{mean(values):{sign}.{digits}f}{error}" if values else ""
 
 
 def standard_error(values):

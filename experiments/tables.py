@@ -1,12 +1,13 @@
-"""The tables of RESULTS.md, made from the csv files under experiments/results/.
+"""The tables of RESULTS.md and LOG.md, made from the csv files under experiments/results/.
 
     python -m experiments.tables [--write]
-        prints them; --write puts each behind its mark in RESULTS.md
+        prints them; --write puts each behind its mark on its page
 
 tests/test_results.py compares both. A cell with a range is the mean of the seeds, the lowest and
 the highest. * marks a rate at the end of those that were tried: a better one may lie beyond.
 """
 import argparse
+import json
 import re
 
 from compare import (
@@ -23,6 +24,10 @@ from compare import (
 
 # of experiments/merges.py
 RATES = {"restaurants": "2.4e-2", "stdlib": "2.4e-2", "e2e": "2.4e-2", "reviews": "3e-3"}
+# rows of the master table -> of the bench
+BENCH = {"LoRA r 16": "lora", "rsLoRA r 16": "rslora", "ResLoRA input": "reslora input m 1",
+         "ResLoRA block": "reslora block m 1", "ResLoRA middle": "reslora middle m 1",
+         "Delta-LoRA": "deltalora", "full fine-tuning": "full"}
 MERGES = "regression", "bi", "bw", "none"
 
 
@@ -286,6 +291,32 @@ def methods(name, more=None, against=("LoRA r 16",)):
                               for row, same in by_row.items()])
 
 
+def master():
+    """Every method on every base: merged loss with its standard error, difference to LoRA of one
+    rate; what it forgets, and what a step of it costs."""
+    grids = {"SmolLM2, E2E": best("real-base"), "GPT, e2e": best("methods-e2e"),
+             "RoBERTa, reviews": best("methods-reviews")}
+    bench = json.loads((RESULTS / "real-bench.json").read_text())["smollm2-135m"]["steps"]
+    steps = {step["row"]: step for step in bench}
+    rows = []
+    labels = dict.fromkeys(label for grid in reversed(grids.values()) for label in grid)
+    for label in sorted(labels, key=lambda label: label == "full fine-tuning"):
+        cells = []
+        for grid in grids.values():
+            same = grid.get(label)
+            cells += ["", ""] if not same else [
+                with_error([float(r["merged loss"]) for r in same], sign="", digits=3),
+                "" if label == "LoRA r 16" else paired(same, grid["LoRA r 16"], digits=3)]
+        known = grids["GPT, e2e"].get(label)
+        forgets = mean([float(r["merged loss on world"]) - float(r["base loss on world"])
+                        for r in known]) if known else None
+        step = steps.get(BENCH.get(label))
+        rows.append([label, *cells, f"+{forgets:.2f}" if known else "",
+                     *([f"{step['of lora']:.2f}", f"{step['peak GB']:.2f}"] if step else ["", ""])])
+    return markdown(["", *(name for base in grids for name in (base, "above LoRA")), "forgets",
+                     "step", "GB"], rows)
+
+
 def qlora():
     """What 4 bits cost before and after training, and what each way to merge adds."""
     names = {"qlora-restaurants": "restaurants", "qlora-e2e": "E2E",
@@ -305,7 +336,7 @@ def qlora():
 
 
 TABLES = {
-    "qlora": qlora,
+    "qlora": qlora, "master": master,
     **{name: lambda name=name: deployed(name)
        for name in ("merge-at-restaurants", "merge-at-reviews", "merge-at-e2e",
                     "reslora-curves-best")},
@@ -326,18 +357,20 @@ TABLES = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into RESULTS.md")
-    page = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
-    for name in re.findall(r"<!-- table: (\S+) -->", page):
-        table = "\n".join(TABLES[name]())
-        print(f"\n{name}\n\n{table}")
-        page, times = re.subn(rf"(<!-- table: {name} -->\n\n)(?:\|.*\n)*\n*",
-                                lambda by_row, t=table: f"{by_row[1]}{t}\n\n", page)
-        if times != 1:
-            raise ValueError(f"RESULTS.md has <!-- table: {name} --> and an empty line {times} "
-                             "times, not once")
-    if parser.parse_args().write:
-        write(ROOT / "RESULTS.md", lambda part: part.write_text(page, encoding="utf-8"))
+    parser.add_argument("--write", action="store_true", help="into the pages")
+    args = parser.parse_args()
+    for file in (ROOT / "RESULTS.md", ROOT / "LOG.md"):
+        page = file.read_text(encoding="utf-8")
+        for name in re.findall(r"<!-- table: (\S+) -->", page):
+            table = "\n".join(TABLES[name]())
+            print(f"\n{name}\n\n{table}")
+            page, times = re.subn(rf"(<!-- table: {name} -->\n\n)(?:\|.*\n)*\n*",
+                                  lambda mark, t=table: f"{mark[1]}{t}\n\n", page)
+            if times != 1:
+                raise ValueError(f"{file.name} has <!-- table: {name} --> and an empty line "
+                                 f"{times} times, not once")
+        if args.write:
+            write(file, lambda part, text=page: part.write_text(text, encoding="utf-8"))
 
 
 if __name__ == "__main__":

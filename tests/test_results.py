@@ -1,4 +1,5 @@
-"""Every table of RESULTS.md is made from what was measured, which stands in experiments/results."""
+"""Every table of RESULTS.md and LOG.md is made from what was measured, which stands in
+experiments/results."""
 import csv
 import json
 import re
@@ -10,14 +11,16 @@ from conftest import ROOT
 from compare import spread
 from experiments import bench, tables
 
-RESULTS = (ROOT / "RESULTS.md").read_text()
+RESULTS, LOG = ((ROOT / page).read_text() for page in ("RESULTS.md", "LOG.md"))
+MARKS = [(page, name) for page in (RESULTS, LOG)
+         for name in re.findall(r"<!-- table: (\S+) -->", page)]
 
 
 def test_the_table_of_times_is_what_was_measured():
     """Each cell is in experiments/results."""
     found = json.loads((ROOT / "experiments/results/bench-amd-epyc-2-threads.json").read_text())
     rows = {name: {row["row"]: row for row in preset["steps"]} for name, preset in found.items()}
-    text = section("Time and memory")
+    text = section("2026-11-22: time and memory")
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()
              if line.startswith("| ")]
     table = [cells for cells in table if len(cells) == 11]
@@ -43,8 +46,8 @@ def results(name):
 
 
 def section(title):
-    """The text under the heading that begins with `title`."""
-    level, text = re.search(rf"^(##+) {re.escape(title)}[^\n]*\n(.*)", RESULTS,
+    """The text under the heading of LOG.md that begins with `title`."""
+    level, text = re.search(rf"^(##+) {re.escape(title)}[^\n]*\n(.*)", LOG,
                             re.M | re.S).groups()
     return re.split(rf"^#{{2,{len(level)}}} ", text, maxsplit=1, flags=re.M)[0]
 
@@ -55,22 +58,20 @@ def table(title, number=0):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables[number][2:]]
 
 
-@pytest.mark.parametrize("name", re.findall(r"<!-- table: (\S+) -->", RESULTS))
-def test_the_tables_of_results_are_their_csv(name):
+@pytest.mark.parametrize("page, name", MARKS, ids=[name for _, name in MARKS])
+def test_the_tables_are_their_csv(page, name):
     """Behind each mark stands what experiments/tables.py makes of the csv files, and nothing
     else."""
     made = tables.TABLES[name]()
-    found = RESULTS.partition(f"<!-- table: {name} -->\n\n")[2].splitlines()
+    found = page.partition(f"<!-- table: {name} -->\n\n")[2].splitlines()
     assert len(made) > 3 and found[:len(made)] == made and not found[len(made)]
 
 
 def test_no_number_without_a_mark():
-    """Tables of results that experiments/tables.py does not make are those that other tests here
-    compare."""
-    text = RESULTS[:RESULTS.index("## On one GPU")]
-    made = set(re.findall(r"<!-- table: \S+ -->\n\n(\|.*)", text))
-    others = set(re.findall(r"\n\n(\| .*)", text)) - made
-    assert len(others) == 4, others  # two of difficulty, one of times, one of claims
+    """Tables of RESULTS.md that experiments/tables.py does not make: the verdicts alone."""
+    made = set(re.findall(r"<!-- table: \S+ -->\n\n(\|.*)", RESULTS))
+    others = set(re.findall(r"\n\n(\| .*)", RESULTS)) - made
+    assert [header.split("|")[1].strip() for header in others] == ["question"]
 
 
 @pytest.mark.parametrize("dataset, judge, high",
@@ -101,7 +102,7 @@ def test_nats_per_character_share_the_same_nats_among_characters():
     """Tokens times nats per token are characters times nats per character."""
     sizes = {r["base"]: r for r in results("real-characters.csv")}
     cells = [[cell.strip() for cell in line.split("|")[1:-1]]
-             for line in section("On a base that was").splitlines()]
+             for line in section("2026-11-28: on a base that was").splitlines()]
     rows = [row for row in cells if row and row[0] in sizes]
     assert len(rows) == 4
     for base, *_, token, character in rows:
@@ -116,8 +117,8 @@ def test_the_theorem_holds_under_sgd_and_turns_around_under_adam():
     for row in results("rank-theorem.csv"):
         sizes.setdefault((row["optimizer"], row["method"]), {}).setdefault(row["rank"],
                                                                            []).append(row["branch"])
-    for (name, *cells), by_rank in zip(table("Is rsLoRA's theorem true"), sizes.values(),
-                                       strict=True):
+    rows = table("2026-11-22: is rsLoRA's theorem true")
+    for (name, *cells), by_rank in zip(rows, sizes.values(), strict=True):
         means = [statistics.mean(values) for values in by_rank.values()]
         assert cells == [f"{value:.2g}" for value in means] and all(len(v) == 5
                                                                     for v in by_rank.values())
@@ -125,13 +126,13 @@ def test_the_theorem_holds_under_sgd_and_turns_around_under_adam():
 
 
 @pytest.mark.parametrize("number, dataset",
-                         [*enumerate(re.findall(r"<!-- table: merge-at-(\S+) -->", RESULTS))])
+                         [*enumerate(re.findall(r"<!-- table: merge-at-(\S+) -->", LOG))])
 def test_the_tables_of_deployed_models_computed_again(number, dataset):
     """Mean and range over five seeds at each row's best rate, and what is between it and both LoRAs
     seed by seed."""
     rows = [r for r in results(f"merge-at-{dataset}.csv") if r["best"]]
-    for name, rate, seeds, unmerged, merged, *_, above, above_3 in table("Does a merged ResLoRA "
-                                                                         "beat LoRA", number):
+    for name, rate, seeds, unmerged, merged, *_, above, above_3 in table(
+            "2026-11-22: does a merged ResLoRA beat LoRA", number):
         same = [r for r in rows if r["row"] == name]
         assert float(rate.strip("*")) == same[0]["lr"] and int(seeds) == len(same) == 5
         assert unmerged == f"{statistics.mean(r['unmerged loss'] for r in same):.3f}"
@@ -146,11 +147,12 @@ def test_the_tables_of_deployed_models_computed_again(number, dataset):
 
 def test_every_file_that_the_results_name_exists():
     """Links into the repository, and the scripts of its commands."""
-    named = re.findall(r"\]\((?!http)([^)#]+)\)", RESULTS)
-    named += re.findall(r"sh\s+(experiments/\w+\.sh)", RESULTS)
+    text = RESULTS + LOG
+    named = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    named += re.findall(r"sh\s+(experiments/\w+\.sh)", text)
     named += [f"experiments/{name}.py"
-              for name in re.findall(r"python\s+-m\s+experiments\.(\w+)", RESULTS)]
-    named += re.findall(r"@(experiments/recipes/\w+\.args)", RESULTS)
+              for name in re.findall(r"python\s+-m\s+experiments\.(\w+)", text)]
+    named += re.findall(r"@(experiments/recipes/\w+\.args)", text)
     assert len(named) > 60
     for name in named:
         assert (ROOT / name).exists(), name
