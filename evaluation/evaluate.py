@@ -1,8 +1,10 @@
 """Losses and metrics of a model on a dataset, and the batches that merging is calibrated on.
 
 dataset: a data.Dataset. device, amp: where the model is, and the autocast context of its
-arithmetic.
+arithmetic; where they are left out, the CPU, and the arithmetic of the weights.
 """
+from contextlib import nullcontext
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from data.tasks import Label
 from evaluation import decoding, metrics
 from loss import with_targets
 
+CPU, EXACT = torch.device("cpu"), nullcontext()
 # validation texts for a point of the curve; the report uses the whole test split
 EVAL_EXAMPLES = 128
 EVAL_LABELLED = 1000  # the same where texts are classified: an accuracy needs more of them
@@ -51,7 +54,7 @@ def to_device(idx, device):
 
 
 @torch.inference_mode()
-def evaluate(model, examples, task, device, amp):
+def evaluate(model, examples, task, device=CPU, amp=EXACT):
     """(mean loss per target, logits (N, L) in the order of the examples where they are labelled,
     else None)"""
     model.eval()
@@ -74,7 +77,7 @@ def evaluate(model, examples, task, device, amp):
 
 
 @torch.inference_mode()
-def decode(model, pairs, task, amp, max_new=96):
+def decode(model, pairs, task, amp=EXACT, max_new=96):
     """(prompts, greedy texts, how many of them have max_new tokens and did not end): the text of
     each record, or the continuation of a plain text's beginning. task: that of the data, a Write.
     """
