@@ -21,7 +21,7 @@ experiment.
     smollm2.py            SmolLM2-135M, a real pretrained Llama, as a folder, from a package of PyPI
     real_base.sh          the comparison on SmolLM2 and E2E's official test set, for hours
     real_merges.py        what each merge keeps of ResLoRA on SmolLM2
-    lesson.sh             the small grid of lesson.ipynb's last chapter
+    lesson.sh             the small grid of lessons/3-comparison.ipynb
     gpu.sh                everything for one GPU, in parts, in one command: not run on one yet
     gpt2_medium_e2e.sh, roberta_base_glue.sh, metamath_gsm8k.sh
                           at published sizes, for a GPU: not measured yet
