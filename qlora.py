@@ -207,7 +207,10 @@ def quantise(module):
     """Turn the nn.Linear `module`, or all of those in it, to 4 bits, in place; return it.
 
     A linear that shares its weight with another module, as a tied output does, stays as it is. Give
-    the blocks of a model and not the whole, so that its head stays too: quantise(model.h)."""
+    the blocks of a model and not the whole, so that its head stays too: quantise(model.h).
+    ValueError where there are adapters already: they go into a model in 4 bits, by lora.apply."""
+    if any(hasattr(m, "as_lora") for m in module.modules()):
+        raise ValueError("there are adapters already: quantise first, then lora.apply")
     uses = [id(p) for _, p in module.named_parameters(remove_duplicate=False)]
     for m in module.modules():
         if type(m) is nn.Linear and isinstance(m.weight, nn.Parameter):

@@ -397,3 +397,13 @@ def test_the_report_of_a_base_in_other_bits_is_not_taken_over(base, tmp_path):
     packed = train.main([*flags, "--base-bits", "4", "--out", str(tmp_path / "packed")])["metrics"]
     assert packed["base"]["loss"] != plain["loss"]
     assert packed["base"]["loss"] == pytest.approx(packed["unmerged"]["loss"], abs=2e-3)
+
+
+def test_a_model_with_adapters_is_not_quantised():
+    """The adapters' own W would silently stay as it is."""
+    model = tiny_gpt()
+    lora.apply(model, lora.LoRALinear, ["q"], r=2, alpha=4)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="quantise first, then lora.apply"):
+        qlora.quantise(model.h)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
