@@ -4,7 +4,7 @@
 # sh experiments/lesson.sh
 set -e
 cd "$(dirname "$0")/.."
-exec python compare.py experiments/results/lesson --best-lr --seeds 6 --lr 1.2e-2 2.4e-2 4.8e-2 9.6e-2 \
+exec python compare.py experiments/results/lesson --best-lr --seeds 6 --lr 6e-3 1.2e-2 2.4e-2 4.8e-2 \
     --plot none --row "LoRA: --method lora" --row "LoRA, 3 alpha: --method lora --alpha 48" \
     --row "ResLoRA input: --method reslora" \
     -- --dataset restaurants --rank 16 --steps 30 --batch-size 16 --eval-every 30 --test-texts 64
