@@ -14,7 +14,7 @@ ROOMS = (("loss", "lora", "evaluation.metrics"),
          ("run",),
          ("train", "generate"),
          ("compare",),
-         ("experiments", "pretraining.vocabulary"))
+         ("experiments", "lessons", "pretraining.vocabulary"))
 FLOOR = {name: floor for floor, names in enumerate(ROOMS) for name in names}
 
 
