@@ -5,8 +5,8 @@
 The shipped GPT, 300 steps of `restaurants`, r 16 on q and v. Delta-LoRA with lambda .5 and 2, K at
 the end of the warm-up or after a tenth of the run. Beside it LoRA, LoRA at three times
 Delta-LoRA's rates (its Table 6), LoRA with (1 + lambda) alpha, which is what Delta-LoRA is for
-K = 0, LoRA of the rank 2 r of its update, and full fine-tuning of q and v alone, which its abstract
-claims to come near. Three rates on seed 0, five other seeds at the best. Writes
+K = 0, LoRA of the rank 2 r of its update, and full fine-tuning of q and v alone, its second
+reference. Three rates on seed 0, five other seeds at the best. Writes
 deltalora-published.csv and .png.
 """
 import torch
@@ -32,7 +32,8 @@ class WholeLinear(LoRALinear):
         return self.lora_D
 
     def as_lora(self):
-        return torch.eye(self.weight.size(1)), self.lora_D / self.scaling
+        D = self.lora_D
+        return torch.eye(D.size(1), device=D.device, dtype=D.dtype), D / self.scaling
 
 
 def known():

@@ -317,6 +317,16 @@ def master():
                      "step", "GB"], rows)
 
 
+def same():
+    """rsLoRA, LoRA with 3 alpha and Delta-LoRA K 0 beside their cells of the plane."""
+    by_row = {r["row"]: f"{float(r['merged loss']):.5f}" for r in
+              read_csv(RESULTS / "plane-same.csv")}
+    cells = {"rsLoRA": "ratio 4", "3 alpha": "ratio 3", "Delta-LoRA K 0": "ratio 3"}
+    return markdown(["", "exact", "its cell, exact", "as by default", "its cell, as by default"],
+                    [[name, by_row[f"{name} exact"], by_row[f"{cell} exact"], by_row[name],
+                      by_row[cell]] for name, cell in cells.items()])
+
+
 def qlora():
     """What 4 bits cost before and after training, and what each way to merge adds."""
     names = {"qlora-restaurants": "restaurants", "qlora-e2e": "E2E",
@@ -336,7 +346,7 @@ def qlora():
 
 
 TABLES = {
-    "qlora": qlora, "master": master,
+    "qlora": qlora, "master": master, "plane-same": same,
     **{name: lambda name=name: deployed(name)
        for name in ("merge-at-restaurants", "merge-at-reviews", "merge-at-e2e",
                     "reslora-curves-best")},

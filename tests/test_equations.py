@@ -11,7 +11,7 @@ from conftest import adapt, every_variant, tiny_gpt, tokens
 
 import lora
 from deltalora import DeltaLoRALinear
-from experiments import reslora_apart
+from experiments import deltalora_published, reslora_apart
 from lora import LoRALinear
 from reslora import ResLoRALinear
 from rslora import RsLoRALinear
@@ -344,6 +344,23 @@ def test_a_shortcut_taken_apart_is_the_forward_and_the_gradient_of_the_whole(sho
     for same, other in (("whole", "forward"), ("gradient", "lora")):
         torch.testing.assert_close(found[same][2], found[other][2])
         assert not torch.allclose(found[same][1], found[other][1])
+
+
+def test_full_fine_tuning_of_one_linear_is_w_plus_d():
+    """experiments/deltalora_published.py: W + D computes what a linear of that weight does, D gets
+    its gradient, and all forms of the update are D."""
+    linear, x = nn.Linear(3, 5).double(), torch.randn(4, 3, dtype=torch.float64)
+    layer = deltalora_published.WholeLinear(linear, r=2, alpha=6)
+    nn.init.normal_(layer.lora_D)
+    whole = nn.Linear(3, 5).double()
+    whole.load_state_dict({"weight": linear.weight + layer.lora_D, "bias": linear.bias})
+    torch.testing.assert_close(layer(x), whole(x))
+    layer(x).square().sum().backward()
+    whole(x).square().sum().backward()
+    torch.testing.assert_close(layer.lora_D.grad, whole.weight.grad)
+    A, B = layer.as_lora()
+    torch.testing.assert_close(layer.scaling * B @ A, layer.delta())
+    torch.testing.assert_close(layer.delta(), whole.weight - linear.weight)
 
 
 # Delta-LoRA
